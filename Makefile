@@ -1,0 +1,76 @@
+# The two commands: `make demo` and `make test`. Each sets up everything by itself (python 3.11+, pip and make are enough).
+#
+#   make demo                          train, evaluate and report on drawn products          -> runs/demo/report.html
+#   make demo CATALOG=path/to/catalogue   the same on your products (at most 25 minutes of steps)
+#   make demo BACKBONE=tiny            the same in seconds with an untrained backbone
+#   make test                          every test that is not slow;  make test-all: those too
+#   make lab                           JupyterLab on nbs/
+#   make app                           the retrieval demo in a browser, 127.0.0.1:7860
+#   make bench                         head-to-heads, in an environment of their own
+#   make clean                         remove environments and caches (runs/ stays)
+
+CATALOG  ?=
+BACKBONE ?= mini
+OUT      ?= runs/demo
+ARGS     ?=
+VENV     ?= .venv
+EXTRAS   ?= dev
+
+BIN   := $(VENV)/bin
+READY := $(VENV)/.moon2-ready
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && command -v "$$name" && break; done)
+LESSONS := $(wildcard nbs/lessons)
+PYTEST  := $(BIN)/python -m pytest --nbmake --nbmake-timeout=1200
+
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help setup system demo test test-all check lab app bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+setup: $(READY)
+
+# The stamp file makes a second call instant; a change of the requirements sets up again.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "moon2: Python 3.11 or newer was not found; install it, or: make PYTHON=path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(VENV); }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python $(BIN)/python install --quiet pip
+	@echo "setting up $(VENV) (some minutes the first time: about 2 GB of packages)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $(READY)
+
+system:
+	@sh scripts/system_packages.sh
+
+demo: $(READY)
+	$(BIN)/moon2 run --out "$(OUT)" --backbone "$(BACKBONE)" $(if $(CATALOG),--catalog "$(CATALOG)") $(ARGS)
+
+# Style, then "are the modules what the notebooks say", then the notebooks, then pytest, whose closing line is the one to read.
+check: $(READY) system
+	$(BIN)/ruff check --quiet .
+	$(BIN)/python scripts/check_sync.py
+	$(BIN)/nbdev-test --n-workers 1
+
+test: check
+	MOON2_QUICK=1 $(PYTEST) -m "not slow" tests $(LESSONS)
+
+test-all: check
+	MOON2_QUICK= $(PYTEST) tests $(LESSONS)
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs $(ARGS)
+
+app: $(READY)
+	$(BIN)/python apps/retrieval_demo.py $(if $(CATALOG),--catalog "$(CATALOG)") $(ARGS)
+
+bench:
+	@$(MAKE) --no-print-directory VENV=.venv-bench EXTRAS=bench setup
+	.venv-bench/bin/python bench/run.py $(ARGS)
+
+clean:
+	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +

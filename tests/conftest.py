@@ -1,0 +1,47 @@
+"""What every test file may use: markers that skip with a reason, and a small drawn catalogue."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _no_gpu():
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items):
+    "`data` tests need MOON2_DATA, `gpu` tests a CUDA device; without them they are skipped and say so."
+    if not os.environ.get("MOON2_DATA"):
+        for item in items:
+            if item.get_closest_marker("data"):
+                item.add_marker(pytest.mark.skip(reason="MOON2_DATA is not set: no real catalogue to test on"))
+    wanting_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if wanting_gpu and _no_gpu():
+        for item in wanting_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    "The repository's root folder."
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    "The folder of the real data sets (only in tests marked `data`)."
+    return Path(os.environ["MOON2_DATA"])
+
+
+@pytest.fixture(scope="session")
+def drawn_catalogue(tmp_path_factory) -> Path:
+    "A folder with 80 drawn products: enough for every split, small enough for seconds."
+    from moon2_lab.synth import make_catalog
+
+    folder = tmp_path_factory.mktemp("catalogue")
+    make_catalog(folder, products=80, seed=3)
+    return folder

@@ -1,0 +1,304 @@
+"""The house rules: project files agree, notebooks are clean, imports go downwards, nothing heavy is loaded unasked, nothing of a machine is in the repository."""
+import ast
+import configparser
+import dataclasses
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "moon2_lab"
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+MODULE_NOTEBOOKS = [path for path in NOTEBOOKS if path.parent.name == "nbs" and path.name[0].isdigit()]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def settings():
+    "settings.ini as nbdev 2 reads it: the section DEFAULT is a section like any other here."
+    parser = configparser.ConfigParser(default_section="_", interpolation=None)
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser
+
+
+def cells(path, kind):
+    "The source of each cell of one kind."
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def named(path):
+    "A test id that a reader recognises."
+    return path.relative_to(ROOT).as_posix()
+
+
+# ---------------------------------------------------------------------------------------------- project files
+
+
+def test_settings_and_pyproject_agree():
+    "Two files say what the project is: nbdev 2 reads one, nbdev 3 and pip the other."
+    ini, project, nbdev = settings()["DEFAULT"], PROJECT["project"], PROJECT["tool"]["nbdev"]
+    version = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text())[1]
+    assert ini["lib_name"] == project["name"]
+    assert {ini["lib_path"], ini["nbs_path"]} == {nbdev["lib_path"], nbdev["nbs_path"]} and ini["doc_path"] == nbdev["doc_path"]
+    assert ini["version"] == version and "version" in project["dynamic"]
+    assert ">=" + ini["min_python"] == project["requires-python"]
+    assert ini["requirements"].split() == project["dependencies"]
+    assert ini["dev_requirements"].split() == project["optional-dependencies"]["dev"]
+    assert ini["tst_flags"] == nbdev["tst_flags"] and ini["description"] == project["description"]
+    assert ini["console_scripts"] == "moon2=" + project["scripts"]["moon2"]
+
+
+def test_nbdev_reads_the_project_as_meant():
+    "The options that keep nbdev from rewriting files behind our back."
+    from nbdev.config import get_config
+
+    config = get_config(ROOT)
+    assert config.update_pyproject is False and config.exec_profile is False
+    assert config.lib_path == PACKAGE and config.nbs_path == ROOT / "nbs"
+    assert "Documentation" not in PROJECT["project"].get("urls", {}), "a documentation address would change what nbdev 2 exports"
+
+
+def test_lab_section_is_the_dataclass_defaults(monkeypatch):
+    "[lab] lists every field of TrainConfig, in its order, with its default: the file is documentation that works."
+    from moon2_lab.core import TrainConfig, parse_value
+
+    monkeypatch.delenv("MOON2_SETTINGS", raising=False)
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    section = dict(settings()["lab"])
+    assert list(section) == list(fields), f"missing {[n for n in fields if n not in section]}, unknown {[n for n in section if n not in fields]}"
+    different = [f"{n} = {f.default}" for n, f in fields.items() if parse_value(n, section[n], f.type) != f.default]
+    assert not different, "settings.ini [lab] should say:\n" + "\n".join(different)
+    assert dataclasses.asdict(TrainConfig()) == {name: field.default for name, field in fields.items()}
+
+
+def test_constraints_name_a_tested_version_of_every_requirement():
+    "What make installs is what was tested."
+    from packaging.requirements import Requirement
+
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and not line.startswith("#"))
+    assert pinned["torch"] == "2.13.0"
+    for line in PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]:
+        requirement = Requirement(line)
+        assert requirement.specifier, f"{line}: give bounds"
+        assert requirement.specifier.contains(pinned[requirement.name.lower()]), f"{line}, but constraints.txt has {pinned[requirement.name.lower()]}"
+
+
+def test_every_import_is_a_declared_dependency():
+    "What the modules import is what pyproject.toml asks for, so that nothing arrives by luck."
+    from importlib.metadata import packages_distributions
+
+    declared = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in PROJECT["project"]["dependencies"]}
+    optional = {"tensorboard", "trackio", "wandb"}
+    names = set()
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names |= {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module.split(".")[0]} if isinstance(node, ast.ImportFrom) and not node.level else set()
+    where = packages_distributions()
+    foreign = names - set(sys.stdlib_module_names) - {"moon2_lab"} - optional
+    missing = {name for name in foreign if not declared & {dist.lower().replace("_", "-") for dist in where.get(name, [name])}}
+    assert not missing, f"imported but not declared in pyproject.toml: {missing}"
+
+
+def test_make_targets_and_ci():
+    "The documented targets exist, and the automatic run calls the README's test command."
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test", "test-all", "lab", "app", "bench", "clean"):
+        assert re.search(rf"^{target}:", makefile, re.M), f"no target {target}"
+    assert "make --no-print-directory test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / "README.md").read_text() and "make demo" in (ROOT / "README.md").read_text()
+
+
+def test_readme_is_made_from_the_index_notebook():
+    "README.md is generated: edit nbs/index.ipynb, then run scripts/make_readme.py."
+    spec = importlib.util.spec_from_file_location("make_readme", ROOT / "scripts" / "make_readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == module.readme(), "stale: run scripts/make_readme.py"
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", target)]
+    missing = [target for target in targets if not (ROOT / target).exists()]
+    assert targets and not missing, f"links to nothing: {missing}"
+
+
+# ---------------------------------------------------------------------------------------------- notebooks
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
+def test_notebook_outputs_are_small_and_deterministic(path):
+    "What a notebook carries in git."
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert "widgets" not in notebook.metadata, "saved widget state"
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type != "code":
+            continue
+        assert cell.execution_count is None, f"cell {number}: execution count (run nbdev-clean)"
+        for output in cell.outputs:
+            assert output.output_type != "error", f"cell {number}: stored error {output.get('ename')}"
+            for mime, data in output.get("data", {}).items():
+                size = len(data if isinstance(data, str) else json.dumps(data))
+                assert "widget-view" not in mime, f"cell {number}: stored widget view"
+                assert not (mime == "text/html" and size > 20_000), f"cell {number}: {size} characters of HTML"
+                assert not (mime.startswith("image/") and size > 100_000), f"cell {number}: picture of {size} characters"
+                assert size <= 300_000, f"cell {number}: {mime} of {size} characters"
+            text = "".join(output.get("text", "")) + json.dumps(output.get("data", {}))
+            assert not re.search(r" at 0x[0-9a-f]{6,}", text), f"cell {number}: object address in the output"
+
+
+@pytest.mark.parametrize("path", MODULE_NOTEBOOKS, ids=named)
+def test_module_notebook_has_the_form_of_the_house(path):
+    "A heading with a subtitle, one default_exp named like the file, imports in cells of their own, no star imports, a readable length."
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    first = "".join(notebook["cells"][0]["source"])
+    assert notebook["cells"][0]["cell_type"] == "markdown" and re.match(r"# \S.*\n+> \S", first), "starts with '# name' and '> subtitle'"
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    code = cells(path, "code")
+    assert re.fullmatch(r"#\|\s*default_exp (\w+)\s*", code[0]) and code[0].split()[-1] == path.stem.split("_", 1)[1]
+    assert len(notebook["cells"]) <= 60, f"{len(notebook['cells'])} cells: split it"
+    for source in (source for source in code if source.startswith("#| export")):
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body}
+        assert kinds != {True, False}, f"imports stand in cells of their own:\n{source[:200]}"
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom):
+                assert node.names[0].name != "*" and node.level == 0, f"absolute imports by name only: {ast.unparse(node)}"
+
+
+def test_no_two_notebooks_export_one_module():
+    "They would overwrite each other in silence. And every module has its notebook."
+    names = [cells(path, "code")[0].split()[-1] for path in MODULE_NOTEBOOKS]
+    twice = {name for name in names if names.count(name) > 1}
+    assert not twice, f"exported twice: {twice}"
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "_modidx"}
+    assert modules == set(names), f"without notebook: {modules - set(names)}; not exported: {set(names) - modules}"
+
+
+# ---------------------------------------------------------------------------------------------- imports
+
+NUMBER = {path.stem.split("_", 1)[1]: int(path.stem.split("_", 1)[0]) for path in MODULE_NOTEBOOKS}
+SEES_ONLY = {  # tighter than the order of the numbers: what sees arrays must not learn about models
+    "losses": {"core"},
+    "filtering": {"core", "losses"},
+    "metrics": {"core"},
+    "tables": {"core", "metrics"},
+    "figures": {"core", "tables"},
+    "widgets": {"core", "tables", "figures"},
+}
+
+
+def imports_of(source):
+    "Modules of this package that a piece of Python imports, wherever in it."
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("moon2_lab.")}
+        elif isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "moon2_lab"):
+            inside = (node.module or "").split(".")[0 if node.level else 1 :]
+            found |= {inside[0]} if inside and inside[0] else {alias.name for alias in node.names if alias.name in NUMBER}
+    return found
+
+
+def without_magics(source):
+    "Notebook code as plain Python: magics and shell lines dropped."
+    return "\n".join("pass" if re.match(r"\s*[%!]", line) else line for line in source.splitlines())
+
+
+@pytest.mark.parametrize("path", MODULE_NOTEBOOKS, ids=named)
+def test_imports_point_downwards(path):
+    "A notebook, and the module made from it, imports lower-numbered modules only; so there can be no cycle."
+    name = path.stem.split("_", 1)[1]
+    module = PACKAGE / f"{name}.py"
+    used = imports_of(module.read_text(encoding="utf-8")) if module.exists() else set()
+    for source in cells(path, "code"):
+        used |= imports_of(without_magics(source))
+    used.discard(name)
+    unknown = used - set(NUMBER)
+    assert not unknown, f"{name} imports {unknown}, which no notebook exports"
+    upwards = {other for other in used if NUMBER[other] >= NUMBER[name]}
+    assert not upwards, f"{name} ({NUMBER[name]}) imports upwards: { {other: NUMBER[other] for other in upwards} }"
+    exported = imports_of(module.read_text(encoding="utf-8")) if module.exists() else set()
+    assert name not in SEES_ONLY or exported <= SEES_ONLY[name], f"{name} may see {SEES_ONLY[name]}, but imports {exported - SEES_ONLY[name]}"
+
+
+def test_apps_see_the_demo_only():
+    "The launchers are thin: all they know is moon2_lab.demo."
+    for path in sorted((ROOT / "apps").glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        assert imports_of(source) <= {"demo"}, f"{named(path)} imports {imports_of(source)}"
+        assert len(source.splitlines()) < 40, f"{named(path)} is no launcher any more"
+
+
+TORCH_FREE = ("core", "images", "catalog", "text", "triplets", "synth", "metrics", "tables", "figures", "report", "cli")  # useful without a model
+HEAVY = ("torch", "transformers", "peft", "accelerate", "captum", "gradio", "plotly", "matplotlib", "sklearn", "ipywidgets", "anywidget", "nbdev", "IPython")
+MAY_IMPORT = {  # heavy packages, and the modules that may import them when they are imported themselves
+    "transformers": {"backbone"},
+    "peft": set(),
+    "accelerate": set(),
+    "captum": {"attribute"},
+    "gradio": {"demo"},
+    "plotly": set(),
+    "matplotlib": set(),
+    "sklearn": set(),
+    "ipywidgets": {"widgets"},
+    "anywidget": {"widgets"},
+    "nbdev": set(),
+    "IPython": set(),
+}
+
+
+def loaded_after(code):
+    "The heavy packages that are loaded after running `code` in a fresh interpreter."
+    report = f"{code}\nimport sys\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", report], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_light_modules_load_nothing_heavy():
+    "`import moon2_lab` loads nothing; the modules that are useful without a model load none either."
+    assert loaded_after("import moon2_lab; assert not [n for n in __import__('sys').modules if n.startswith('moon2_lab.')]; assert 'numpy' not in __import__('sys').modules") == set()
+    there = [name for name in TORCH_FREE if name in NUMBER]
+    assert loaded_after("\n".join(f"import moon2_lab.{name}" for name in there)) == set()
+
+
+def test_heavy_packages_are_imported_where_they_are_needed():
+    "At the top of a module only by the module that is about them; elsewhere inside the function that uses them."
+    for path in sorted(PACKAGE.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for package in {name.split(".")[0] for name in names} & set(MAY_IMPORT):
+                assert path.stem in MAY_IMPORT[package], f"{path.name} imports {package} at its top; import it in the function that uses it"
+
+
+# ---------------------------------------------------------------------------------------------- what must not be there
+
+
+def repository_files():
+    "Files that are, or would be, under version control."
+    done = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git work tree")
+    return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def test_nothing_of_a_machine_is_in_the_repository():
+    "No paths of somebody's machine, no addresses of package indexes, no forgotten notes, no large files."
+    machine = re.compile(r"(?<![\w.~}\)])/(?:home|root|Users|work|tmp|mnt)/[\w.]")
+    hosts = re.compile("|".join(re.escape(host) for host in ("pypi" + ".org", "python" + "hosted", "registry." + "npmjs")))
+    notes = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+    found = []
+    for path in repository_files():
+        data = path.read_bytes()
+        if len(data) > 1_000_000:
+            found.append(f"{named(path)}: {len(data)} bytes")
+        if path.suffix in {".png", ".jpg", ".parquet", ".tar"}:
+            continue
+        for number, line in enumerate(data.decode("utf-8", errors="replace").splitlines(), 1):
+            found += [f"{named(path)}:{number}: {match[0]}" for pattern in (machine, hosts, notes) if (match := pattern.search(line))]
+    assert not found, "\n".join(found)
