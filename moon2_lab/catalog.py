@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRIPLETS', 'TRIPLET_COLUMNS', 'NOISE', 'examine_paths', 'attach_pictures', 'folded_title', 'main_pixels',
-           'product_keys', 'read_triplets', 'read_negatives', 'Catalog', 'load_catalog', 'summarise', 'ImageRef',
-           'Item', 'Product', 'Quarantine', 'decode_image']
+           'product_keys', 'read_triplets', 'read_triplet', 'read_negatives', 'Catalog', 'load_catalog', 'summarise',
+           'ImageRef', 'Item', 'Product', 'Quarantine', 'decode_image']
 
 # %% ../nbs/10_catalog.ipynb #bf600eec
 import dataclasses
@@ -98,7 +98,7 @@ def product_keys(products: list[Product]) -> list[int]:
         smallest.setdefault(root(i), len(smallest))
     return [smallest[root(i)] for i in range(len(products))]
 
-# %% ../nbs/10_catalog.ipynb #5b1a6c45
+# %% ../nbs/10_catalog.ipynb #b44b1790
 TRIPLETS = "triplets.parquet"
 TRIPLET_COLUMNS = ["query_id", "query_text", "query_image", "positive_id", "negative_ids", "noise"]
 NOISE = (None, "pseudo_positive", "pseudo_negative")
@@ -111,26 +111,31 @@ def read_triplets(
     aside: Quarantine,
 ) -> pd.DataFrame:
     "The usable triplets; `negative_ids` are lists, `query_image` is a path or None."
-    kept = []
-    for number, row in enumerate(rows):
-        positive, query_id = read_id(row.get("positive_id")), read_id(row.get("query_id")) or f"row-{number}"
+    read = [read_triplet(number, row, known, found, aside) for number, row in enumerate(rows)]
+    return pd.DataFrame([triplet for triplet in read if triplet], columns=TRIPLET_COLUMNS, dtype=object)
 
-        def complain(name, reason):
-            aside.add(positive, TRIPLETS, name, f"{reason} (query {query_id})")
 
-        text = read_text(row.get("query_text"), "query_text", complain)
-        image = read_text(row.get("query_image"), "query_image", complain)
-        if image and isinstance(found[image], str):
-            image = complain("query_image", f"{found[image]}: {image}")
-        noise = read_text(row.get("noise"), "noise", complain)
-        if noise not in NOISE:
-            noise = complain("noise", f"unknown noise: {noise!r}")
-        if positive not in known or not (text or image):
-            complain("positive_id" if positive not in known else "record", f"unknown product: {positive}" if positive not in known else "empty query: neither text nor picture")
-            aside.lost_triplets.add(number)
-            continue
-        kept.append((query_id, text, image, positive, read_negatives(row.get("negative_ids"), positive, known, complain), noise))
-    return pd.DataFrame(kept, columns=TRIPLET_COLUMNS, dtype=object)
+def read_triplet(number: int, row: dict[str, Any], known: set[str], found: dict[str, ImageRef | str], aside: Quarantine) -> tuple | None:
+    "The values of TRIPLET_COLUMNS, or None when the triplet cannot be used."
+    positive, query_id = read_id(row.get("positive_id")), read_id(row.get("query_id")) or f"row-{number}"
+
+    def complain(name, reason):
+        aside.add(positive, TRIPLETS, name, f"{reason} (query {query_id})")
+
+    text = read_text(row.get("query_text"), "query_text", complain)
+    image = read_text(row.get("query_image"), "query_image", complain)
+    if image and isinstance(found[image], str):
+        image = complain("query_image", f"{found[image]}: {image}")
+    noise = read_text(row.get("noise"), "noise", complain)
+    if noise not in NOISE:
+        noise = complain("noise", f"unknown noise: {noise!r}")
+    if positive not in known:
+        complain("positive_id", f"unknown product: {positive}")
+    elif not (text or image):
+        complain("record", "empty query: neither text nor picture")
+    else:
+        return query_id, text, image, positive, read_negatives(row.get("negative_ids"), positive, known, complain), noise
+    return aside.lost_triplets.add(number)
 
 
 def read_negatives(value: Any, positive: str, known: set[str], complain) -> list[str]:
@@ -321,7 +326,7 @@ def _enforce_limit(lost: int, total: int, limit: float, aside: Quarantine, path:
         error.quarantine = aside.frame()
         raise error
 
-# %% ../nbs/10_catalog.ipynb #91124713
+# %% ../nbs/10_catalog.ipynb #dda3d44f
 def summarise(catalog: Catalog) -> dict[str, Any]:
     "See `Catalog.summary`."
     titles = Counter(folded_title(product.title) for product in catalog if product.has_text)
@@ -329,10 +334,13 @@ def summarise(catalog: Catalog) -> dict[str, Any]:
     by_split = defaultdict(list)
     for product in catalog:
         by_split[product.split or "none"].append(product)
+    splits = {name: _counts(by_split[name]) for name in [*catalog.splits, "none"] if name in by_split}
+    for name in set(splits) - {"train"}:
+        splits[name]["key_in_train"] = sum(product.key in train for product in by_split[name])
     return {
         "folder": str(catalog.folder) if catalog.folder else None, "records": catalog.records, **_counts(catalog.products),
         "shared_titles": sum(count for count in titles.values() if count > 1), "main_image_set_aside": sum(product.main_set_aside for product in catalog),
-        "splits": {name: _counts(by_split[name]) | ({} if name == "train" else {"key_in_train": sum(product.key in train for product in by_split[name])}) for name in [*catalog.splits, "none"] if name in by_split},
+        "splits": splits,
         "quarantine": {"entries": len(catalog.quarantine), "reasons": reason_classes(catalog.quarantine)},
         "triplets": None if catalog.triplets is None else _triplet_counts(catalog), "data_hash": catalog.data_hash,
     }

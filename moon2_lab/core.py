@@ -247,13 +247,13 @@ class LiveConfig:
         if not holds:
             raise UsageError(f"{field}={getattr(self, field)!r}: {what}", where=field, advice="see the comment of the field in moon2_lab.core")
 
-# %% ../nbs/00_core.ipynb #4214d88b
+# %% ../nbs/00_core.ipynb #80f3d485
 @dataclass(init=False)
 class EncoderConfig(LiveConfig):
     "What the encoder is: saved beside its weights."
     backbone: str = "mini"  # mini (pretrained parts), tiny (random, for tests), or a folder of a saved model
     num_layers: int = 4  # decoder layers used, from the bottom
-    image_size: int = 160  # side of the square given to the vision encoder, pixels
+    image_size: int = 192  # side of the square given to the vision encoder, pixels
     visual_tokens: int = 16  # tokens per image after pooling the feature map (a square number)
     num_experts: int = 4  # Z, routed experts per MoE layer; 0 = plain FFN
     top_k: int = 2  # experts a token is sent to; top_k = num_experts is the dense formula as printed
@@ -281,7 +281,7 @@ class EncoderConfig(LiveConfig):
         self.require(all(0 <= i < self.num_layers for i in ids), "moe_layers", f"layer ids 0 to {self.num_layers - 1}")
         return ids
 
-# %% ../nbs/00_core.ipynb #3f960f7d
+# %% ../nbs/00_core.ipynb #638c90b2
 @dataclass(init=False)
 class TrainConfig(EncoderConfig):
     "Everything a training run is made of. The names are the keys of `--set` and of `--config`."
@@ -289,7 +289,7 @@ class TrainConfig(EncoderConfig):
     # objective
     omega_mode: str = "balanced"  # faithful, detached, floored, balanced
     omega_routing: str = "per_view"  # per_view or shared: whose routing weights an objective
-    omega_floor: float = 0.5  # floored: share of the uniform weight mixed in
+    omega_floor: float = 0.5  # floored, balanced: share of the uniform weight mixed in
     omega_times_m: bool = False  # multiply omega by the number of objectives
     intra_omega: bool = True  # weight the intra terms by omega (else a plain sum)
     intra_negatives: str = "batch"  # batch (all other texts) or other_polarity (as printed)
@@ -298,7 +298,7 @@ class TrainConfig(EncoderConfig):
     intra_temperature: float = 0.05  # eps~ of the intra-product loss
     aux_weight: float = 0.01  # rho, weight of the load-balance loss
     sparsity_weight: float = 0.01  # varsigma, weight of the sparsity loss
-    balance_temperature: float = 1.0  # balanced: how far weight may follow the harder objective (0 = not at all)
+    balance_temperature: float = 0.5  # balanced: tau of the target softmax(relative loss / tau); smaller follows the hard objectives more
     # dynamic sample filter
     filter: bool = True  # down-weight unreliable triplets
     filter_threshold: float = 0.6  # reliability under which a triplet is weighted by phi
@@ -311,7 +311,7 @@ class TrainConfig(EncoderConfig):
     negatives_per_query: int = 1  # explicit hard negatives of a triplet
     in_batch_negatives: bool = True  # also the p and n of the other triplets
     paired_negatives: bool = True  # triplets in mutual pairs: n of one is p of the other, encoded once
-    query_variants: int = 4  # search phrases and photo views per product
+    query_variants: int = 2  # search phrases and photo views per product
     # loop
     lora_r: int = 0  # 0 = train the decoder itself; r > 0 = LoRA of rank r on attention and experts
     lora_alpha: int = 16  # LoRA scaling numerator
@@ -332,13 +332,15 @@ class TrainConfig(EncoderConfig):
     report_to: str = "none"  # none, tensorboard, trackio, wandb
     seed: int = 0  # of the router, the sampler and the negatives
     num_threads: int = 0  # 0 = the cores this process may use
+    device: str = "auto"  # auto (cuda, mps, cpu, the first there is), or one of them
+    dtype: str = "auto"  # of training: auto (bfloat16 where a probe finds it faster, else float32), float32, bfloat16
     quarantine_limit: float = 0.2  # share of records set aside at which loading stops
 
     def check(self) -> None:
         super().check()
         for name, allowed in CHOICES.items():
             self.require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
-        for name in ("temperature", "intra_temperature", "learning_rate", "connector_learning_rate", "router_learning_rate", "filter_kappa", "max_grad_norm"):
+        for name in ("temperature", "intra_temperature", "learning_rate", "connector_learning_rate", "router_learning_rate", "filter_kappa", "max_grad_norm", "balance_temperature"):
             self.require(getattr(self, name) > 0, name, "must be positive")
         for name in ("omega_floor", "filter_threshold", "filter_warmup_ratio", "warmup_ratio", "quarantine_limit"):
             self.require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
@@ -354,10 +356,10 @@ class TrainConfig(EncoderConfig):
 
 CHOICES = {
     "omega_mode": ("balanced", "faithful", "detached", "floored"), "omega_routing": ("per_view", "shared"), "intra_negatives": ("batch", "other_polarity"),
-    "lr_scheduler_type": ("cosine", "linear", "constant"), "report_to": ("none", "tensorboard", "trackio", "wandb"),
+    "dtype": ("auto", "float32", "bfloat16"), "lr_scheduler_type": ("cosine", "linear", "constant"), "report_to": ("none", "tensorboard", "trackio", "wandb"),
 }
 
-# %% ../nbs/00_core.ipynb #69a0a3e5
+# %% ../nbs/00_core.ipynb #f9f9bca9
 def preset_differences(
     config: TrainConfig,
 ) -> dict[str, dict]:
@@ -370,7 +372,7 @@ def preset_differences(
 
 METHOD_FIELDS = tuple(
     "num_experts top_k moe_layers attention omega_mode omega_routing omega_floor omega_times_m intra_omega intra_negatives intra_symmetric temperature intra_temperature "
-    "aux_weight sparsity_weight filter filter_threshold filter_kappa filter_margin_start filter_margin_end filter_warmup_ratio filter_on_intra in_batch_negatives".split()
+    "balance_temperature aux_weight sparsity_weight filter filter_threshold filter_kappa filter_margin_start filter_margin_end filter_warmup_ratio filter_on_intra in_batch_negatives".split()
 )
 
 # %% ../nbs/00_core.ipynb #92c85d6b

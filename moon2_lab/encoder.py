@@ -93,7 +93,7 @@ def mean_by_item(values: torch.Tensor, places: torch.Tensor, items: torch.Tensor
     total = values.new_zeros(count, values.shape[1]).index_add(0, items, values.index_select(0, places))
     return total / torch.bincount(items, minlength=count).clamp(min=1).unsqueeze(1).to(values.dtype)
 
-# %% ../nbs/22_encoder.ipynb #41f63695
+# %% ../nbs/22_encoder.ipynb #fb0c5124
 class Moon2Encoder(nn.Module):
     "Product encoder: backbone with mixture-of-experts decoder, and the dual-alignment matrix W*."
 
@@ -180,6 +180,10 @@ class Moon2Encoder(nn.Module):
         spread = {name: {view: x.index_select(0, place) for view, x in getattr(found, name).items()} for name in ("embedding", "present", "routing")}
         return dataclasses.replace(found, **spread, near_tie=found.near_tie.index_select(0, place))
 
+    def forward(self, items: Sequence[Item], views: Sequence[str] = VIEWS, share: bool | None = None) -> ItemViews:
+        "`forward_items`, under the name that wrappers of a module call."
+        return self.forward_items(items, views, share)
+
     def _encode_rows(self, items: list[Item], views: Sequence[str], rows: list[Row], copies: torch.Tensor) -> ItemViews:
         "One pass over `rows`, then the means for each view; `copies` (N,) = how often each item stands in the batch."
         count, device = len(items), self.backbone.device
@@ -225,7 +229,8 @@ class Moon2Encoder(nn.Module):
         out = {view: np.full((len(items), self.embedding_dim), np.nan, dtype=np.float32) for view in VIEWS}
         for view in VIEWS:
             out[view][usable] = found[view]
-            out[view][[place for place, item in enumerate(items) if item.item_id in set(self.last_missing[view])]] = np.nan
+        out["t"][[not item.text for item in items]] = np.nan
+        out["i"][[item.image is None for item in items]] = np.nan
         return out
 
     def _in_batches(self, items: list[Item], views: Sequence[str], batch_size: int) -> dict[str, np.ndarray]:
@@ -360,7 +365,7 @@ def from_pretrained(cls: Moon2Encoder, folder: str | Path) -> Moon2Encoder:
     encoder.info = saved["info"]
     return encoder.eval()
 
-# %% ../nbs/22_encoder.ipynb #55ba7a47
+# %% ../nbs/22_encoder.ipynb #b4c794f7
 @patch(as_prop=True)
 def fingerprint(self: Moon2Encoder) -> str:
     "12 hex digits that change with any weight."
@@ -373,6 +378,6 @@ def fingerprint(self: Moon2Encoder) -> str:
 
 @patch
 def untrained(self: Moon2Encoder) -> Moon2Encoder:
-    "A fresh encoder of the same config and backbone."
-    fields = dataclasses.asdict(self.config)
+    "A fresh encoder on the same backbone. Plain FFN: at step 0 the mixture equals it, at half the price."
+    fields = dataclasses.asdict(self.config) | {"num_experts": 0}
     return Moon2Encoder.from_backbone(fields.pop("backbone"), **fields).eval()

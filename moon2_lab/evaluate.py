@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TOP', 'APPLICABLE', 'checked_vectors', 'encode_side', 'Settings', 'vector_ranks', 'recall_block', 'chance_recall',
            'direction_block', 'bm25_ranks', 'frozen_features', 'baseline_rankers', 'not_above', 'score_baselines',
-           'label_block', 'score_labels', 'per_query_rows', 'Question', 'ask_catalog_v1', 'ask_triplets_v1', 'evaluate',
-           'Evaluation', 'run_protocol', 'write_evaluation']
+           'label_block', 'score_labels', 'per_query_rows', 'Question', 'ask_catalog_v1', 'ask_triplets_v1', 'ask',
+           'Evaluation', 'answer', 'evaluate']
 
 # %% ../nbs/41_evaluate.ipynb #fd811d48
 import math
@@ -175,7 +175,7 @@ def baseline_rankers(
 
 APPLICABLE = {"bm25": ("t->mm", "mm->mm"), "frozen_vision": ("i->mm", "mm->mm"), "untrained": ("t->mm", "i->mm", "mm->mm", "t->i", "i->t")}
 
-# %% ../nbs/41_evaluate.ipynb #296924fc
+# %% ../nbs/41_evaluate.ipynb #d94aee8e
 def not_above(
     direction: Direction,
     ranks: Ranks,
@@ -189,7 +189,7 @@ def not_above(
         value, other = recall_at(ranks, k), recall_at(theirs, k)
         if value <= other:
             test = paired_test(hit_at(ranks, k), hit_at(theirs, k), direction.group, settings.resamples, settings.seed) if settings.resamples else {}
-            entries.append({"direction": direction.name, "baseline": baseline, "metric": f"R@{k}", "relation": "below" if value < other else "level", "value": value, "baseline_value": other,
+            entries.append({"direction": direction.name, "baseline": baseline, "metric": f"R@{k}", "value": value, "baseline_value": other,
                             "difference": value - other, "ci95": [test["lo"], test["hi"]] if test else [], "p": test.get("p")})
     return entries
 
@@ -201,18 +201,19 @@ def score_baselines(
     gallery: Side,
     settings: Settings,
 ) -> dict:
-    "The entries trivial, below_baseline and skipped_baselines of metrics.json."
+    "The entries trivial, below_baseline, level_with_baseline and skipped_baselines of metrics.json."
     rankers, skipped = baseline_rankers(encoder, queries, gallery)
-    trivial, below = defaultdict(dict), []
+    trivial, named = defaultdict(dict), []
     for direction, ranks in ranked:
         for name, ranker in rankers.items():
             if direction.name in APPLICABLE[name]:
                 theirs = ranker(direction)
                 trivial[direction.name][name] = recall_block(theirs, direction.group, settings)
-                below += not_above(direction, ranks, name, theirs, settings)
-    return {"trivial": dict(trivial), "below_baseline": below, "skipped_baselines": skipped}
+                named += not_above(direction, ranks, name, theirs, settings)
+    below, level = ([entry for entry in named if (entry["difference"] < 0) == lower] for lower in (True, False))
+    return {"trivial": dict(trivial), "below_baseline": below, "level_with_baseline": level, "skipped_baselines": skipped}
 
-# %% ../nbs/41_evaluate.ipynb #6bb460c9
+# %% ../nbs/41_evaluate.ipynb #9bad6782
 def label_block(
     task: LabelTask,
     view: str,
@@ -251,7 +252,8 @@ def score_labels(
         matched = string_match([product.title for product in products], task)
         classes = vectors[[place[text] for text in task.texts]]
         blocks = {view: label_block(task, view, gallery, views, classes, matched, settings) for view in ("mm", "i", "t")}
-        found[task.kind][task.name] = {view: block for view, block in blocks.items() if block}
+        if blocks := {view: block for view, block in blocks.items() if block}:
+            found[task.kind][task.name] = blocks
     return found
 
 # %% ../nbs/41_evaluate.ipynb #ba4eabd3
@@ -271,34 +273,120 @@ def per_query_rows(
         "top_ids": [list(ids[row]) for row in known], "top_scores": [scores[: len(row)].tolist() for row, scores in zip(known, ranks.top_score)], "key": direction.group,
     })
 
-# %% ../nbs/41_evaluate.ipynb #72e65a2f
+# %% ../nbs/41_evaluate.ipynb #a47529fe
 @dataclass
 class Question:
     "What a protocol asks of an encoder."
+    catalog: Catalog  # the whole catalogue
     products: list[Product]  # the gallery
     gallery: Side
     queries: Side
     cross: Side  # who asks t->i and i->t
-    about: dict  # added to the protocol's entry
+    about: dict  # the protocol's entry, without model and settings
 
 
-def ask_catalog_v1(catalog: Catalog, split: str, limit: int | None, lexicon: Lexicon | None) -> Question:
+def ask_catalog_v1(
+    catalog: Catalog,
+    split: str = "test",
+    limit: int | None = None,
+    lexicon: Lexicon | None = None,  # made already, to save the second it takes
+) -> Question:
     "Queries made from the products of the split, which are the gallery."
     products = pick_products(catalog, split, limit)
     gallery, queries = gallery_side(products), catalog_queries(products, lexicon or Lexicon(catalog))
     note = "queries are made from the item itself (search phrase, photo view) except where a product has a second photo"
-    return Question(products, gallery, queries, gallery, {"query_images": query_image_counts(products), "note": note})
+    return Question(catalog.whole, products, gallery, queries, gallery, {"query_images": query_image_counts(products), "note": note})
 
 
-def ask_triplets_v1(catalog: Catalog, split: str, limit: int | None, gallery: str | Path | Sequence[str] | None) -> Question:
-    "Queries and positives from triplets.parquet against the split, or against the products of a list."
-    part = catalog if split == "all" else catalog.split(split)
-    queries, left_out = triplet_queries(part, limit)
+def ask_triplets_v1(
+    catalog: Catalog,
+    split: str = "test",
+    limit: int | None = None,
+    gallery: str | Path | Sequence[str] | None = None,  # file with one product id per line, or the ids; None = the split
+) -> Question:
+    "Queries and positives of the split from triplets.parquet."
+    queries, left_out = triplet_queries(catalog if split == "all" else catalog.split(split), limit)
     products = pick_products(catalog, split) if gallery is None else read_gallery(catalog.whole, gallery)
     about = {"gallery": "all products of the split" if gallery is None else "list of ids", "n_pseudo_positive_left_out": left_out}
-    return Question(products, gallery_side(products), queries, queries, about)
+    return Question(catalog.whole, products, gallery_side(products), queries, queries, about)
 
-# %% ../nbs/41_evaluate.ipynb #e0d0fb13
+# %% ../nbs/41_evaluate.ipynb #990d96e0
+def ask(
+    catalog: Catalog,
+    split: str = "test",
+    protocol: str = "catalog-v1",  # or triplets-v1
+    limit: int | None = None,
+    gallery: str | Path | Sequence[str] | None = None,  # triplets-v1 only
+    lexicon: Lexicon | None = None,
+) -> Question:
+    "The question of the named protocol."
+    if protocol not in ("catalog-v1", "triplets-v1"):
+        raise UsageError(f"unknown protocol {protocol!r}", where="protocol", advice="catalog-v1 or triplets-v1")
+    if protocol == "catalog-v1" and gallery is not None:
+        raise UsageError("catalog-v1 has a fixed gallery", where="gallery", advice="leave it out, or use triplets-v1")
+    question = ask_catalog_v1(catalog, split, limit, lexicon) if protocol == "catalog-v1" else ask_triplets_v1(catalog, split, limit, gallery)
+    folder = question.catalog.folder
+    question.about = {
+        "name": protocol, "split": split, "hit_rule": "same product key", "catalog": Path(folder).resolve().name if folder else "in memory", "catalog_hash": question.catalog.data_hash,
+        "limit": limit, "n_products": len(question.products), "interval": "percentile 95 %, bootstrap over product keys", **question.about,
+    }
+    return question
+
+# %% ../nbs/41_evaluate.ipynb #2847a0f4
+@dataclass
+class Evaluation:
+    "Scores, and what each query found."
+    metrics: dict
+    per_query: pd.DataFrame
+    views: dict[str, dict[str, np.ndarray]] = field(repr=False)  # queries / products -> view -> (N, D)
+
+    def write(self, out: str | Path) -> None:
+        "metrics.json (or the given .json name) in the folder `out`, and per_query.parquet beside it."
+        path = Path(out) if Path(out).suffix == ".json" else Path(out) / "metrics.json"
+        write_parquet(path.parent / "per_query.parquet", self.per_query)
+        write_json(path, self.metrics)
+
+
+def answer(
+    encoder,
+    question: Question,
+    baselines: bool = True,
+    labels: bool = True,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Evaluation:
+    "Encode once, then score everything the question asks."
+    catalog_v1 = question.about["name"] == "catalog-v1"
+    settings = Settings(question.catalog, resamples, seed, precision=not catalog_v1)
+    planned, skipped = plan_directions(question.queries, question.gallery, question.cross)
+    views, seconds = {}, {}
+    for side in (question.gallery, question.queries):
+        started = time.perf_counter()
+        views[side.name] = encode_side(encoder, side)
+        seconds[side.name] = time.perf_counter() - started
+    ranked = [(direction, vector_ranks(direction, views)) for direction in planned]
+    directions = {direction.name: direction_block(direction, ranks, settings, _nan_vectors(direction, views)) for direction, ranks in ranked}
+    metrics = {"protocol": question.about | {"model": encoder.fingerprint, "seed": seed, "resamples": resamples}, "directions": directions, "balance": _balance(directions)}
+    metrics |= {"skipped": skipped} if skipped else {}
+    metrics |= score_baselines(encoder, ranked, question.queries, question.gallery, settings) if baselines else {}
+    metrics |= score_labels(encoder, question.products, question.gallery, views["products"], settings) if labels and catalog_v1 else {}
+    metrics["timing"] = {"encode_seconds": seconds["products"], "products_per_second": len(question.products) / max(seconds["products"], 1e-9), "query_seconds": seconds["queries"]}
+    return Evaluation(metrics, pd.concat([per_query_rows(*pair) for pair in ranked], ignore_index=True), views)
+
+
+def _nan_vectors(direction: Direction, views: dict[str, dict[str, np.ndarray]]) -> int:
+    "Broken vectors among the direction's queries and gallery."
+    query = views[direction.asking.name][direction.query_view][direction.query_rows]
+    wanted = views[direction.gallery.name][direction.gallery_view][direction.gallery_rows]
+    return int(np.isnan(query[:, 0]).sum() + np.isnan(wanted[:, 0]).sum())
+
+
+def _balance(directions: dict) -> dict:
+    "Worst and best R@10 over the directions, and their ratio."
+    recalls = [block["R@10"]["value"] for block in directions.values()]
+    return {"min_R@10": min(recalls), "max_R@10": max(recalls), "ratio": min(recalls) / max(recalls) if max(recalls) else 0.0}
+
+# %% ../nbs/41_evaluate.ipynb #4e65efc9
 def evaluate(
     encoder,  # encode_views, encode, fingerprint; for baselines vision_features and untrained
     catalog: Catalog,  # with all its splits: they decide classes, brand prefixes and unseen titles
@@ -315,93 +403,7 @@ def evaluate(
     lexicon: Lexicon | None = None,  # made already, to save the second it takes
 ) -> dict:
     "The dictionary of metrics.json."
-    return run_protocol(encoder, catalog, split, out, protocol=protocol, baselines=baselines, labels=labels, resamples=resamples, limit=limit, seed=seed, gallery=gallery, lexicon=lexicon).metrics
-
-# %% ../nbs/41_evaluate.ipynb #afd4cc1a
-@dataclass
-class Evaluation:
-    "Scores, and what each query found."
-    metrics: dict
-    per_query: pd.DataFrame
-    views: dict[str, dict[str, np.ndarray]] = field(repr=False)  # queries / products -> view -> (N, D)
-
-
-def run_protocol(
-    encoder,
-    catalog: Catalog,
-    split: str = "test",
-    out: str | Path | None = None,
-    *,
-    protocol: str = "catalog-v1",
-    baselines: bool = True,
-    labels: bool = True,
-    resamples: int = 1000,
-    limit: int | None = None,
-    seed: int = 0,
-    gallery: str | Path | Sequence[str] | None = None,
-    lexicon: Lexicon | None = None,
-) -> Evaluation:
-    "`evaluate` that also returns the per-query table and the vectors."
-    question = _ask(catalog, split, protocol, limit, gallery, lexicon)
-    settings = Settings(catalog.whole, resamples, seed, precision=protocol == "triplets-v1")
-    planned, skipped = plan_directions(question.queries, question.gallery, question.cross)
-    started = time.perf_counter()
-    views = {"products": encode_side(encoder, question.gallery)}
-    seconds = time.perf_counter() - started
-    views["queries"] = encode_side(encoder, question.queries)
-    query_seconds = time.perf_counter() - started - seconds
-    ranked = [(direction, vector_ranks(direction, views)) for direction in planned]
-    directions = {direction.name: direction_block(direction, ranks, settings, _nan_vectors(direction, views)) for direction, ranks in ranked}
-    metrics = {"protocol": _protocol_entry(encoder, catalog, split, protocol, limit, settings, question), "directions": directions}
-    metrics |= {"skipped": skipped} if skipped else {}
-    metrics |= score_baselines(encoder, ranked, question.queries, question.gallery, settings) if baselines else {}
-    metrics |= score_labels(encoder, question.products, question.gallery, views["products"], settings) if labels and protocol == "catalog-v1" else {}
-    metrics |= {"balance": _balance(directions), "timing": {"encode_seconds": seconds, "products_per_second": len(question.products) / max(seconds, 1e-9), "query_seconds": query_seconds, "total_seconds": time.perf_counter() - started}}
-    result = Evaluation(metrics, pd.concat([per_query_rows(*pair) for pair in ranked], ignore_index=True), views)
+    result = answer(encoder, ask(catalog, split, protocol, limit, gallery, lexicon), baselines, labels, resamples, seed)
     if out is not None:
-        write_evaluation(result, out)
-    return result
-
-# %% ../nbs/41_evaluate.ipynb #8539a615
-def _ask(catalog: Catalog, split: str, protocol: str, limit: int | None, gallery, lexicon: Lexicon | None) -> Question:
-    "The question of the named protocol."
-    if protocol == "triplets-v1":
-        return ask_triplets_v1(catalog, split, limit, gallery)
-    if protocol != "catalog-v1":
-        raise UsageError(f"unknown protocol {protocol!r}", where="protocol", advice="catalog-v1 or triplets-v1")
-    if gallery is not None:
-        raise UsageError("catalog-v1 has a fixed gallery", where="gallery", advice="leave it out, or use triplets-v1")
-    return ask_catalog_v1(catalog, split, limit, lexicon)
-
-
-def _protocol_entry(encoder, catalog: Catalog, split: str, protocol: str, limit: int | None, settings: Settings, question: Question) -> dict:
-    "What was asked of whom: printed with every score."
-    folder = catalog.whole.folder
-    return {
-        "name": protocol, "split": split, "hit_rule": "same product key", "catalog": Path(folder).resolve().name if folder else "in memory", "catalog_hash": catalog.whole.data_hash,
-        "model": encoder.fingerprint, "seed": settings.seed, "limit": limit, "n_products": len(question.products), "resamples": settings.resamples,
-        "interval": "percentile 95 %, bootstrap over product keys", **question.about,
-    }
-
-
-def _nan_vectors(direction: Direction, views: dict[str, dict[str, np.ndarray]]) -> int:
-    "Broken vectors among the direction's queries and gallery."
-    query = views[direction.asking.name][direction.query_view][direction.query_rows]
-    wanted = views[direction.gallery.name][direction.gallery_view][direction.gallery_rows]
-    return int(np.isnan(query[:, 0]).sum() + np.isnan(wanted[:, 0]).sum())
-
-
-def _balance(directions: dict) -> dict:
-    "Worst and best R@10 over the directions, and their ratio."
-    recalls = [block["R@10"]["value"] for block in directions.values()]
-    return {"min_R@10": min(recalls), "max_R@10": max(recalls), "ratio": min(recalls) / max(recalls) if max(recalls) else 0.0}
-
-
-def write_evaluation(
-    result: Evaluation,
-    out: str | Path,  # folder, or the .json file
-) -> None:
-    "metrics.json (or the given name) and per_query.parquet beside it."
-    path = Path(out) if Path(out).suffix == ".json" else Path(out) / "metrics.json"
-    write_parquet(path.parent / "per_query.parquet", result.per_query)
-    write_json(path, result.metrics)
+        result.write(out)
+    return result.metrics

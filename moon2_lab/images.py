@@ -7,8 +7,7 @@ __all__ = ['MAX_SIDE', 'MAX_PIXELS', 'MAX_BYTES', 'FORMATS', 'TURNS', 'open_imag
            'fit', 'ImageFacts', 'pixel_sha256', 'examine', 'recall_facts', 'remember_facts', 'Stretch', 'index_tar',
            'ImageFolder', 'examine_all', 'ImageRef']
 
-# %% ../nbs/05_images.ipynb #88bbd8d4
-import hashlib
+# %% ../nbs/05_images.ipynb #47fa4c60
 import io
 import os
 import posixpath

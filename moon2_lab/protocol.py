@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LEVELS', 'hash_order', 'pick_products', 'Side', 'gallery_side', 'catalog_queries', 'query_image_counts', 'Direction',
            'plan_directions', 'unseen_queries', 'triplet_queries', 'read_gallery', 'LabelTask', 'product_classes',
-           'product_values', 'label_task', 'label_tasks', 'folded_words', 'string_match']
+           'product_values', 'product_labels', 'label_tasks', 'folded_words', 'string_match']
 
-# %% ../nbs/39_protocol.ipynb #1b99d00b
+# %% ../nbs/39_protocol.ipynb #17cd2d8c
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,42 +222,35 @@ def product_values(
     values = [part.strip() for part in (product.attributes.get(name) or "").split("|")]
     return {f"{name.replace('_', ' ')}: {value}": value for value in values if value}
 
-# %% ../nbs/39_protocol.ipynb #c1e11032
-def label_task(
-    kind: str,
-    name: str,
-    read,  # (product, name) -> {text: leaf}
-    catalog: Catalog,  # the whole catalogue: decides which classes there are
-    products: Sequence[Product],  # the scored ones
-    at_least: int = 20,  # products a class needs
-) -> LabelTask | None:
-    "The task, or None with fewer than two classes."
-    leaves, counts = {}, Counter()
-    for product in catalog:
-        found = read(product, name)
-        leaves |= found
-        counts.update(found.keys())
-    texts = sorted(text for text in counts if counts[text] >= at_least)
-    if len(texts) < 2:
-        return None
-    column = {text: i for i, text in enumerate(texts)}
-    truth = np.zeros((len(products), len(texts)), dtype=bool)
-    for row, product in enumerate(products):
-        truth[row, [column[text] for text in read(product, name) if text in column]] = True
-    return LabelTask(kind, name, texts, [leaves[text] for text in texts], np.array([counts[text] for text in texts]), truth, len(counts) - len(texts))
+# %% ../nbs/39_protocol.ipynb #1c7bf0df
+def product_labels(product: Product) -> dict[tuple[str, str], dict[str, str]]:
+    "(kind, name) -> {text: leaf} of everything the product is labelled with."
+    labels = {("classification", level): product_classes(product, level) for level in LEVELS}
+    labels |= {("attributes", name): product_values(product, name) for name in product.attributes}
+    return {task: texts for task, texts in labels.items() if texts}
 
 
 def label_tasks(
-    catalog: Catalog,
-    products: Sequence[Product],
-    at_least: int = 20,
+    catalog: Catalog,  # the whole catalogue: decides which classes there are
+    products: Sequence[Product],  # the scored ones
+    at_least: int = 20,  # products of the whole catalogue that a class needs
 ) -> list[LabelTask]:
-    "Every level that some product fills and every attribute name, where they make a task."
-    levels = [level for level in LEVELS if any(getattr(product, level) for product in catalog)]
-    names = sorted({name for product in catalog for name in product.attributes})
-    tasks = [label_task("classification", level, product_classes, catalog, products, at_least) for level in levels]
-    tasks += [label_task("attributes", name, product_values, catalog, products, at_least) for name in names]
-    return [task for task in tasks if task is not None]
+    "Every level that some product fills and every attribute name, where they have two classes."
+    counts, leaves = defaultdict(Counter), defaultdict(dict)
+    for product in catalog:
+        for task, texts in product_labels(product).items():
+            counts[task].update(texts.keys())
+            leaves[task].update(texts)
+    filled = {level for product in catalog for level in LEVELS if getattr(product, level)}
+    names = [task for task in sorted(counts, key=lambda task: (task[0] != "classification", task[1])) if task[0] == "attributes" or task[1] in filled]
+    scored = [product_labels(product) for product in products]
+    tasks = []
+    for task in names:
+        texts = sorted(text for text, count in counts[task].items() if count >= at_least)
+        if len(texts) >= 2:
+            truth = np.array([[text in labels.get(task, ()) for text in texts] for labels in scored], dtype=bool).reshape(-1, len(texts))
+            tasks.append(LabelTask(*task, texts, [leaves[task][text] for text in texts], np.array([counts[task][text] for text in texts]), truth, len(counts[task]) - len(texts)))
+    return tasks
 
 # %% ../nbs/39_protocol.ipynb #d91bd6e0
 def folded_words(text: str | None) -> list[str]:

@@ -6,9 +6,10 @@
 __all__ = ['WORD', 'NAMING', 'PROTOCOL', 'words', 'fold', 'own_words', 'Lexicon', 'search_phrase', 'PhotoSettings',
            'photo_settings', 'photo_view', 'query_image_ref', 'uses_photo_view']
 
-# %% ../nbs/12_text.ipynb #b583797d
+# %% ../nbs/12_text.ipynb #f56333f8
 import hashlib
 import io
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def photo_settings(
     uniform = np.random.Generator(np.random.PCG64(seed)).uniform
     return PhotoSettings(uniform(0.6, 0.9), uniform(), uniform(), uniform(-8, 8), uniform(0.8, 1.2), uniform(0.8, 1.2), uniform(0.8, 1.2))
 
-# %% ../nbs/12_text.ipynb #206106dc
+# %% ../nbs/12_text.ipynb #b9006543
 def photo_view(
     image: Image.Image,  # RGB
     product_id: str,
@@ -145,7 +146,7 @@ def photo_view(
 ) -> Image.Image:
     "The picture as a phone would have taken it: cut, turned, relit, JPEG quality 60."
     settings = photo_settings(product_id, variant)
-    side = settings.area**0.5
+    side = math.sqrt(settings.area)
     width, height = max(1, round(image.width * side)), max(1, round(image.height * side))
     left, top = round(settings.x * (image.width - width)), round(settings.y * (image.height - height))
     view = image.crop((left, top, left + width, top + height))

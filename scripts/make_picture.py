@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Draw the picture of README.md from a finished run: `python scripts/make_picture.py runs/demo`. Needs Chromium (the figure is drawn by plotly)."""
+"""Draw the pictures of README.md into nbs/images.
+
+    python scripts/make_picture.py catalogue         drawn products, one row per view
+    python scripts/make_picture.py scores runs/demo  the retrieval scores of a finished run (needs Chromium: plotly draws them)
+"""
 import argparse
 import shutil
 import subprocess
@@ -11,9 +15,10 @@ from PIL import Image
 
 from moon2_lab.core import read_json
 from moon2_lab.figures import score_figure
+from moon2_lab.synth import describe, draw_product
 from moon2_lab.tables import score_table
 
-ROOT = Path(__file__).resolve().parent.parent
+IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
 WIDTH, HEIGHT = 860, 380
 
 
@@ -32,20 +37,42 @@ def screenshot(page, target):
     Image.open(target).convert("RGB").quantize(64).save(target, optimize=True)
 
 
-def main():
-    "Draw the retrieval scores of a run."
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder with metrics.json")
-    parser.add_argument("--out", type=Path, default=ROOT / "nbs" / "images" / "scores.png")
-    args = parser.parse_args()
-    metrics = read_json(args.run / "metrics.json")
-    figure = score_figure(score_table(metrics)).update_layout(width=WIDTH, height=HEIGHT, margin={"r": 30})
+def scores(run):
+    "The retrieval scores of a run, with intervals and baselines."
+    figure = score_figure(score_table(read_json(run / "metrics.json"))).update_layout(width=WIDTH, height=HEIGHT, margin={"r": 30})
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "figure.html"
         page.write_text(f"<body style='margin:0'>{figure.to_html(include_plotlyjs=True, full_html=False, config={'displayModeBar': False})}</body>", encoding="utf-8")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        screenshot(page, args.out)
-    print(f"{args.out}: {args.out.stat().st_size} bytes")
+        screenshot(page, IMAGES / "scores.png")
+    return IMAGES / "scores.png"
+
+
+def catalogue(columns=14, side=84):
+    "The first product of each kind, three views under one another."
+    first = {}
+    for place in range(400):
+        first.setdefault(describe(0, place).kind, place)
+    products = [draw_product(seed=0, index=place, image_size=128) for place in list(first.values())[:columns]]
+    sheet = Image.new("RGB", (columns * side, 3 * side), "white")
+    for place, product in enumerate(products):
+        for row, picture in enumerate(product.pictures[:3]):
+            sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (place * side, row * side))
+    target = IMAGES / "catalogue.jpg"
+    sheet.save(target, quality=82, optimize=True)
+    return target
+
+
+def main():
+    "Draw what was asked for."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["catalogue", "scores"])
+    parser.add_argument("run", type=Path, nargs="?", help="a run folder with metrics.json")
+    args = parser.parse_args()
+    if args.what == "scores" and args.run is None:
+        parser.error("scores needs a run folder")
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    target = catalogue() if args.what == "catalogue" else scores(args.run)
+    print(f"{target}: {target.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def readme():
             cell.source = ""
         kept.append(cell)
     notebook.cells = kept
+    notebook.metadata["language_info"] = {"name": "python"}
     body, _ = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook)
     body = re.sub(r"```python\s*```\n?", "", body).replace(MAP_MARK, map_of_notebooks())
     return NOTICE + re.sub(r"\n{3,}", "\n\n", relative_to_root(body)).strip() + "\n"

@@ -1,0 +1,489 @@
+"""The protocols against a plain re-implementation: one product at a time, plain Python, straight from the rules."""
+import json
+import math
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from moon2_lab.catalog import Catalog, Item, Product
+from moon2_lab.core import DIRECTIONS, DataError, UsageError
+from moon2_lab.evaluate import answer, ask, encode_side, evaluate
+from moon2_lab.images import ImageRef
+from moon2_lab.metrics import paired_test_tables
+from moon2_lab.protocol import catalog_queries, gallery_side, label_tasks, pick_products, string_match
+from moon2_lab.text import Lexicon, query_image_ref, search_phrase
+from PIL import Image, ImageDraw
+
+COLOURS, KINDS, BRANDS = ("red", "green", "blue", "orange", "purple"), ("Mug", "Lamp", "Chair", "Vase"), ("Alba", "Borg", "Cura")
+
+
+class FakeEncoder:
+    "Random vectors of words and of a few pixels. It knows nothing; it stands for the interface."
+
+    def __init__(self, seed=0, change=None):
+        self.seed, self.change, self.fingerprint, self.calls = seed, change or (lambda views: views), f"fake-{seed}", []
+        self.pixels = np.random.default_rng(seed).standard_normal((48, 16))
+
+    def words(self, text):
+        return sum(np.random.default_rng([self.seed, zlib.crc32(word.encode())]).standard_normal(16) for word in text.lower().split())
+
+    def encode_views(self, items):
+        self.calls.append([item.item_id for item in items])
+        views = {view: np.full((len(items), 16), np.nan) for view in ("t", "i", "mm")}
+        for row, item in enumerate(items):
+            assert item.has_text or item.has_image, "an empty item must not be sent"
+            if item.has_text:
+                views["t"][row] = self.words(item.text)
+            if item.has_image:
+                views["i"][row] = (np.asarray(item.image.load().resize((4, 4))).ravel() / 255 - 0.7) @ self.pixels
+            views["mm"][row] = np.nansum([views["t"][row], views["i"][row]], axis=0)
+        return self.change({view: (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32) for view, vectors in views.items()})
+
+    def encode(self, items, view="mm"):
+        return self.encode_views(items)[view]
+
+    def vision_features(self, refs):
+        return np.stack([np.asarray(ref.load().resize((5, 5)), dtype=np.float32).ravel() for ref in refs])
+
+    def untrained(self):
+        return FakeEncoder(self.seed + 100)
+
+
+def picture(colour, size):
+    image = Image.new("RGB", (40, 40), "white")
+    ImageDraw.Draw(image).ellipse([size, size // 2, 39 - size, 36], fill=colour)
+    return ImageRef.from_pil(image)
+
+
+def shop(count=160):
+    "Shared titles, shared pictures, products without one half, second photos, a title without a word, all splits."
+    for i in range(count):
+        colour, kind, brand = COLOURS[i % 5], KINDS[i // 5 % 4], BRANDS[i // 20 % 3]
+        refs = [picture(colour, 1 + i // 11)] + ([picture(colour, 16)] if i % 17 == 0 else [])
+        title = "☕ ☕" if i == 33 else None if i in (13, 23, 43) else f"{brand} {colour.title()} {kind} Nice {i // 40}"
+        yield Product(f"p{i:03}", title, category_l1="Home", category_l2=kind, category_l3=f"{kind}s" if i % 3 else None, split=("test", "train", "valid", "train", "test", "train")[i % 6],
+                      attributes={"base_colour": colour.title(), "care": "Wash|Dry" if i % 2 else "Dry"} | ({} if i % 7 else {"brand": brand}), refs=() if title and i % 19 == 4 else tuple(refs))
+
+
+@pytest.fixture(scope="module")
+def catalog():
+    return Catalog.from_products(list(shop()))
+
+
+@pytest.fixture(scope="module")
+def metrics(catalog):
+    return evaluate(FakeEncoder(), catalog, resamples=200)
+
+
+# ---------------------------------------------------------------------------------------------- catalog-v1 by hand
+
+
+def by_hand(encoder, catalog, split):
+    "direction -> [(query id, key, rank)], one query at a time."
+    lexicon, products = Lexicon(catalog), [product for product in catalog if product.split == split]
+    one = lambda text, image, view: encoder.encode([Item(text, image)], view=view)[0] if text or image else None
+    title = lambda product: product.title if product.has_text else None
+    views = {
+        "c_t": {p.product_id: one(title(p), None, "t") for p in products if p.has_text},
+        "c_i": {p.product_id: one(None, p.image_ref(), "i") for p in products if p.has_image},
+        "c_mm": {p.product_id: one(title(p), p.image_ref(), "mm") for p in products},
+    }
+    phrase = {p.product_id: search_phrase(p, 0, lexicon) for p in products if p.has_text}
+    photo = {p.product_id: query_image_ref(p, 0) for p in products if p.has_image}
+    views["q_t"] = {name: one(text, None, "t") for name, text in phrase.items() if text}
+    views["q_i"] = {name: one(None, image, "i") for name, image in photo.items()}
+    views["q_mm"] = {name: one(phrase[name], image, "mm") for name, image in photo.items() if phrase.get(name)}
+    pairs = {"t->mm": ("q_t", "c_mm"), "i->mm": ("q_i", "c_mm"), "mm->mm": ("q_mm", "c_mm"), "t->i": ("c_t", "c_i"), "i->t": ("c_i", "c_t")}
+    found = {}
+    for direction, (asking, gallery) in pairs.items():
+        found[direction] = []
+        for name, query in views[asking].items():
+            key = catalog.product_key(name)
+            scores = {other: float(np.float32(query.astype(float) @ vector.astype(float))) for other, vector in views[gallery].items()}
+            hits = [score for other, score in scores.items() if catalog.product_key(other) == key]
+            best = max(hits, default=-math.inf)
+            rank = 1 + sum(score >= best for other, score in scores.items() if catalog.product_key(other) != key)
+            found[direction].append((name, key, rank if hits else math.inf))
+    return found
+
+
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_catalog_v1_equals_the_rules_by_hand(catalog, split, tmp_path):
+    "Ranks of every query, counts, R@k, unseen titles; queries with half a product; hits by shared title and shared picture."
+    metrics = evaluate(FakeEncoder(), catalog, split, out=tmp_path, baselines=False, labels=False, resamples=50)
+    table = pd.read_parquet(tmp_path / "per_query.parquet")
+    train = {product.key for product in catalog if product.split == "train"}
+    expected = by_hand(FakeEncoder(), catalog, split)
+    assert list(metrics["directions"]) == list(DIRECTIONS)
+    for direction, rows in expected.items():
+        block, mine = metrics["directions"][direction], table[table["direction"] == direction].set_index("query_id")
+        assert set(mine.index) == {name for name, _, _ in rows} and block["n_queries"] == len(rows)
+        assert block["n_keys"] == len({key for _, key, _ in rows})
+        for name, key, rank in rows:
+            assert mine.loc[name, "key"] == key
+            assert (mine.loc[name, "rank"] == rank) if rank < math.inf else len(mine.loc[name, "hit_ids"]) == 0
+        unseen = [rank for _, key, rank in rows if key not in train]
+        assert block["unseen_title"]["n_queries"] == len(unseen) > 0
+        assert 0 < len(unseen) < len(rows), "the catalogue should show both cases"
+        for k in (1, 5, 10):
+            assert block[f"R@{k}"]["value"] == pytest.approx(np.mean([rank <= k for _, _, rank in rows]))
+            assert block["unseen_title"][f"R@{k}"]["value"] == pytest.approx(np.mean([rank <= k for rank in unseen]))
+    assert any(block["n_gallery"] != block["n_queries"] for block in metrics["directions"].values())
+    assert split == "valid" or any(len(names) > 1 for names in table["hit_ids"]), "the test split should have products that share a key"
+
+
+def test_the_dictionary_has_the_documented_form(catalog, metrics):
+    "Names of the interface; intervals around the values; strict JSON."
+    protocol = metrics["protocol"]
+    assert (protocol["name"], protocol["split"], protocol["hit_rule"], protocol["model"], protocol["seed"]) == ("catalog-v1", "test", "same product key", "fake-0", 0)
+    assert sum(protocol["query_images"].values()) == metrics["directions"]["i->mm"]["n_queries"] and all(protocol["query_images"].values())
+    for block in [*metrics["directions"].values(), *(b for found in metrics["trivial"].values() for b in found.values())]:
+        for k in (1, 5, 10):
+            score = block[f"R@{k}"]
+            assert score["ci95"][0] <= score["value"] <= score["ci95"][1]
+    for kind in ("classification", "attributes"):
+        for by_view in metrics[kind].values():
+            assert list(by_view) == ["mm", "i", "t"]
+            for block in by_view.values():
+                assert {"accuracy", "macro_f1", "majority", "string_match", "n_classes", "n_left_out"} <= set(block)
+                assert {"value", "ci95"} == set(block["accuracy"]) and isinstance(block["majority"], float)
+    recalls = [block["R@10"]["value"] for block in metrics["directions"].values()]
+    assert metrics["balance"] == {"min_R@10": min(recalls), "max_R@10": max(recalls), "ratio": min(recalls) / max(recalls)}
+    assert metrics["timing"]["encode_seconds"] > 0 and metrics["timing"]["products_per_second"] > 0
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_files_are_written_where_asked(catalog, metrics, tmp_path):
+    "A folder, or a .json name; per_query.parquet beside it; the same content as the return value, whatever the run."
+    evaluate(FakeEncoder(), catalog, out=tmp_path / "a", resamples=200)
+    again = evaluate(FakeEncoder(), catalog, out=tmp_path / "b" / "scores.json", resamples=200)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"metrics.json", "per_query.parquet"}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"scores.json", "per_query.parquet"}
+    kept = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    without_time = lambda found: {name: value for name, value in found.items() if name != "timing"}
+    assert without_time(kept) == without_time(again) == without_time(metrics)
+    first, second = (pd.read_parquet(tmp_path / name / "per_query.parquet") for name in "ab")
+    pd.testing.assert_frame_equal(first, second)
+    assert list(first.columns[:6]) == ["query_id", "direction", "rank", "hit_ids", "top_ids", "top_scores"]
+    assert (first["top_ids"].map(len) == first["top_scores"].map(len)).all() and (first["top_ids"].map(len) <= 10).all()
+    assert paired_test_tables(first, second, "mm->mm")["p"] == 1.0
+
+
+def test_everything_is_encoded_once(catalog):
+    "Products, queries and label texts: one call each; another two for the untrained encoder, which is another object."
+    encoder = FakeEncoder()
+    evaluate(encoder, catalog, resamples=0)
+    products, queries, texts = encoder.calls
+    assert products == [product.product_id for product in catalog if product.split == "test"]
+    assert len(queries) == len(set(queries)) and set(queries) <= set(products)
+    assert len(texts) == len(set(texts)) > 2
+    quick = FakeEncoder()
+    evaluate(quick, catalog, baselines=False, labels=False, resamples=0)
+    assert len(quick.calls) == 2
+
+
+def test_a_part_of_the_catalogue_gives_the_scores_of_the_whole(catalog, metrics):
+    "catalog.split('test') knows the catalogue it comes from."
+    part = evaluate(FakeEncoder(), catalog.split("test"), resamples=200)
+    assert part["directions"] == metrics["directions"] and part["classification"] == metrics["classification"]
+
+
+def test_all_is_every_product(catalog):
+    metrics = evaluate(FakeEncoder(), catalog, "all", baselines=False, resamples=0)
+    assert metrics["directions"]["mm->mm"]["n_gallery"] == len(catalog)
+
+
+def test_a_limit_is_a_nested_sample_independent_of_the_order(catalog):
+    "The first N products by the hash of their id."
+    ids = lambda products: {product.product_id for product in products}
+    shuffled = Catalog.from_products(list(shop())[::-1])
+    small, large = pick_products(catalog, "test", 7), pick_products(catalog, "test", 20)
+    assert ids(small) < ids(large) and len(small) == 7 and len(large) == 20
+    assert ids(pick_products(shuffled, "test", 7)) == ids(small)
+    assert len(pick_products(catalog, "test", 10**6)) == len(catalog.split("test"))
+    metrics = evaluate(FakeEncoder(), catalog, limit=7, baselines=False, labels=False, resamples=0)
+    assert metrics["protocol"]["limit"] == 7 == metrics["directions"]["mm->mm"]["n_gallery"]
+
+
+# ---------------------------------------------------------------------------------------------- baselines
+
+
+def test_baselines_stand_beside_the_directions_they_apply_to(catalog, metrics):
+    assert {name: sorted(found) for name, found in metrics["trivial"].items()} == {
+        "t->mm": ["bm25", "untrained"], "i->mm": ["frozen_vision", "untrained"], "mm->mm": ["bm25", "frozen_vision", "untrained"], "t->i": ["untrained"], "i->t": ["untrained"]}
+    untrained = evaluate(FakeEncoder(100), catalog, baselines=False, labels=False, resamples=200)
+    for direction, block in untrained["directions"].items():
+        assert metrics["trivial"][direction]["untrained"]["R@10"] == block["R@10"]
+
+
+def test_directions_not_above_a_baseline_are_named(metrics):
+    "Below and level are listed apart, each with the paired interval of the difference."
+    named = {(e["direction"], e["baseline"], e["metric"]): e for e in metrics["below_baseline"] + metrics["level_with_baseline"]}
+    for direction, found in metrics["trivial"].items():
+        for baseline, block in found.items():
+            for k in ("R@1", "R@5", "R@10"):
+                value, other = metrics["directions"][direction][k]["value"], block[k]["value"]
+                assert ((direction, baseline, k) in named) == (value <= other)
+    assert all(entry["difference"] < 0 for entry in metrics["below_baseline"]) and all(entry["difference"] == 0 for entry in metrics["level_with_baseline"])
+    assert all(entry["ci95"][0] <= entry["difference"] <= entry["ci95"][1] and 0 < entry["p"] <= 1 for entry in named.values())
+    assert metrics["below_baseline"], "random vectors should be below something"
+
+
+def test_an_encoder_without_baselines_says_so(catalog):
+    "encode_views, encode and fingerprint are enough."
+    class Least:
+        fingerprint = "least"
+        encode_views, encode = FakeEncoder().encode_views, FakeEncoder().encode
+
+    metrics = evaluate(Least(), catalog, resamples=0)
+    assert set(metrics["skipped_baselines"]) == {"frozen_vision", "untrained"}
+    assert list(metrics["trivial"]) == ["t->mm", "mm->mm"]
+
+
+def test_vision_features_are_normalised_and_checked(catalog):
+    "Their length plays no part; a wrong number of rows is refused."
+    scaled, wrong = FakeEncoder(), FakeEncoder()
+    scaled.vision_features = lambda refs: FakeEncoder().vision_features(refs) * np.arange(1, len(refs) + 1)[:, None]
+    wrong.vision_features = lambda refs: FakeEncoder().vision_features(refs)[1:]
+    ours, theirs = (evaluate(encoder, catalog, labels=False, resamples=0)["trivial"]["i->mm"]["frozen_vision"] for encoder in (scaled, FakeEncoder()))
+    assert ours == theirs
+    with pytest.raises(DataError, match="vision_features returned shape"):
+        evaluate(wrong, catalog, labels=False, resamples=0)
+
+
+# ---------------------------------------------------------------------------------------------- labels
+
+
+def test_labels_equal_sklearn_by_hand(catalog, metrics):
+    "Nearest class text, one product at a time; macro scores by scikit-learn over the classes present."
+    from sklearn.metrics import f1_score, precision_score, recall_score
+
+    encoder, products = FakeEncoder(), [product for product in catalog if product.split == "test"]
+    counts = Counter(f"Home > {product.category_l2}" for product in catalog)
+    classes = sorted(name for name, count in counts.items() if count >= 20)
+    texts = np.stack([encoder.encode([Item(name, None)], view="t")[0] for name in classes])
+    for view in ("t", "i", "mm"):
+        shown = [p for p in products if {"t": p.has_text, "i": p.has_image, "mm": True}[view] and f"Home > {p.category_l2}" in classes]
+        truth = [f"Home > {p.category_l2}" for p in shown]
+        guess = [classes[int(np.argmax(texts @ encoder.encode([p.item(view)], view=view)[0]))] for p in shown]
+        block = metrics["classification"]["category_l2"][view]
+        options = {"labels": sorted(set(truth)), "average": "macro", "zero_division": 0}
+        assert block["accuracy"]["value"] == pytest.approx(np.mean([t == g for t, g in zip(truth, guess)]))
+        assert block["macro_f1"]["value"] == pytest.approx(f1_score(truth, guess, **options))
+        assert block["macro_precision"]["value"] == pytest.approx(precision_score(truth, guess, **options))
+        assert block["macro_recall"]["value"] == pytest.approx(recall_score(truth, guess, **options))
+        assert block["majority"] == pytest.approx(max(Counter(truth).values()) / len(truth))
+        assert block["string_match"] == pytest.approx(np.mean([bool(p.title) and f" {p.category_l2} " in p.title for p in shown]))
+        assert (block["n_classes"], block["n_left_out"], block["n_products"]) == (len(classes), len(counts) - len(classes), len(shown))
+
+
+def test_label_tasks_follow_the_rules(catalog):
+    "At least 20 products, at least two classes, nulls dropped from the path, values split at the bar."
+    tasks = {task.name: task for task in label_tasks(catalog, pick_products(catalog, "test"))}
+    assert set(tasks) == {"category_l2", "category_l3", "base_colour", "care"}  # category_l1 has one class, brand fewer than 20 products each
+    assert tasks["care"].texts == ["care: Dry", "care: Wash"] and tasks["base_colour"].texts[0] == "base colour: Blue"
+    assert all(text.startswith("Home > ") for text in tasks["category_l3"].texts)
+    empty = Catalog.from_products([Product(f"e{i}", f"thing {i}", category_l1=("A", "B")[i % 2], attributes={"care": " | "}) for i in range(50)])
+    assert [task.name for task in label_tasks(empty, empty)] == ["category_l1"]  # levels that nobody fills are absent
+
+
+def test_a_catalogue_with_one_class_has_no_label_scores():
+    lonely = Catalog.from_products([Product(f"e{i}", f"thing number {i}", category_l1="A", attributes={"care": "Dry"}, split="test") for i in range(30)])
+    metrics = evaluate(FakeEncoder(), lonely, resamples=0, baselines=False)
+    assert metrics["classification"] == {} == metrics["attributes"]
+
+
+def test_string_match_takes_the_longest_and_needs_every_word(catalog):
+    task = next(task for task in label_tasks(catalog, pick_products(catalog, "test")) if task.name == "base_colour")
+    names = [task.leaves[i] if i >= 0 else None for i in string_match(["a BLUE thing", "Bluebell", "☕", None, "reds"], task)]
+    assert names == ["Blue", None, None, None, "Red"]
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def test_nan_vectors_count_against_the_model(catalog, metrics):
+    "Broken rows never help, are counted per direction, and the file stays valid JSON."
+    def some(views):
+        for vectors in views.values():
+            vectors[::3] = np.nan
+        return views
+
+    def infinite(views):
+        return {view: np.where(np.arange(16) == 3, np.inf, vectors) for view, vectors in views.items()}
+
+    partly = evaluate(FakeEncoder(change=some), catalog, baselines=False, resamples=0)
+    wholly = evaluate(FakeEncoder(change=infinite), catalog, baselines=False, resamples=0)
+    for direction, block in metrics["directions"].items():
+        assert partly["directions"][direction]["R@10"]["value"] < block["R@10"]["value"]
+        assert partly["directions"][direction]["n_nan_vectors"] > 0 == block["n_nan_vectors"]
+        assert wholly["directions"][direction]["R@10"]["value"] == 0
+        assert partly["directions"][direction]["n_gallery"] == block["n_gallery"], "a broken product stays in the gallery"
+    assert wholly["classification"]["category_l2"]["mm"]["accuracy"]["value"] == 0
+    json.dumps([partly, wholly], allow_nan=False)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda views: {view: vectors * 1.5 for view, vectors in views.items()}, "not l2-normalised, first norm 1.5"),
+    (lambda views: {view: vectors[:-1] for view, vectors in views.items()}, "returned shape"),
+    (lambda views: {view: vectors[:, :, None] for view, vectors in views.items()}, "returned shape"),
+    (lambda views: {"t": views["t"], "mm": views["mm"]}, "returned no i"),
+    (lambda views: views | {"i": views["i"][:, :8] * 0}, "do not fit"),
+])
+def test_wrong_vectors_are_refused(catalog, change, message):
+    with pytest.raises(DataError, match=message):
+        evaluate(FakeEncoder(change=change), catalog, resamples=0, baselines=False)
+
+
+def test_half_precision_norms_are_accepted(catalog):
+    "float16 vectors are normalised up to a thousandth."
+    metrics = evaluate(FakeEncoder(change=lambda views: {view: vectors.astype(np.float16) for view, vectors in views.items()}), catalog, resamples=0, baselines=False, labels=False)
+    assert metrics["directions"]["t->mm"]["n_nan_vectors"] == 0
+
+
+def test_views_that_nobody_has_are_skipped_with_a_reason():
+    "A catalogue of titles has one direction; one of pictures another; the reason is in the file."
+    titles = Catalog.from_products([Product(f"e{i}", f"thing number {i}", split="test") for i in range(12)])
+    metrics = evaluate(FakeEncoder(), titles, resamples=10)
+    assert list(metrics["directions"]) == ["t->mm"] and set(metrics["skipped"]) == {"i->mm", "mm->mm", "t->i", "i->t"}
+    assert "no images" in metrics["skipped_baselines"]["frozen_vision"] or "no image" in metrics["skipped_baselines"]["frozen_vision"]
+    pictures = Catalog.from_products([Product(f"e{i}", refs=(picture("red", i + 1),), split="test") for i in range(12)])
+    assert list(evaluate(FakeEncoder(), pictures, resamples=10)["directions"]) == ["i->mm"]
+    wordless = Catalog.from_products([Product(f"e{i}", "☕" * (i + 1), split="test") for i in range(12)])
+    with pytest.raises(DataError, match="no direction can be scored"):
+        evaluate(FakeEncoder(), wordless, resamples=10)
+
+
+def test_one_product_is_enough():
+    "A gallery of one: every rank is 1, every interval a point."
+    one = Catalog.from_products([Product("only", "blue lamp", refs=(picture("blue", 3),), split="test")])
+    metrics = evaluate(FakeEncoder(), one, resamples=20)
+    assert [block["R@1"] for block in metrics["directions"].values()] == [{"value": 1.0, "ci95": [1.0, 1.0]}] * 5
+    assert "unseen_title" not in metrics["directions"]["t->mm"], "there is no train split"
+
+
+def test_usage_errors_name_the_option(catalog, tmp_path):
+    calls = [
+        (lambda: evaluate(FakeEncoder(), catalog, "holdout"), DataError, "holdout"),
+        (lambda: evaluate(FakeEncoder(), catalog, protocol="mteb"), UsageError, "unknown protocol"),
+        (lambda: evaluate(FakeEncoder(), catalog, limit=0), UsageError, "limit=0"),
+        (lambda: evaluate(FakeEncoder(), catalog, gallery=["p000"]), UsageError, "fixed gallery"),
+        (lambda: evaluate(FakeEncoder(), catalog, protocol="triplets-v1"), DataError, "no triplets"),
+    ]
+    for call, kind, message in calls:
+        with pytest.raises(kind, match=message):
+            call()
+
+
+# ---------------------------------------------------------------------------------------------- triplets-v1
+
+
+def triplets(catalog, rows):
+    "The catalogue with triplets of (query id, text, image path, positive, noise)."
+    columns = ["query_id", "query_text", "query_image", "positive_id", "negative_ids", "noise"]
+    table = pd.DataFrame([(q, text, image, positive, [], noise) for q, text, image, positive, noise in rows], columns=columns, dtype=object)
+    return Catalog(catalog.products, triplets=table, found={"photos/q.jpg": picture("green", 5)})
+
+
+@pytest.fixture(scope="module")
+def asked(catalog):
+    test = [product.product_id for product in catalog if product.split == "test"]
+    rows = [(f"q{i}", f"{catalog.get(name).attributes['base_colour']} thing {i}", "photos/q.jpg" if i % 2 else None, name, None) for i, name in enumerate(test[:20])]
+    rows += [(f"q{i}", rows[i][1], rows[i][2], name, None) for i, name in enumerate(test[20:30])]  # a second positive
+    rows += [("q0", rows[0][1], None, test[40], "pseudo_positive"), ("q99", None, "photos/q.jpg", test[5], "pseudo_negative")]
+    rows += [("train", "red thing", None, next(p.product_id for p in catalog if p.split == "train"), None)]
+    return triplets(catalog, rows)
+
+
+def test_triplets_v1_equals_the_rules_by_hand(asked, tmp_path):
+    "Several positives of one query, image queries, known noise, mAP and precision: by plain Python."
+    metrics = evaluate(FakeEncoder(), asked, out=tmp_path, protocol="triplets-v1", resamples=20)
+    table = pd.read_parquet(tmp_path / "per_query.parquet").set_index(["direction", "query_id"])
+    encoder, gallery = FakeEncoder(), [product for product in asked if product.split == "test"]
+    rows = [row for row in asked.triplets.itertuples() if asked.get(row.positive_id).split == "test" and row.noise != "pseudo_positive"]
+    queries = {row.query_id: Item(row.query_text, asked.image_ref(row.query_image) if row.query_image else None) for row in rows}
+    scores = {}
+    for name, item in queries.items():
+        keys = {asked.product_key(row.positive_id) for row in rows if row.query_id == name}
+        for direction in DIRECTIONS:
+            asking, wanted = direction.split("->")
+            if not {"t": item.has_text, "i": item.has_image, "mm": item.has_text and item.has_image}[asking]:
+                continue
+            query = encoder.encode([item], view=asking)[0].astype(float)
+            there = [p for p in gallery if {"t": p.has_text, "i": p.has_image, "mm": True}[wanted]]
+            order = sorted((-float(np.float32(query @ encoder.encode([p.item(wanted)], view=wanted)[0].astype(float))), p.key in keys) for p in there)
+            found = [hit for _, hit in order]
+            top = found[:10]
+            precision = sum(sum(top[: i + 1]) / (i + 1) for i, hit in enumerate(top) if hit) / max(1, min(10, sum(found)))
+            scores.setdefault(direction, []).append((any(top), sum(top) / 10, precision))
+            assert table.loc[(direction, name), "rank"] == (found.index(True) + 1 if any(found) else len(found) + 1)
+    assert set(scores) == set(metrics["directions"]) == set(DIRECTIONS)
+    for direction, values in scores.items():
+        block = metrics["directions"][direction]
+        assert [block[name]["value"] for name in ("R@10", "Prec@10", "mAP@10")] == pytest.approx(np.mean(values, axis=0).tolist())
+        assert block["n_queries"] == len(values)
+    assert metrics["protocol"]["n_pseudo_positive_left_out"] == 1 and metrics["protocol"]["name"] == "triplets-v1"
+    assert "classification" not in metrics and set(metrics["trivial"]["t->mm"]) == {"bm25", "untrained"}
+
+
+def test_a_gallery_file_replaces_the_split(asked, tmp_path):
+    "One id per line; ids of other splits are welcome, unknown ones are not."
+    names = [product.product_id for product in asked][:25]
+    (tmp_path / "gallery.txt").write_text("\n".join([*names, "", names[0]]) + "\n")
+    metrics = evaluate(FakeEncoder(), asked, protocol="triplets-v1", gallery=tmp_path / "gallery.txt", resamples=0, baselines=False)
+    assert metrics["directions"]["t->mm"]["n_gallery"] == 25 and metrics["directions"]["t->mm"]["n_without_hit"] > 0
+    assert metrics == evaluate(FakeEncoder(), asked, protocol="triplets-v1", gallery=names, resamples=0, baselines=False) | {"timing": metrics["timing"]}
+    for bad, message in ((["p000", "gone"], "1 of 2 gallery ids"), ([], "0 of 0"), (str(tmp_path / "none.txt"), "not a readable list")):
+        with pytest.raises(DataError, match=message):
+            evaluate(FakeEncoder(), asked, protocol="triplets-v1", gallery=bad)
+
+
+def test_triplets_that_cannot_be_asked_are_refused(catalog):
+    test = [product.product_id for product in catalog if product.split == "test"]
+    with pytest.raises(DataError, match="one query id, several queries"):
+        evaluate(FakeEncoder(), triplets(catalog, [("q", "red", None, test[0], None), ("q", "blue", None, test[1], None)]), protocol="triplets-v1")
+    with pytest.raises(DataError, match="no queries are left"):
+        evaluate(FakeEncoder(), triplets(catalog, [("q", "red", None, test[0], "pseudo_positive")]), protocol="triplets-v1")
+    limited = evaluate(FakeEncoder(), triplets(catalog, [(f"q{i}", f"red {i}", None, test[i], None) for i in range(9)]), protocol="triplets-v1", limit=4, resamples=0, baselines=False)
+    assert (limited["directions"]["t->mm"]["n_queries"], limited["directions"]["t->mm"]["n_gallery"]) == (4, len(test))
+
+
+def test_catalog_v1_ignores_triplets(asked, metrics):
+    assert evaluate(FakeEncoder(), asked, resamples=200)["directions"] == metrics["directions"]
+
+
+def test_one_question_serves_many_encoders(catalog):
+    question = ask(catalog)
+    first, second = answer(FakeEncoder(0), question, resamples=0), answer(FakeEncoder(1), question, resamples=0)
+    assert set(first.per_query["query_id"]) == set(second.per_query["query_id"])
+    assert first.metrics["protocol"]["model"] != second.metrics["protocol"]["model"]
+    assert encode_side(FakeEncoder(), question.gallery)["mm"].shape == (len(question.products), 16)
+
+
+# ---------------------------------------------------------------------------------------------- drawn and real products
+
+
+def test_a_drawn_catalogue_in_its_folder(drawn_catalogue, tmp_path):
+    "Both protocols on the layout of the generator, pictures from files."
+    catalog = Catalog.load(drawn_catalogue)
+    metrics = evaluate(FakeEncoder(), catalog, out=tmp_path, resamples=50)
+    assert set(metrics["directions"]) == set(DIRECTIONS) and metrics["protocol"]["catalog"] == Path(drawn_catalogue).resolve().name
+    by_triplets = evaluate(FakeEncoder(), catalog, protocol="triplets-v1", resamples=50)
+    assert by_triplets["directions"]["t->mm"]["n_queries"] > 0
+
+
+@pytest.mark.data
+def test_fashion_counts(data_root):
+    "974 test products; a shared title or picture is one key; 274 test titles also stand in train."
+    catalog = Catalog.load(data_root / "fashion-product-images")
+    products = pick_products(catalog, "test")
+    gallery, queries = gallery_side(products), catalog_queries(products, Lexicon(catalog))
+    train = {product.key for product in catalog if product.split == "train"}
+    assert len(products) == 974 and len(set(gallery.group.tolist())) < 974
+    assert {view: len(side.rows(view)) for side in (gallery, queries) for view in ("t", "i", "mm")} == {"t": 974, "i": 974, "mm": 974}
+    assert sum(key in train for key in gallery.group) >= 274
+    tasks = {task.name: len(task.texts) for task in label_tasks(catalog, products)}
+    assert tasks["category_l2"] == 23 and tasks["gender"] == 5
