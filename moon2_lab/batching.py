@@ -45,7 +45,7 @@ class Bin:
         self.all_keys.update(unit.all_keys)
         return old
 
-# %% ../nbs/06_batching.ipynb #3fdc3857
+# %% ../nbs/06_batching.ipynb #ea26258a
 def mend(
     bins: list[Bin],  # changed in place
     rng: random.Random,
@@ -62,7 +62,7 @@ def mend(
 
 
 def _exchange(here: Bin, place: int, bins: list[Bin], rng: random.Random, strict: bool, tries: int) -> bool:
-    "Find a unit in another batch so that neither clashes after changing places."
+    "Find a unit of the same size in another batch so that neither clashes after changing places."
     unit = here.units[place]
     for number in rng.sample(range(len(bins)), min(tries or len(bins), len(bins))):
         there = bins[number]
@@ -70,7 +70,7 @@ def _exchange(here: Bin, place: int, bins: list[Bin], rng: random.Random, strict
             continue
         for spot in rng.sample(range(len(there.units)), len(there.units)):
             other = there.units[spot]
-            if not there.clashes(unit, strict, without=other) and not here.clashes(other, strict, without=unit):
+            if len(other.members) == len(unit.members) and not there.clashes(unit, strict, without=other) and not here.clashes(other, strict, without=unit):
                 here.put(place, there.put(spot, unit))
                 return True
     return False

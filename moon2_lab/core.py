@@ -281,7 +281,7 @@ class EncoderConfig(LiveConfig):
         self.require(all(0 <= i < self.num_layers for i in ids), "moe_layers", f"layer ids 0 to {self.num_layers - 1}")
         return ids
 
-# %% ../nbs/00_core.ipynb #638c90b2
+# %% ../nbs/00_core.ipynb #99829b3a
 @dataclass(init=False)
 class TrainConfig(EncoderConfig):
     "Everything a training run is made of. The names are the keys of `--set` and of `--config`."
@@ -316,8 +316,8 @@ class TrainConfig(EncoderConfig):
     lora_r: int = 0  # 0 = train the decoder itself; r > 0 = LoRA of rank r on attention and experts
     lora_alpha: int = 16  # LoRA scaling numerator
     train_word_embeddings: bool = False  # the 28 M word embeddings of mini stay as they are
-    per_device_train_batch_size: int = 32  # triplets a step
-    learning_rate: float = 5e-5  # attention and norms, and the experts
+    per_device_train_batch_size: int = 64  # triplets a step
+    learning_rate: float = 1e-4  # attention and norms, and the experts
     connector_learning_rate: float = 1e-3  # image connector
     router_learning_rate: float = 1e-3  # router and W*
     weight_decay: float = 0.01  # AdamW, not on norms, biases and W*

@@ -67,7 +67,7 @@ def by_role(found: ItemViews, keys: TripletKeys, alignment: torch.Tensor) -> tup
 
     return TripletViews(cut(found.embedding), cut(found.present)), TripletRouting(cut(found.routing), alignment, found.layers)
 
-# %% ../nbs/33_train.ipynb #e44ca220
+# %% ../nbs/33_train.ipynb #1ac130bf
 class Trainer:
     "Step-through training of a `Moon2Encoder` on the train split of a catalogue."
 
@@ -78,6 +78,7 @@ class Trainer:
         config: TrainConfig | None = None,
         objective: Callable | None = None,  # (views, routing, keys) -> terms with "loss"; None: Moon2Objective
         callbacks: Sequence = (),
+        triplets: list[Triplet] | None = None,  # instead of those built from the catalogue
         evaluate_fn: Callable[[Moon2Encoder], dict[str, float]] | None = None,  # scores of the valid split; 'score' decides which model is best
         out: str | Path | None = None,  # run folder; None: nothing is written
         resume: bool = False,  # go on from the newest checkpoint in `out`
@@ -91,7 +92,8 @@ class Trainer:
             raise UsageError("the run folder is not empty", where=str(self.out), advice="give another --out, or continue it with --resume")
         seed_everything(self.config.seed)
         train = catalog.split("train") if "train" in catalog.splits else catalog
-        self.triplets = build_triplets(train, Lexicon(catalog), self.config.query_variants, self.config.negatives_per_query, self.config.seed, self.config.paired_negatives)
+        made = (self.config.query_variants, self.config.negatives_per_query, self.config.seed, self.config.paired_negatives)
+        self.triplets = triplets if triplets is not None else build_triplets(train, Lexicon(catalog), *made)
         self.sampler = TripletSampler(self.triplets, self.config.per_device_train_batch_size, self.config.seed, self.config.paired_negatives)
         prepare_trainable(encoder, self.config)
         self.choices = choose_numerics(encoder, self.config, tokens=40 * 2 * self.config.per_device_train_batch_size)
@@ -352,7 +354,7 @@ def train(self: Trainer) -> pd.DataFrame:
         bar.close()
     return self.table()
 
-# %% ../nbs/33_train.ipynb #d26f96ad
+# %% ../nbs/33_train.ipynb #82d3b70f
 @patch
 def prepare_features(self: Trainer) -> float:
     "Encode the images that the triplets need and the store lacks; returns seconds."
@@ -398,7 +400,7 @@ def plan(self: Trainer) -> dict:
     in_batch = (count - 1) * (1 + keys.negative.shape[1]) if self.config.in_batch_negatives else 0
     steps = self.config.max_steps or max(1, int(self.config.max_minutes * 60 / cost["predicted_seconds_per_step"]))
     return {
-        "products": len({t.positive.product_id for t in self.triplets}), "triplets": len(self.triplets), "triplets_from": self.triplets.source, "triplets_per_step": count,
+        "products": len({t.positive.product_id for t in self.triplets}), "triplets": len(self.triplets), "triplets_from": getattr(self.triplets, "source", "given"), "triplets_per_step": count,
         "hard_negatives_per_query": keys.negative.shape[1], "in_batch_negatives_per_query": f"up to {in_batch} (repeated and equal products are counted once or masked)",
         "images": len(refs), "images_to_encode": len(self.encoder.backbone.missing_features(refs)), "unique_items_per_step": len(unique), **cost,
         "steps": steps, "epochs": round(steps * count / len(self.triplets), 2), "predicted_minutes": round(steps * cost["predicted_seconds_per_step"] / 60, 1),

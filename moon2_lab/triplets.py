@@ -214,7 +214,7 @@ def triplets_from_products(
             finder.found["no_query"] += 1
     return made
 
-# %% ../nbs/13_triplets.ipynb #c460ac4c
+# %% ../nbs/13_triplets.ipynb #777c32c1
 def triplets_from_file(
     catalog: Catalog,
     negatives_per_query: int = 1,
@@ -233,8 +233,9 @@ def triplets_from_file(
             finder = finder or NegativeFinder(catalog)
             negatives += finder.find(positive, missing, random.Random(f"{seed}:fill:{row.query_id}"), negatives)
         rows[row.positive_id] += 1
-        query = Item(row.query_text, catalog.image_ref(row.query_image) if row.query_image else None, row.query_id)
-        made.append(Triplet(row.query_id, query, positive, negatives, rows[row.positive_id], row.noise))
+        text, path, noise = (value if isinstance(value, str) else None for value in (row.query_text, row.query_image, row.noise))  # a table in memory may hold NaN
+        query = Item(text, catalog.image_ref(path) if path else None, row.query_id)
+        made.append(Triplet(row.query_id, query, positive, negatives, rows[row.positive_id], noise))
     made.counts.update({f"filled_{level}": count for level, count in (finder.found if finder else {}).items()})
     return made
 
@@ -297,7 +298,7 @@ def _right_negative(triplet: Triplet, finder: NegativeFinder, rng: random.Random
     twin = pool[rng.choice([place for place, equal in enumerate(alike) if equal == max(alike)])]
     return replace(triplet, negatives=[twin, *(other for other in triplet.negatives[1:] if other.key != twin.key)])
 
-# %% ../nbs/13_triplets.ipynb #88157d29
+# %% ../nbs/13_triplets.ipynb #5fbc3d55
 class TripletSampler:
     "Batches of triplets for ever: epoch after epoch, each in its own order, without equal product keys in a batch where that can be had."
 
@@ -325,25 +326,29 @@ class TripletSampler:
     def batches(self, epoch: int) -> list[list[Triplet]]:
         "All batches of one epoch."
         rng = random.Random(f"{self.seed}:epoch:{epoch}")
-        units = self._spread(rng)
+        blocks = self._spread(rng)
         size = self.batch_size // (2 if self.paired else 1)
-        bins = [Bin(units[start : start + size]) for start in range(0, len(units) - size + 1, size)]
+        bins = [Bin(unit for block in blocks[start : start + size] for unit in block) for start in range(0, len(blocks) - size + 1, size)]
         moved = mend(bins, rng, strict=False, tries=0)
         moved_negatives = mend(bins, rng, strict=True, tries=4)
         self._counts[epoch] = {"batches": len(bins), "dropped": len(self.triplets) - len(bins) * self.batch_size, "avoided": moved, "avoided_negatives": moved_negatives, **count_left(bins)}
         return [[self.triplets[member] for unit in here.units for member in unit.members] for here in bins]
 
-    def _spread(self, rng: random.Random) -> list[Unit]:
-        "Units in random order, the m triplets of a product spread over the m parts of the epoch; for a paired sampler single triplets are joined."
-        singles = rng.sample(self._singles, len(self._singles))
-        joined = [first + second for first, second in zip(singles[::2], singles[1::2])] if self.paired else singles
+    def _spread(self, rng: random.Random) -> list[tuple[Unit, ...]]:
+        "Blocks of equal size in random order, the m triplets of a product spread over the m parts of the epoch; for a paired sampler a block is a pair or two singles."
         turn = rng.sample(range(self._most), self._most)  # the same turn of variants for every product, so that pairs agree
         order = {parts: {rank: place for place, rank in enumerate(sorted(range(parts), key=turn.__getitem__))} for parts in {parts for _, parts in self._ranks}}
-        times = []
-        for number, unit in enumerate(self._pairs + joined):
-            rank, parts = self._ranks[unit.members[0]]
-            times.append(((order[parts][rank] + rng.random()) / parts, number, unit))
-        return [unit for _, _, unit in sorted(times, key=lambda entry: entry[:2])]
+
+        def in_time(units: list[Unit]) -> list[tuple[float, int, Unit]]:
+            ranked = ((number, unit, *self._ranks[unit.members[0]]) for number, unit in enumerate(units))
+            return sorted(((order[parts][rank] + rng.random()) / parts, number, unit) for number, unit, rank, parts in ranked)
+
+        if not self.paired:
+            return [(unit,) for _, _, unit in in_time(self._singles)]
+        singles = [unit for _, _, unit in in_time(self._singles)]
+        joined = list(zip(singles[::2], singles[1::2]))
+        blocks = [(time, (unit,)) for time, _, unit in in_time(self._pairs)] + [((place + .5) / len(joined), block) for place, block in enumerate(joined)]
+        return [block for _, block in sorted(blocks, key=lambda entry: entry[0])]
 
     @property
     def ledger(self) -> dict[str, int]:
@@ -387,10 +392,23 @@ def _units(triplets: list[Triplet], paired: bool) -> tuple[list[Unit], list[Unit
         unit = Unit((place,), products, products | {other.key for other in triplet.negatives})
         ids = (triplet.positive.product_id, triplet.negatives[0].product_id if triplet.negatives else None)
         if paired and waiting[ids[::-1]]:
-            pairs.append(waiting[ids[::-1]].pop() + unit)
+            pairs.append((waiting[ids[::-1]].pop(), unit))
         else:
             waiting[ids].append(unit)
-    return pairs, [unit for units in waiting.values() for unit in units]
+    singles = [unit for units in waiting.values() for unit in units]
+    if paired:
+        _free(pairs, singles)
+    return [first + second for first, second in pairs], singles
+
+
+def _free(pairs: list[tuple[Unit, Unit]], singles: list[Unit]) -> None:
+    "Break up pairs until singles can be joined with others of another key."
+    while singles:
+        key, many = Counter(key for unit in singles for key in unit.products).most_common(1)[0]
+        place = next((place for place, pair in enumerate(pairs) if not any(key in unit.products for unit in pair)), None)
+        if 2 * many <= len(singles) or place is None:
+            return
+        singles.extend(pairs.pop(place))
 
 
 def _ranks(triplets: list[Triplet]) -> tuple[list[tuple[int, int]], int]:

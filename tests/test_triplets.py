@@ -1,0 +1,234 @@
+"""Triplets and their sampler: what must never happen (a negative that is the positive, two of one product in a batch), on made-up catalogues of every shape and on real ones."""
+import itertools
+from collections import Counter
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from moon2_lab.catalog import Catalog, ImageRef, Product
+from moon2_lab.core import DataError, UsageError
+from moon2_lab.text import Lexicon
+from moon2_lab.triplets import NegativeFinder, TripletSampler, build_triplets, image_refs, inject_noise, mutual_partners, triplets_from_products
+
+COLOURS, KINDS = ("red", "blue", "green"), ("Mugs", "Bowls", "Chairs", "Lamps")
+
+
+def picture(number):
+    return ImageRef.from_pil(Image.new("RGB", (4, 4), (number % 256, number // 256, 7)))
+
+
+def product(number, kind="Mugs", colour="red", title=None, **more):
+    fields = {"title": title or f"Brand thing number {number}", "category_l1": "Home", "category_l2": "Things", "category_l3": kind, "attributes": {"colour": colour}, "refs": (picture(number),), "split": "train"}
+    return Product(f"p{number:04d}", **(fields | more))
+
+
+def shop(count=48):
+    return Catalog.from_products([product(i, KINDS[i % 4], COLOURS[i // 4 % 3]) for i in range(count)])
+
+
+@st.composite
+def shops(draw):
+    "Catalogues with shared titles, missing categories, attributes, titles and pictures."
+    products = []
+    for i in range(draw(st.integers(2, 24))):
+        depth = draw(st.integers(0, 3))
+        levels = dict(zip(("category_l1", "category_l2", "category_l3"), ["Home", "Things", draw(st.sampled_from(KINDS))][:depth] + [None] * (3 - depth)))
+        shared = draw(st.integers(0, 3)) == 0
+        what = draw(st.sampled_from(("both", "both", "text", "picture")))
+        attributes = {"colour": draw(st.sampled_from(COLOURS))} if draw(st.booleans()) else {}
+        products.append(product(i, title="Shared title here" if shared else None, **levels, attributes=attributes) if what == "both" else
+                        product(i, **levels, attributes=attributes, refs=()) if what == "text" else replace(product(i, **levels, attributes=attributes), title=None))
+    return Catalog.from_products(products)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shops(), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.integers(0, 5))
+def test_a_negative_is_never_the_positive(catalog, variants, count, paired, seed):
+    "Whatever the catalogue looks like: keys differ, negatives have different keys, as many as there can be, and every one is counted."
+    keys = {p.key for p in catalog}
+    if len(keys) < 2:
+        with pytest.raises(DataError, match="no negatives"):
+            build_triplets(catalog, variants=variants)
+        return
+    triplets = build_triplets(catalog, None, variants, count, seed, paired)
+    for triplet in triplets:
+        negatives = [other.key for other in triplet.negatives]
+        assert triplet.key not in negatives and len(set(negatives)) == len(negatives) == min(count, len(keys) - 1)
+        assert triplet.query.has_text or triplet.query.has_image
+    assert sum(triplets.counts[level] for level in NegativeFinder.LEVELS) == sum(len(t.negatives) for t in triplets) + count_of_no_query(triplets, count, keys)
+    assert len(triplets) + triplets.counts["no_query"] == variants * len(catalog)
+    assert len(image_refs(triplets)) <= (variants + 1) * len(catalog)
+
+
+def count_of_no_query(triplets, count, keys):
+    return triplets.counts["no_query"] * min(count, len(keys) - 1)
+
+
+def test_hard_negatives_first():
+    "Same deepest category and another colour where there is one; each fall-back is counted under its own name."
+    triplets = build_triplets(shop(), variants=2)
+    assert triplets.counts == {"different_attribute": 96}
+    assert all(t.positive.category_l3 == t.negatives[0].category_l3 and t.positive.attributes != t.negatives[0].attributes for t in triplets)
+    alone = Catalog.from_products([product(0, "Mugs"), product(1, "Bowls"), product(2, "Bowls")])
+    counts = build_triplets(alone, variants=1).counts
+    assert counts == {"category_l2": 1, "same_category": 2}
+    nothing_known = Catalog.from_products([replace(product(i), category_l1=None, category_l2=None, category_l3=None, attributes={}) for i in range(4)])
+    assert build_triplets(nothing_known, variants=1).counts == {"anything": 4}
+
+
+def test_brand_and_size_make_no_negative():
+    "Two red mugs that differ in brand and size are not told apart by a query."
+    same = Catalog.from_products([product(i, attributes={"colour": "red", "Brand": f"b{i}", "size": str(i)}) for i in range(3)])
+    assert build_triplets(same, variants=1).counts == {"same_category": 3}
+
+
+def test_order_of_the_products_does_not_matter():
+    "Query and negative follow from seed, product and variant... and from the products there are, in their order within the category only for the draw's start."
+    catalog = shop(24)
+    first, again = (triplets_from_products(catalog, Lexicon(catalog), 2, 2, seed=4) for _ in range(2))
+    assert [(t.query_id, t.query.text, [n.product_id for n in t.negatives]) for t in first] == [(t.query_id, t.query.text, [n.product_id for n in t.negatives]) for t in again]
+    other = triplets_from_products(catalog, Lexicon(catalog), 2, 2, seed=5)
+    assert [t.negatives[0].product_id for t in first] != [t.negatives[0].product_id for t in other]
+
+
+def test_partners_are_mutual_and_rest_is_ordinary():
+    "Nine mugs: four pairs and one that stays alone."
+    catalog = Catalog.from_products([product(i, colour=COLOURS[i % 3]) for i in range(9)])
+    triplets = build_triplets(catalog, variants=1, paired=True)
+    negative = {t.positive.product_id: t.negatives[0].product_id for t in triplets}
+    assert sum(negative.get(other) == name for name, other in negative.items()) == 8
+    assert len(triplets) == 9
+    sampler = TripletSampler(triplets, 4, paired=True)
+    assert sampler.ledger["mutual_pairs"] == 3  # one pair gives way: the lonely triplet would be the one dropped in every epoch
+    assert len({t.query_id for epoch in range(8) for batch in sampler.batches(epoch) for t in batch}) == 9
+
+
+def test_paired_batches_encode_half():
+    "In a batch of mutual pairs every negative is a positive, too."
+    triplets = build_triplets(shop(), variants=2, paired=True)
+    for batch in TripletSampler(triplets, 8, paired=True).batches(0):
+        assert len({p.product_id for t in batch for p in (t.positive, *t.negatives)}) == 8
+
+
+def test_a_file_is_used_as_it_is():
+    "Rows keep query, negatives and label; a negative with the positive's key is replaced, K more are found, surplus ones are cut."
+    catalog = shop(12)
+    twin = replace(catalog[0], product_id="p9999", refs=())
+    catalog = Catalog.from_products([*catalog, twin])
+    rows = [("q1", "a thing", None, "p0000", ["p9999", "p0004"], "pseudo_negative"), ("q2", None, None, "p0001", ["p0005", "p0009", "p0002"], None)]
+    log = pd.DataFrame(rows, columns=["query_id", "query_text", "query_image", "positive_id", "negative_ids", "noise"])
+    triplets = build_triplets(Catalog(catalog.products, triplets=log), negatives_per_query=2)
+    assert [t.noise for t in triplets] == ["pseudo_negative", None]
+    assert triplets[0].negatives[0].product_id == "p0004" and "p9999" not in [n.product_id for n in triplets[0].negatives]
+    assert [n.product_id for n in triplets[1].negatives] == ["p0005", "p0009"]
+    assert triplets.counts["same_key_left_out"] == 1 and triplets.counts["filled_different_attribute"] == 1
+
+
+def test_a_split_without_rows_is_made_from_its_products():
+    "A file that says nothing about this split does not leave it empty."
+    catalog = shop(12)
+    empty = pd.DataFrame(columns=["query_id", "query_text", "query_image", "positive_id", "negative_ids", "noise"])
+    assert build_triplets(Catalog(catalog.products, triplets=empty), variants=1).source == "products"
+
+
+def test_what_cannot_be_done_says_so():
+    "Nothing to train on, nothing to tell apart, too few for a batch, an odd batch of pairs."
+    one = Catalog.from_products([product(0)])
+    with pytest.raises(DataError, match="no products"):
+        build_triplets(Catalog([]))
+    with pytest.raises(DataError, match="no usable product in split 'test'"):
+        build_triplets(shop().split("test"))
+    for catalog in (one, Catalog.from_products([product(0, title="Same"), product(1, title="same ")])):
+        with pytest.raises(DataError, match="no negatives"):
+            build_triplets(catalog)
+    triplets = build_triplets(shop(12), variants=1)
+    with pytest.raises(DataError, match="do not fill one batch"):
+        TripletSampler(triplets, 13)
+    with pytest.raises(UsageError, match="even number"):
+        TripletSampler(triplets, 3, paired=True)
+
+
+@pytest.mark.parametrize("share", [0, .1, .5, 1])
+def test_injected_noise_is_what_its_label_says(share):
+    "Pseudo positives are of another category, pseudo negatives of the same; the share is exact."
+    clean = build_triplets(shop(), variants=2)
+    noisy = inject_noise(clean, share, seed=2)
+    counts = Counter(t.noise for t in noisy)
+    assert counts["pseudo_positive"] + counts["pseudo_negative"] == round(share * 96)
+    assert abs(counts["pseudo_positive"] - counts["pseudo_negative"]) <= 1
+    for before, after in zip(clean, noisy):
+        assert after.key not in {n.key for n in after.negatives}
+        if after.noise == "pseudo_positive":
+            assert after.positive.category_l3 != before.positive.category_l3 and after.query == before.query and after.query_key == after.key
+        elif after.noise == "pseudo_negative":
+            assert after.negatives[0].attributes == before.positive.attributes and after.negatives[0].category_l3 == before.positive.category_l3
+        else:
+            assert after == before
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 6), st.integers(4, 12), st.integers(1, 12), st.booleans())
+def test_batches_avoid_equal_keys(seed, half, batches, repeated, paired):
+    "One product listed up to once a batch (pairs, which are bulky: every second batch), others single: they are kept apart; nothing is lost or doubled."
+    size = 2 * half
+    repeated = min(repeated, batches // 2 if paired else batches)
+    products = [product(i, KINDS[i % 2], COLOURS[i % 3], title="Listed again" if i < repeated else None) for i in range(size * batches)]
+    triplets = build_triplets(Catalog.from_products(products), variants=1, seed=seed, paired=paired)
+    sampler = TripletSampler(triplets, size, seed, paired)
+    epoch = sampler.batches(3)
+    assert [len(batch) for batch in epoch] == [size] * batches
+    assert Counter(t.query_id for batch in epoch for t in batch) == Counter(t.query_id for t in triplets)
+    assert sampler.ledger["left"] == sum(size - len({t.key for t in batch}) for batch in epoch) == 0
+    assert [[t.query_id for t in batch] for batch in sampler.batches(3)] == [[t.query_id for t in batch] for batch in epoch]
+
+
+def test_what_cannot_be_avoided_is_counted():
+    "Two of three products are one: in a batch of six there are three too many of it at least."
+    products = [product(i, KINDS[i % 4], COLOURS[i // 4 % 3], title="Listed again" if i % 3 else None) for i in range(36)]
+    for paired in (False, True):
+        sampler = TripletSampler(build_triplets(Catalog.from_products(products), variants=1, paired=paired), 6, paired=paired)
+        surplus = sum(6 - len({t.key for t in batch}) for batch in sampler.batches(0))
+        assert sampler.ledger["left"] == surplus >= 18
+
+
+def test_resume_gives_the_batches_that_were_left():
+    "Stopped anywhere, also at the end of an epoch, a sampler goes on as if nothing had happened."
+    triplets = build_triplets(shop(), variants=1)
+    names = [[t.query_id for t in batch] for batch in itertools.islice(TripletSampler(triplets, 8, seed=9), 14)]
+    assert names[:6] != names[6:12]
+    for stop in (0, 1, 5, 6, 7, 12):
+        sampler = TripletSampler(triplets, 8, seed=9)
+        list(itertools.islice(sampler, stop))
+        resumed = TripletSampler(triplets, 8, seed=9)
+        resumed.load_state_dict(sampler.state_dict())
+        assert [[t.query_id for t in batch] for batch in itertools.islice(resumed, 14 - stop)] == names[stop:]
+    with pytest.raises(UsageError, match="another seed"):
+        TripletSampler(triplets, 8, seed=1).load_state_dict(sampler.state_dict())
+    with pytest.raises(UsageError, match="another triplets"):
+        TripletSampler(triplets[::-1], 8, seed=9).load_state_dict(sampler.state_dict())
+
+
+def test_pictures_are_bounded():
+    "However many epochs: K query pictures and the main picture of each product."
+    triplets = build_triplets(shop(), variants=4)
+    assert len(TripletSampler(triplets, 8).image_refs()) == 5 * 48
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["fashion-product-images", "ikea-home", "flipkart-general"])
+def test_real_catalogue(data_root, name):
+    "No equal keys anywhere, nearly all negatives hard, and no clash left in a batch of 32."
+    catalog = Catalog.load(data_root / name)
+    triplets = build_triplets(catalog.split("train"), Lexicon(catalog), variants=2, paired=True)
+    assert all(t.key not in {n.key for n in t.negatives} for t in triplets)
+    hard = triplets.counts["different_attribute"] + triplets.counts["same_category"]
+    assert hard > (.95 if name.startswith("fashion") else .6) * len(triplets)
+    sampler = TripletSampler(triplets, 32, paired=True)
+    assert all(len({t.key for t in batch}) == 32 for batch in sampler.batches(0))
+    assert sampler.ledger["left"] == 0
+    partner = mutual_partners(NegativeFinder(catalog.split("train")), __import__("random").Random(0))
+    assert all(partner[other.product_id].product_id == mine for mine, other in partner.items())
