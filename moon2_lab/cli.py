@@ -20,7 +20,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../nbs/80_cli.ipynb #1cee13dd
+# %% ../nbs/80_cli.ipynb #3cdaf0ce
 @dataclass
 class Outcome:
     "What a command found out."
@@ -39,11 +39,13 @@ def show(
     text = json.dumps(plain(outcome.facts), ensure_ascii=False, allow_nan=False) if as_json else outcome.text
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        sys.stdout = open(os.devnull, "w")
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more when it ends
+        if not isinstance(error, BrokenPipeError):  # a reader such as head has seen enough
+            raise
     return outcome.exit_code
 
-# %% ../nbs/80_cli.ipynb #d79ddac2
+# %% ../nbs/80_cli.ipynb #98d9b3ba
 def explain(
     error: BaseException,
 ) -> tuple[str, int]:  # the line for stderr, the exit code
@@ -54,8 +56,8 @@ def explain(
         return "stopped; a training run continues with --resume", 130
     if isinstance(error, LabError):
         return str(error), error.exit_code
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.strerror or type(error).__name__} [{error.filename}]", 2
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f" [{error.filename}]" if error.filename else ""), 2
     return f"{type(error).__name__}: {' '.join(str(error).split())} -> run it again with --debug to see where", 2
 
 # %% ../nbs/80_cli.ipynb #b1dde27d
@@ -262,7 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_commands(commands)
     return parser
 
-# %% ../nbs/80_cli.ipynb #c045ec08
+# %% ../nbs/80_cli.ipynb #e24437ab
 @contextlib.contextmanager
 def messages():
     "Show what the package logs, on stderr."
@@ -290,10 +292,10 @@ def main(
     try:
         with contextlib.redirect_stdout(sys.stderr), messages():
             outcome = args.act(args)
+        return show(outcome, args.json)
     except (Exception, KeyboardInterrupt) as error:
         if args.debug:
             traceback.print_exc()
         line, exit_code = explain(error)
         print(f"moon2: {line}", file=sys.stderr)
         return exit_code
-    return show(outcome, args.json)

@@ -93,7 +93,7 @@ def mean_by_item(values: torch.Tensor, places: torch.Tensor, items: torch.Tensor
     total = values.new_zeros(count, values.shape[1]).index_add(0, items, values.index_select(0, places))
     return total / torch.bincount(items, minlength=count).clamp(min=1).unsqueeze(1).to(values.dtype)
 
-# %% ../nbs/22_encoder.ipynb #fb0c5124
+# %% ../nbs/22_encoder.ipynb #87b0f02e
 class Moon2Encoder(nn.Module):
     "Product encoder: backbone with mixture-of-experts decoder, and the dual-alignment matrix W*."
 
@@ -164,19 +164,18 @@ class Moon2Encoder(nn.Module):
         share: bool | None = None,  # None: one pass when the mask allows it; False: one pass for each view
     ) -> ItemViews:
         "Encode items, differentiably. Any mix of items with and without image and text; an item with neither is a `DataError`."
-        unique: dict[tuple, int] = {}
         for item in items:
             if not item.text and item.image is None:
                 raise DataError("neither text nor image", where=item.item_id or "item", advice="leave it out: there is nothing to encode")
-            unique.setdefault((item.text, item.image.key if item.image else None), len(unique))
-        place = torch.tensor([unique[item.text, item.image.key if item.image else None] for item in items], device=self.backbone.device)
-        once = list({p: item for p, item in reversed(list(zip(place.tolist(), items, strict=True)))}.items())
-        once = [item for _, item in sorted(once, key=lambda pair: pair[0])]
+        keys = [(item.text, item.image.key if item.image else None) for item in items]
+        once = dict(zip(keys, items, strict=True))
+        number = {key: place for place, key in enumerate(once)}
+        place = torch.tensor([number[key] for key in keys], dtype=torch.int64, device=self.backbone.device)
         copies = torch.bincount(place, minlength=len(once))
         share = self.shares_rows if share is None else share
         passes = [tuple(views)] if share else [(view,) for view in VIEWS if view in views]
         with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-            found = _join([self._encode_rows(once, group, self.rows_of(once, group, share), copies) for group in passes])
+            found = _join([self._encode_rows(list(once.values()), group, self.rows_of(list(once.values()), group, share), copies) for group in passes])
         spread = {name: {view: x.index_select(0, place) for view, x in getattr(found, name).items()} for name in ("embedding", "present", "routing")}
         return dataclasses.replace(found, **spread, near_tie=found.near_tie.index_select(0, place))
 

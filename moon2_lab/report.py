@@ -29,7 +29,7 @@ from moon2_lab.tables import (
 
 _all_ = ["Hit", "QueryHits", "PairHeatmap"]  # what a caller fills in, to be had from here
 
-# %% ../nbs/66_report.ipynb #0a6ff273
+# %% ../nbs/66_report.ipynb #ed8510f9
 def setting(
     settings: dict,
     name: str,
@@ -44,10 +44,9 @@ def setting(
 def minutes(
     history: pd.DataFrame | None,
 ) -> float:  # NaN where unknown
-    "Minutes of steps: the last of `seconds` if it only rises, else their sum."
+    "Minutes of steps: the sum of `seconds`."
     seconds = pd.to_numeric(history["seconds"], errors="coerce").dropna() if history is not None and "seconds" in history else pd.Series(dtype=float)
-    rises = len(seconds) > 2 and (seconds.diff().dropna() > 0).all()
-    return math.nan if not len(seconds) else float(seconds.iloc[-1] if rises else seconds.sum()) / 60
+    return float(seconds.sum()) / 60 if len(seconds) else math.nan
 
 
 def labels(metrics: dict, history: pd.DataFrame | None, settings: dict) -> list[tuple[str, str]]:

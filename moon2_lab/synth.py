@@ -310,7 +310,7 @@ def draw_product(
     cut = draw_look(facts.look, image_size)
     return DrawnProduct(facts, make_title(facts, attempt), [photo(cut, shot) for shot in plan_shots(facts)])
 
-# %% ../nbs/14_synth.ipynb #be588573
+# %% ../nbs/14_synth.ipynb #a560588b
 QUERIES = 2  # per product
 
 
@@ -320,13 +320,15 @@ def make_triplets(
     seed: int,
     noise: float,  # share of spoilt rows, 0 to 1
 ) -> pd.DataFrame:
-    "The rows of triplets.parquet, split by split; a split with a single product has none."
+    "The rows of triplets.parquet, split by split. A split with a single product has none, nor has a product with which no other disagrees."
     rows = []
     for split in ("train", "valid", "test"):
         members = [replace(product, attributes=facts[product.product_id].truth) for product in products if product.split == split]
         if len(members) > 1:
-            proposed = propose(NegativeFinder(members), QUERIES, 1, seed, paired=True)
-            clean = [Triplet(f"q-{product.product_id}-{variant}", Item(None, None, product.product_id), product, negatives, variant) for product, variant, negatives in proposed]
+            finder = NegativeFinder(members)
+            proposed = propose(finder, QUERIES, 1, seed, paired=True)
+            clean = [Triplet(f"q-{product.product_id}-{variant}", Item(None, None, product.product_id), product, negatives, variant)
+                     for product, variant, negatives in proposed if finder.differs(product, negatives[0]) or product.category_l3 != negatives[0].category_l3]
             rows += [_row(triplet, facts, products, seed) for triplet in inject_noise(clean, noise, seed)]
     return pd.DataFrame(rows, columns=["query_id", "query_text", "query_image", "positive_id", "negative_ids", "noise"], dtype=object)
 

@@ -7,10 +7,10 @@ __all__ = ['Triplet', 'image_refs', 'category_path', 'attribute_values', 'differ
            'TripletList', 'propose', 'make_query', 'triplets_from_products', 'triplets_from_file', 'build_triplets',
            'inject_noise', 'TripletSampler']
 
-# %% ../nbs/13_triplets.ipynb #c31b36ef
+# %% ../nbs/13_triplets.ipynb #31a6ceae
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from .batching import Bin, Unit, count_left, mend
@@ -129,7 +129,7 @@ class NegativeFinder:
             self.found["missing"] += count - len(chosen)
         return chosen
 
-# %% ../nbs/13_triplets.ipynb #dde8808e
+# %% ../nbs/13_triplets.ipynb #0bca4977
 def mutual_partners(
     finder: NegativeFinder,
     rng: random.Random,
@@ -139,25 +139,37 @@ def mutual_partners(
     for product in rng.sample(finder.products, len(finder.products)):
         if path := category_path(product):
             groups[path].append(product)
-    for level in NegativeFinder.LEVELS[:2]:
-        for path, group in groups.items():
-            groups[path] = _match(group, finder, level, partner)
+    for group in groups.values():
+        left = _match(group, finder.differs, partner)
+        finder.found["different_attribute"] += len(group) - len(left)
+        alike = [product for product in left if not any(finder.differs(product, other) for other in group)]  # the others have a better negative
+        finder.found["same_category"] += len(alike) - len(_match(alike, lambda one, other: one.key != other.key, partner))
     return partner
 
 
-def _match(group: list[Product], finder: NegativeFinder, level: str, partner: dict[str, Product]) -> list[Product]:
-    "Pair each product with the next that fits; those that are left."
-    left = []
+def _match(group: list[Product], fits: Callable[[Product, Product], bool], partner: dict[str, Product]) -> list[Product]:
+    "Pair each product with the first before it that fits and is free; two that are left may take a pair apart. Those that are left at last."
+    free, pairs = [], []
     for product in group:
-        fits = (other for other in left if finder.differs(product, other) or level == "same_category" and product.key != other.key)
-        other = next(fits, None)
+        other = next((other for other in free if fits(product, other)), None)
         if other is None:
-            left.append(product)
-            continue
-        left.remove(other)
-        partner[product.product_id], partner[other.product_id] = other, product
-        finder.found[level] += 2
-    return left
+            free.append(product)
+        else:
+            free.remove(other)
+            pairs.append((product, other))
+    left = []
+    while len(free) > 1:
+        one, two = free.pop(), free.pop()
+        place = next((place for place, (a, b) in enumerate(pairs) if fits(one, a) and fits(two, b)), None)
+        if place is None:
+            left.append(one)
+            free.append(two)
+        else:
+            a, b = pairs[place]
+            pairs[place : place + 1] = [(one, a), (two, b)]
+    for a, b in pairs:
+        partner[a.product_id], partner[b.product_id] = b, a
+    return left + free
 
 # %% ../nbs/13_triplets.ipynb #a42f7184
 class TripletList(list):

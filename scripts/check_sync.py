@@ -59,14 +59,14 @@ def regenerate(before):
 
 
 def difference(path, old, new):
-    "A unified diff, cut to a readable length; for a notebook only the fact (its JSON tells a reader little)."
+    "A unified diff, cut to a readable length; for a notebook only the fact: its JSON tells a reader little."
     name = path.relative_to(ROOT).as_posix()
     if old is None:
         return f"{name}: generated now, was not there\n"
     if new is None:
         return f"{name}: was there, but no notebook generates it\n"
     if path.suffix == ".ipynb":
-        return f"{name}: nbdev-clean changed it (metadata, execution counts or object addresses); commit the cleaned file\n"
+        return f"{name}: nbdev-clean changed it (metadata, execution counts, object addresses or line breaks of the JSON)\n"
     lines = list(difflib.unified_diff(old.decode().splitlines(), new.decode().splitlines(), f"{name} (in the tree)", f"{name} (from the notebook)", lineterm="", n=2))
     more = f"\n... {len(lines) - MAX_LINES} more lines" if len(lines) > MAX_LINES else ""
     return "\n".join(lines[:MAX_LINES]) + more + "\n"

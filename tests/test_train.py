@@ -1,0 +1,794 @@
+"""A training run can be watched, paused, interrupted, killed and continued, and always gives the same weights."""
+import copy
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from moon2_lab.checkpoint import load_checkpoint, newest_checkpoint
+from moon2_lab.core import OBJECTIVES, VIEWS, DataError, DriftError, LabError, UsageError, read_json
+from moon2_lab.encoder import Moon2Encoder
+from moon2_lab.losses import TripletKeys, TripletRouting, TripletViews
+from moon2_lab.train import PHASES, Trainer
+from small import product, settings, shop, tiny
+
+TESTS = Path(__file__).resolve().parent
+CLOCK = ["seconds", "rss_mb"]  # columns that differ from run to run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOON2_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def catalog():
+    return shop(60)
+
+
+@pytest.fixture(scope="module")
+def straight(catalog):
+    "(fingerprint, history) of the run that nothing happened to."
+    trainer = Trainer(tiny(), catalog, settings())
+    history = trainer.train()
+    return trainer.encoder.fingerprint, history
+
+
+def same_history(one, other):
+    pd.testing.assert_frame_equal(one.drop(columns=CLOCK), other.drop(columns=CLOCK), check_exact=True)
+
+
+def first(trainer, phase, step=0):
+    return next(event for event in trainer if (event.step, event.phase) == (step, phase))
+
+
+# ---------------------------------------------------------------------------------------------- an iterator of events
+
+
+def test_events_come_in_order_and_hold_what_the_lesson_shows(catalog):
+    trainer = Trainer(tiny(), catalog, settings(max_steps=2))
+    events = list(trainer)
+    assert [(event.step, event.phase) for event in events] == [(step, phase) for step in range(2) for phase in PHASES]
+    batch, views, routing, similarity, loss, gradients, step = (event.data for event in events[:7])
+    assert len(batch["triplets"]) == 8 and len(batch["items"]) == 24 and batch["keys"].progress == 0
+    assert views["views"].embedding["n"]["mm"].shape == (8, 1, 64)
+    assert all(abs(float(routing["load"][view].sum()) - 1) < 1e-5 for view in VIEWS)
+    assert similarity["similarity"]["t"].shape == (8, 8)
+    assert set(OBJECTIVES) | {"aux", "sparsity", "loss"} <= set(loss["terms"])
+    assert gradients["finite"] and gradients["grad_norm"] > 0 and set(gradients["by_group"]) == {"connector", "router", "experts", "rest"}
+    assert step["row"] == trainer.history[0]
+
+
+def test_walking_gives_the_weights_of_running(catalog, straight):
+    "Also when somebody looks at everything, pauses in the middle of steps, plans, copies and scores on the way."
+    trainer = Trainer(tiny(), catalog, settings(), callbacks=[lambda event: event.data.get("terms")])
+    trainer.plan()
+    first(trainer, "similarity", 1)
+    kept = trainer.snapshot()
+    assert next(trainer).phase == "loss"
+    first(trainer, "step", 2)
+    trainer.encoder.encode_views([catalog[0]])
+    for _event in trainer:
+        pass
+    assert trainer.encoder.fingerprint == straight[0] and kept[1]["step"] == 1
+    same_history(trainer.table(), straight[1])
+    assert list(trainer) == [] and trainer.train() is not None and trainer.step == 6  # it is over
+
+
+def test_another_seed_is_another_run(catalog, straight):
+    trainer = Trainer(tiny(), catalog, settings(seed=1))
+    assert not trainer.train()["loss"].equals(straight[1]["loss"])
+
+
+def test_history_has_the_documented_columns(straight):
+    "Those of the interface, and these; nothing else."
+    documented = ["step", "loss", "loss_aux", "loss_sparsity", "phi_q05", "phi_q50", "phi_q95", "share_down_weighted", "masked_pairs", "grad_norm", "seconds", "rss_mb"]
+    documented += [f"{kind}_{name}" for kind in ("loss", "omega", "p_0", "p_1", "p_2", "p_3") for name in OBJECTIVES] + [f"load_{view}_{z}" for view in VIEWS for z in range(4)]
+    more = ["loss_balance", "omega_sum_raw", "repeated_pairs", "negatives_per_query", "margin", "alarm", "lr_factor", "skipped", "tokens"]
+    more += [f"grad_norm_{group}" for group in ("connector", "router", "experts", "rest")]
+    history = straight[1]
+    assert sorted(history.columns) == sorted(documented + more)
+    assert history["step"].tolist() == list(range(6)) and (history["skipped"] == 0).all() and (history["rss_mb"] > 50).all() and (history["seconds"] > 0).all()
+    numbers = history.drop(columns="alarm")
+    assert numbers.notna().all().all() and np.isfinite(numbers.astype(float)).all().all()
+    np.testing.assert_allclose(history[[f"omega_{name}" for name in OBJECTIVES]].sum(axis=1), 1, atol=1e-5)
+    for z in range(4):
+        np.testing.assert_allclose(history[[f"p_{z}_{name}" for name in OBJECTIVES]].sum(axis=1), 1, atol=1e-5)
+    for view in VIEWS:
+        np.testing.assert_allclose(history[[f"load_{view}_{z}" for z in range(4)]].sum(axis=1), 1, atol=1e-5)
+    total = sum(history[f"omega_{name}"] * history[f"loss_{name}"] for name in OBJECTIVES) + 0.01 * (history["loss_aux"] + history["loss_sparsity"]) + history["loss_balance"]
+    np.testing.assert_allclose(history["loss"], total, rtol=1e-4)
+
+
+def test_progress_margin_filter_and_learning_rate_follow_the_steps(catalog):
+    config = settings(max_steps=10, filter_warmup_ratio=0.3, filter_margin_start=0.4, filter_margin_end=0.1, warmup_ratio=0.2)
+    seen = {"progress": [], "active": [], "rates": []}
+
+    class Note:
+        def on_batch(self, event):
+            seen["progress"].append(event.data["keys"].progress)
+            seen["active"].append(event.data["keys"].filter_active)
+
+        def on_step(self, event):
+            seen["rates"].append({group["name"]: group["lr"] for group in trainer.optimizer.param_groups})
+
+    trainer = Trainer(tiny(), catalog, config, callbacks=[Note()])
+    history = trainer.train()
+    np.testing.assert_allclose(seen["progress"], np.arange(10) / 10)
+    assert seen["active"] == [False] * 3 + [True] * 7
+    expected = [0.1 + 0.3 * (1 + np.cos(np.pi * min(max((step / 10 - 0.3) / 0.7, 0), 1))) / 2 for step in range(10)]
+    np.testing.assert_allclose(history["margin"], expected, atol=1e-6)
+    assert (history["share_down_weighted"][:3] == 0).all() and (history["share_down_weighted"][3:] > 0).any()
+    np.testing.assert_allclose(history["lr_factor"][:2], [1 / 3, 2 / 3])
+    assert history["lr_factor"].idxmax() == 2 and history["lr_factor"][2:].is_monotonic_decreasing
+    for name, rate in (("connector", config.connector_learning_rate), ("router", config.router_learning_rate), ("experts", config.learning_rate), ("rest", config.learning_rate)):
+        np.testing.assert_allclose([rates[name] for rates in seen["rates"]], rate * history["lr_factor"])
+    assert not any(Trainer(tiny(), catalog, config.replace(filter=False, max_steps=4)).train()["share_down_weighted"])
+
+
+# ---------------------------------------------------------------------------------------------- callbacks, objectives, stopping
+
+
+def test_callbacks_are_functions_or_objects(catalog, straight):
+    log = []
+
+    class OnlySteps:
+        def on_step(self, event):
+            log.append(("object", event.step, event.phase))
+
+    trainer = Trainer(tiny(), catalog, settings(), callbacks=[OnlySteps(), lambda event: log.append(("function", event.step, event.phase)), object()])
+    trainer.train()
+    assert [entry for entry in log if entry[0] == "object"] == [("object", step, "step") for step in range(6)]
+    assert [entry[1:] for entry in log if entry[0] == "function"] == [(step, phase) for step in range(6) for phase in PHASES]
+    assert trainer.encoder.fingerprint == straight[0]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_error_in_a_callback_loses_nothing(catalog, straight, phase):
+    "The step it came in is made again, or was made; never twice, never by half."
+    def fail(event):
+        if (event.step, event.phase) == (2, phase) and not failed:
+            failed.append(1)
+            raise ValueError("callback")
+
+    failed = []
+    trainer = Trainer(tiny(), catalog, settings(), callbacks=[fail])
+    with pytest.raises(ValueError, match="callback"):
+        trainer.train()
+    assert trainer.step == len(trainer.history) == (3 if phase == "step" else 2)
+    same_history(trainer.train(), straight[1])
+    assert trainer.encoder.fingerprint == straight[0]
+
+
+def test_an_objective_of_ones_own(catalog):
+    "It gets the views, the routing and the keys; its scalar terms are in the history; its loss is what is followed."
+    seen = []
+
+    def objective(views, routing, keys):
+        seen.append((type(views), type(routing), type(keys)))
+        scores = views.embedding["q"]["t"] @ views.embedding["p"]["i"].T / 0.1
+        return {"loss": torch.nn.functional.cross_entropy(scores, torch.arange(len(scores))), "hardest": scores.detach().max(), "table": scores.detach()}
+
+    trainer = Trainer(tiny(), catalog, settings(max_steps=30, connector_learning_rate=5e-3, learning_rate=3e-3), objective=objective)
+    history = trainer.train()
+    assert set(seen) == {(TripletViews, TripletRouting, TripletKeys)}
+    assert "term_hardest" in history and "term_table" not in history and history[[f"loss_{name}" for name in OBJECTIVES]].isna().all().all()
+    assert history["loss"][-5:].mean() < history["loss"][:5].mean()
+    with pytest.raises(UsageError, match="no 'loss'"):
+        Trainer(tiny(), catalog, settings(), objective=lambda *_: {"total": 1}).train()
+
+
+def test_stop_and_go_on(catalog, straight):
+    "From a callback in the middle of a step, from outside, and before the first step."
+    def brake(event):
+        if (event.step, event.phase) == (1, "views"):
+            trainer.stop()
+
+    trainer = Trainer(tiny(), catalog, settings(), callbacks=[brake])
+    assert len(trainer.train()) == 2 == trainer.step
+    trainer.stop()
+    assert list(trainer) == []
+    same_history(trainer.train(), straight[1])
+    assert trainer.encoder.fingerprint == straight[0]
+
+
+def test_a_stopped_run_can_be_resumed_from_disk(catalog, straight, tmp_path):
+    "A stop between two checkpoints leaves one."
+    trainer = Trainer(tiny(), catalog, settings(), out=tmp_path / "run", callbacks=[lambda event: trainer.stop() if event.step == 2 else None])
+    trainer.train()
+    assert (tmp_path / "run" / "model").is_dir() and len(pd.read_parquet(tmp_path / "run" / "history.parquet")) == 3
+    resumed = Trainer(tiny(), catalog, settings(), out=tmp_path / "run", resume=True)
+    assert resumed.step == 3
+    same_history(resumed.train(), straight[1])
+    assert resumed.encoder.fingerprint == straight[0]
+
+
+# ---------------------------------------------------------------------------------------------- going back, what if
+
+
+def test_snapshot_and_restore(catalog, straight):
+    trainer = Trainer(tiny(), catalog, settings())
+    first(trainer, "step", 1)
+    kept = trainer.snapshot()
+    trainer.train()
+    first_end = trainer.encoder.fingerprint
+    for _ in range(2):  # a snapshot can be used again
+        trainer.restore(kept)
+        assert trainer.step == 2 and len(trainer.history) == 2
+        first(trainer, "loss", 3)  # a half-made step is forgotten
+    trainer.restore(kept)
+    same_history(trainer.train(), straight[1])
+    assert trainer.encoder.fingerprint == first_end == straight[0]
+
+
+def state(trainer):
+    "All of a trainer's state, comparable."
+    tensors, meta, history = trainer.snapshot()
+    return {name: tensor.tolist() for name, tensor in tensors.items()}, meta, copy.deepcopy(history)
+
+
+def test_what_if_leaves_nothing(catalog, straight):
+    trainer = Trainer(tiny(), catalog, settings())
+    first(trainer, "step", 2)
+    before = state(trainer)
+    as_is, changed = trainer.what_if(temperature=0.02, omega_mode="faithful")
+    assert state(trainer) == before
+    assert [event.phase for event in as_is] == [event.phase for event in changed] == list(PHASES)
+    assert all(event.step == 3 for event in as_is + changed)
+    row, other = as_is[-1].data["row"], changed[-1].data["row"]
+    assert row["loss_inter_t"] != other["loss_inter_t"] and row["loss_aux"] == other["loss_aux"] and "loss_balance" not in other
+    same_history(trainer.train(), straight[1])
+    assert trainer.encoder.fingerprint == straight[0]
+    assert {name: row[name] for name in row if name not in CLOCK} == {name: trainer.history[3][name] for name in row if name not in CLOCK}  # as_is is the step that was then taken
+    with pytest.raises(UsageError, match="temprature.*temperature"):
+        trainer.what_if(temprature=1)
+
+
+def test_what_if_in_the_middle_of_a_step(catalog, straight):
+    trainer = Trainer(tiny(), catalog, settings())
+    first(trainer, "gradients", 2)
+    trainer.what_if(learning_rate=0.1)
+    same_history(trainer.train(), straight[1])
+    assert trainer.encoder.fingerprint == straight[0]
+
+
+def noisy(views, routing, keys):
+    "An objective that draws random numbers, of every generator there is."
+    noise = torch.randn_like(views.embedding["q"]["mm"]) * (random.random() + np.random.rand()) * 0.1
+    return {"loss": -((views.embedding["q"]["mm"] + noise) * views.embedding["p"]["mm"]).sum(), "noise": noise.sum()}
+
+
+def test_what_if_gives_both_the_same_chances(catalog):
+    "Random draws of an objective: both twins get those of the step that is due, and the run gets them again."
+    def run(asking):
+        trainer = Trainer(tiny(), catalog, settings(max_steps=3), objective=noisy)
+        first(trainer, "step", 0)
+        pair = trainer.what_if(learning_rate=1e-3) if asking else None
+        return trainer.train(), pair
+
+    (plain, _), (asked, (as_is, changed)) = run(False), run(True)
+    assert as_is[-1].data["row"]["term_noise"] == changed[-1].data["row"]["term_noise"]
+    same_history(plain, asked)
+    assert as_is[-1].data["row"]["term_noise"] == asked["term_noise"][1]
+
+
+def test_calibration_changes_nothing(catalog):
+    "max_steps = 0: some steps are run without an update to find out how many fit."
+    trainer = Trainer(tiny(), catalog, settings(max_steps=0, max_minutes=0.005), objective=noisy)
+    before = state(trainer)
+    trainer.prepare_features()
+    steps = trainer.calibrate()
+    after = state(trainer)
+    assert steps >= 1 and after[0] == before[0] and after[2] == before[2]
+    assert {name: value for name, value in after[1].items() if name != "seconds"} == {name: value for name, value in before[1].items() if name != "seconds"}
+    started = time.perf_counter()
+    history = trainer.train()
+    assert len(history) == trainer.max_steps >= 1 and trainer.progress == 1
+    assert time.perf_counter() - started < 60  # asked for a third of a second
+
+
+def test_plan_comes_before_the_first_step(catalog):
+    trainer = Trainer(tiny(), catalog, settings())
+    before = trainer.encoder.fingerprint
+    plan = trainer.plan()
+    assert (plan["products"], plan["triplets"], plan["triplets_per_step"], plan["steps"], plan["hard_negatives_per_query"]) == (48, 96, 8, 6, 1)
+    assert plan["parameters_trained"] < plan["parameters"] == sum(p.numel() for p in trainer.encoder.parameters()) or plan["parameters_trained"] == plan["parameters"]
+    assert plan["predicted_memory_mb"] > 100 and plan["tokens_per_step"] > 8 * 2 * 4 and trainer.encoder.fingerprint == before and trainer.step == 0
+    assert plan["tokens_per_step"] == first(trainer, "views").data["tokens"]
+
+
+# ---------------------------------------------------------------------------------------------- on disk
+
+
+def test_what_a_run_leaves(catalog, straight, tmp_path):
+    run = tmp_path / "run"
+    trainer = Trainer(tiny(), catalog, settings(save_steps=2), out=run, command="moon2 train ...")
+    trainer.train()
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "filter_ledger.parquet", "history.parquet", "model", "quarantine.parquet", "run_settings.json"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000006"]  # the two newest
+    same_history(pd.read_parquet(run / "history.parquet"), straight[1])
+    assert Moon2Encoder.from_pretrained(run / "model").fingerprint == straight[0] == trainer.encoder.fingerprint
+    about = read_json(run / "run_settings.json")
+    assert about["config"]["max_steps"] == 6 and about["choices"]["num_threads"] == 1 and about["command"] == "moon2 train ..." and about["data_hash"] == catalog.data_hash and about["steps"] == 6
+    with pytest.raises(UsageError, match="not empty.*--resume"):
+        Trainer(tiny(), catalog, settings(), out=run)
+    with pytest.raises(DataError, match="no checkpoint"):
+        Trainer(tiny(), catalog, settings(), out=tmp_path / "nothing", resume=True)
+
+
+def test_best_and_last_model_are_kept(catalog, straight, tmp_path):
+    scores, prints = iter([0.3, 0.5, 0.4]), {}
+
+    def score(encoder):
+        prints[len(prints)] = encoder.fingerprint
+        random.random(), np.random.rand(), torch.rand(1)  # an evaluation may draw; the run must not notice
+        return {"score": next(scores), "R@10": 0.1}
+
+    trainer = Trainer(tiny(), catalog, settings(eval_steps=2), evaluate_fn=score, out=tmp_path / "run")
+    history = trainer.train()
+    assert trainer.best == {"step": 4, "score": 0.5, "R@10": 0.1}
+    assert Moon2Encoder.from_pretrained(tmp_path / "run" / "checkpoints" / "best").fingerprint == prints[1]
+    assert Moon2Encoder.from_pretrained(tmp_path / "run" / "model").fingerprint == prints[2] == straight[0]
+    assert history["valid_score"].dropna().tolist() == [0.3, 0.5, 0.4] and history["valid_score"].notna().tolist() == [False, True] * 3
+    assert trainer.encoder.training
+
+
+def interrupted_run(catalog, run, last, **changes):
+    "A run folder whose newest checkpoint is `last`, as if the process had died after it."
+    trainer = Trainer(tiny(), catalog, settings(save_steps=1, **changes), out=run)
+    for event in trainer:
+        if (event.step, event.phase) == (last - 1, "step"):
+            break
+    return trainer
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_r": 2}, {"moe_layers": "none"}], ids=str)
+def test_resume_is_bit_equal(catalog, straight, tmp_path, changes):
+    fields = {"moe_layers": "none"} if "moe_layers" in changes else {}
+    make = lambda: tiny(**fields)
+    whole = Trainer(make(), catalog, settings(**changes))
+    history = whole.train()
+    trainer = Trainer(make(), catalog, settings(save_steps=1, **changes), out=tmp_path / "run")
+    first(trainer, "step", 2)
+    resumed = Trainer(make(), catalog, settings(**changes), out=tmp_path / "run", resume=True)
+    assert resumed.step == 3
+    same_history(resumed.train(), history)
+    assert resumed.encoder.fingerprint == whole.encoder.fingerprint
+
+
+def test_random_numbers_go_on_too(catalog, tmp_path):
+    "An objective that draws: Python's, NumPy's and torch's generators are in the checkpoint."
+    whole = Trainer(tiny(), catalog, settings(max_steps=4), objective=noisy).train()
+    trainer = Trainer(tiny(), catalog, settings(max_steps=4, save_steps=1), objective=noisy, out=tmp_path / "run")
+    first(trainer, "step", 1)
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    same_history(Trainer(tiny(), catalog, settings(max_steps=4), objective=noisy, out=tmp_path / "run", resume=True).train(), whole)
+
+
+@pytest.mark.parametrize("changes", [{"num_threads": 2}, {"dtype": "bfloat16"}], ids=str)
+def test_resume_under_other_rounding_is_refused(catalog, tmp_path, changes):
+    interrupted_run(catalog, tmp_path / "run", 2, dtype="float32")
+    name, value = next(iter(changes.items()))
+    with pytest.raises(DriftError, match=rf"{name}.*--allow-drift"):
+        Trainer(tiny(), catalog, settings(**changes), out=tmp_path / "run", resume=True)
+    drifted = Trainer(tiny(), catalog, settings(**changes), out=tmp_path / "run", resume=True, allow_drift=True)
+    try:
+        assert getattr(drifted.choices, name) == value and drifted.step == 2
+        assert len(drifted.train()) == 6
+        assert read_json(tmp_path / "run" / "run_settings.json")["choices"][name] == value
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_resume_keeps_the_choices_of_the_run(catalog, tmp_path):
+    "Nothing asked: threads and dtype are those of the checkpoint, whatever this machine would choose."
+    interrupted_run(catalog, tmp_path / "run", 2)
+    resumed = Trainer(tiny(), catalog, settings(num_threads=0), out=tmp_path / "run", resume=True)
+    assert resumed.choices.num_threads == 1 == torch.get_num_threads()
+
+
+def test_resume_with_something_else_is_refused(catalog, tmp_path):
+    interrupted_run(catalog, tmp_path / "run", 2)
+    with pytest.raises(UsageError, match="another catalogue"):
+        Trainer(tiny(), shop(66), settings(), out=tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match="seed"):
+        Trainer(tiny(), catalog, settings(seed=5), out=tmp_path / "run", resume=True)
+    with pytest.raises(LabError, match="another|config|shape|num_experts"):
+        Trainer(tiny(num_experts=2), catalog, settings(), out=tmp_path / "run", resume=True)
+
+
+def test_a_cut_checkpoint_falls_back_to_the_one_before(catalog, straight, tmp_path):
+    interrupted_run(catalog, tmp_path / "run", 4)
+    newest = tmp_path / "run" / "checkpoints" / "step-000004"
+    for name in ("state.safetensors", "trainer.json", "history.parquet"):
+        data = (newest / name).read_bytes()
+        for part in (len(data) // 2, 0):
+            (newest / name).write_bytes(data[:part])
+            with pytest.warns(UserWarning, match="step-000004"):
+                folder, (_, meta, history) = newest_checkpoint(tmp_path / "run")
+            assert folder.name == "step-000003" and meta["step"] == len(history) == 3
+        (newest / name).unlink()
+        with pytest.raises(DataError, match="step-000004"):
+            load_checkpoint(newest)
+        (newest / name).write_bytes(data)
+    (newest / "state.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="step-000004"):
+        resumed = Trainer(tiny(), catalog, settings(), out=tmp_path / "run", resume=True)
+    assert resumed.step == 3
+    same_history(resumed.train(), straight[1])
+    assert resumed.encoder.fingerprint == straight[0]
+    for folder in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        (folder / "state.safetensors").write_bytes(b"")
+    with pytest.raises(DataError, match="no checkpoint.*all of them are cut"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Trainer(tiny(), catalog, settings(), out=tmp_path / "run", resume=True)
+
+
+def tree(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def full_safetensors(tensors, path, metadata=None):
+    "What safetensors does when the disk is full: an error of its own, and nothing or half a file."
+    from safetensors import SafetensorError
+
+    Path(path).write_bytes(b"half a file")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def full_disk(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("target, broken", [("safetensors.torch.save_file", full_safetensors), ("pandas.DataFrame.to_parquet", full_disk), ("os.fsync", full_disk), ("pathlib.Path.write_text", full_disk), ("tempfile.mkdtemp", full_disk)])
+def test_a_full_disk_while_writing_a_checkpoint(catalog, straight, tmp_path, monkeypatch, target, broken):
+    "A clear message; the earlier checkpoint is untouched, nothing half-written stays, and the run goes on from memory or from disk when there is space again."
+    run = tmp_path / "run"
+    trainer = interrupted_run(catalog, run, 3)
+    before = tree(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, broken)
+        with pytest.raises(LabError, match=r"(disk is full|cannot write|No space).*free some space"):
+            for _event in trainer:
+                pass
+    assert tree(run) == before and [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert newest_checkpoint(run)[0].name == "step-000003"
+    resumed = Trainer(tiny(), catalog, settings(), out=run, resume=True)
+    same_history(resumed.train(), straight[1])
+    same_history(trainer.train(), straight[1])  # and the one that met the full disk
+    assert trainer.encoder.fingerprint == resumed.encoder.fingerprint == straight[0]
+
+
+def test_a_full_disk_at_the_end_can_be_mended(catalog, straight, tmp_path, monkeypatch):
+    "The model cannot be written: the checkpoint is there, and resuming writes what is missing."
+    run = tmp_path / "run"
+    trainer = interrupted_run(catalog, run, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full_safetensors)
+        with pytest.raises(LabError, match="free some space"):
+            list(trainer)
+    assert not (run / "model" / "model.safetensors").exists()
+    resumed = Trainer(tiny(), catalog, settings(), out=run, resume=True)
+    resumed.train()
+    assert Moon2Encoder.from_pretrained(run / "model").fingerprint == straight[0]
+
+
+# ---------------------------------------------------------------------------------------------- killed, interrupted
+
+CHILD = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import torch
+from moon2_lab.train import Trainer
+from small import settings, shop, tiny
+
+def tell(event):
+    print("event", event.step, event.phase, flush=True)
+    if (event.step, event.phase) >= tuple(({step}, {phase!r})):
+        time.sleep(0.02)
+
+trainer = Trainer(tiny(), shop(60), settings(max_steps=8, save_steps=1), callbacks=[tell], out={out!r})
+try:
+    trainer.train()
+except KeyboardInterrupt:
+    print("interrupted", trainer.step, len(trainer.history), torch.get_num_threads(), flush=True)
+    trainer.callbacks.clear()
+    trainer.train()
+print("end", trainer.encoder.fingerprint, flush=True)
+"""
+
+
+def child(out, step, phase):
+    "A training run in a process of its own, slowed down from (step, phase) on."
+    code = CHILD.format(tests=str(TESTS), step=step, phase=phase, out=str(out))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TESTS.parent)
+
+
+def until(process, line):
+    "Read the process's output up to `line`."
+    seen = []
+    for text in process.stdout:
+        seen.append(text.strip())
+        if seen[-1] == line:
+            return seen
+    raise AssertionError(f"{line!r} never came: {seen[-3:]} {process.stderr.read()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def eight_steps(catalog):
+    trainer = Trainer(tiny(), catalog, settings(max_steps=8))
+    history = trainer.train()
+    return trainer.encoder.fingerprint, history
+
+
+def test_a_killed_run_continues_bit_equal(catalog, eight_steps, tmp_path):
+    "kill -9 at a random moment from the second step on, also while a checkpoint is written."
+    chance = random.Random()
+    step, phase, delay = chance.randrange(2, 7), chance.choice(PHASES), chance.uniform(0, 0.15)
+    process = child(tmp_path / "run", step, phase)
+    until(process, f"event {step} {phase}")
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == -signal.SIGKILL and "end" not in rest, "the process was too fast to be killed"
+    resumed = Trainer(tiny(), catalog, settings(max_steps=8), out=tmp_path / "run", resume=True)
+    print(f"killed {delay:.3f} s after step {step}, phase {phase}; resumed at step {resumed.step}")
+    assert step <= resumed.step < 8
+    same_history(resumed.train(), eight_steps[1])
+    assert resumed.encoder.fingerprint == eight_steps[0] == Moon2Encoder.from_pretrained(tmp_path / "run" / "model").fingerprint
+
+
+def test_an_interrupted_run_goes_on(catalog, eight_steps, tmp_path):
+    "A real SIGINT: the run stops between two updates, leaves a checkpoint, and goes on in the same process or in another."
+    chance = random.Random()
+    step, phase, delay = chance.randrange(2, 6), chance.choice(PHASES), chance.uniform(0, 0.1)
+    process = child(tmp_path / "run", step, phase)
+    until(process, f"event {step} {phase}")
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    told = next(line.split() for line in out.splitlines() if line.startswith("interrupted"))
+    assert told[1] == told[2] and step <= int(told[1]) < 8, f"interrupted {delay:.3f} s after step {step}, phase {phase}: {told}"
+    assert f"end {eight_steps[0]}" in out.splitlines()
+    same_history(pd.read_parquet(tmp_path / "run" / "history.parquet"), eight_steps[1])
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_interrupt_leaves_a_checkpoint(catalog, straight, tmp_path, phase):
+    "Ctrl-C or the notebook's stop button in any phase: whole steps only, on disk too."
+    def press(event):
+        if (event.step, event.phase) == (2, phase):
+            raise KeyboardInterrupt
+
+    trainer = Trainer(tiny(), catalog, settings(), callbacks=[press], out=tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    resumed = Trainer(tiny(), catalog, settings(), out=tmp_path / "run", resume=True)
+    assert resumed.step == trainer.step == (3 if phase == "step" else 2)
+    same_history(resumed.train(), straight[1])
+    assert resumed.encoder.fingerprint == straight[0]
+
+
+def test_an_interrupt_during_the_update_waits_for_its_end(catalog, straight):
+    "A half-made update would be lost for ever: SIGINT in the middle of the optimizer is held back."
+    trainer = Trainer(tiny(), catalog, settings())
+    first(trainer, "step", 1)
+    update, pressed = trainer.optimizer.step, []
+
+    def step(*args, **kwargs):
+        if not pressed:
+            pressed.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+        return update(*args, **kwargs)
+
+    trainer.optimizer.step = step
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert pressed and trainer.step == len(trainer.history) == 3
+    same_history(trainer.train(), straight[1])
+    assert trainer.encoder.fingerprint == straight[0]
+
+
+def test_an_interrupt_while_a_checkpoint_is_written(catalog, straight, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    trainer = interrupted_run(catalog, tmp_path / "run", 2)
+    real, pressed = safetensors.torch.save_file, []
+
+    def save(*args, **kwargs):
+        if not pressed:
+            pressed.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    resumed = Trainer(tiny(), catalog, settings(), out=tmp_path / "run", resume=True)
+    assert resumed.step == trainer.step == 3
+    same_history(resumed.train(), straight[1])
+
+
+# ---------------------------------------------------------------------------------------------- not finite
+
+
+class Poison:
+    "The paper's objective, spoilt at some steps."
+
+    def __init__(self, steps, value):
+        from moon2_lab.filtering import Moon2Objective
+
+        self.inner, self.steps, self.value, self.calls = Moon2Objective(settings()), steps, value, 0
+
+    def __call__(self, *parts):
+        terms = self.inner(*parts)
+        self.calls += 1
+        return terms | {"loss": terms["loss"] * self.value} if self.calls - 1 in self.steps else terms
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_a_loss_that_is_not_finite_moves_nothing(catalog, value):
+    "Skipped and counted; the next step is as good as ever. 1e38: the loss is finite, its gradient is not."
+    trainer = Trainer(tiny(), catalog, settings(), objective=Poison({2, 4}, value))
+    prints = [(trainer.step, trainer.encoder.fingerprint)]
+    for event in trainer:
+        if event.phase == "step":
+            prints.append((trainer.step, trainer.encoder.fingerprint))
+    history = trainer.table()
+    assert history["skipped"].tolist() == [0, 0, 1, 0, 1, 0] and trainer.skipped == 2
+    assert [before == after for (_, before), (_, after) in zip(prints, prints[1:])] == [False, False, True, False, True, False]
+    assert all(bool(p.isfinite().all()) for p in trainer.encoder.parameters()) and np.isfinite(history["loss"][[0, 1, 3, 5]]).all()
+
+
+def test_too_many_of_them_stop_the_run(catalog, tmp_path):
+    trainer = Trainer(tiny(), catalog, settings(save_steps=1, max_nonfinite_steps=2), objective=Poison(range(2, 99), float("nan")), out=tmp_path / "run")
+    with pytest.raises(LabError, match=r"2 steps had a loss or gradient that is not finite \[step 3\].*lower the learning rates"):
+        trainer.train()
+    assert trainer.step == 4 and trainer.table()["skipped"].tolist() == [0, 0, 1, 1]
+    good = newest_checkpoint(tmp_path / "run")[1][0]
+    assert all(bool(tensor.isfinite().all()) for name, tensor in good.items() if tensor.is_floating_point())
+
+
+def test_nan_in_the_features_is_caught(catalog, monkeypatch):
+    "A damaged feature cache poisons the loss, not the weights."
+    trainer = Trainer(tiny(), catalog, settings(max_nonfinite_steps=2))
+    start, real = trainer.encoder.fingerprint, trainer.encoder.backbone.vision_features
+    monkeypatch.setattr(trainer.encoder.backbone, "vision_features", lambda refs: real(refs) * np.float16("nan"))
+    with pytest.raises(LabError, match="not finite"):
+        trainer.train()
+    assert trainer.encoder.fingerprint == start
+
+
+# ---------------------------------------------------------------------------------------------- trackers, config
+
+
+def test_tensorboard_gets_the_history(catalog, straight, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = Trainer(tiny(), catalog, settings(report_to="tensorboard"), out=tmp_path / "run")
+    trainer.train()
+    files = list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    assert files
+    curves = {}
+    for folder in {path.parent for path in files}:
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        curves |= {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert [step for step, _ in curves["loss"]] == list(range(6))
+    np.testing.assert_allclose([value for _, value in curves["loss"]], straight[1]["loss"], rtol=1e-6)
+    assert {"omega_inter_t", "p_0_inter_t", "load_t_0", "grad_norm", "phi_q50"} <= set(curves)
+    assert trainer.encoder.fingerprint == straight[0]
+
+
+def test_a_tracker_that_is_missing_is_named(catalog, monkeypatch):
+    "Before the first step, with what to install."
+    with pytest.raises(UsageError, match="report_to.*none, tensorboard, trackio, wandb"):
+        settings(report_to="tensorbord")
+    import accelerate.tracking
+
+    for module in (accelerate.tracking, sys.modules["accelerate.accelerator"]):
+        for name in ("is_trackio_available", "is_tensorboard_available", "is_wandb_available"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, lambda: False)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list, raising=False)
+    with pytest.raises(LabError, match="trackio"):
+        Trainer(tiny(), catalog, settings(report_to="trackio"))
+
+
+def test_an_unknown_config_key_names_its_neighbours():
+    with pytest.raises(UsageError, match=r"unknown config field \[omega_mod\].*omega_mode"):
+        settings(omega_mod="faithful")
+    with pytest.raises(UsageError, match="learning_rate"):
+        settings(learning_rat=1)
+    for name, value in (("omega_mode", "fair"), ("temperature", 0), ("top_k", 9), ("per_device_train_batch_size", 1), ("visual_tokens", 5), ("lr_scheduler_type", "step"), ("max_steps", "many")):
+        with pytest.raises(UsageError, match=name):
+            settings(**{name: value})
+
+
+# ---------------------------------------------------------------------------------------------- every way to train
+
+VARIANTS = [
+    {"omega_mode": "faithful"}, {"omega_mode": "detached"}, {"omega_mode": "floored"}, {"omega_mode": "balanced", "omega_routing": "shared"}, {"preset": "paper"}, {"omega_times_m": True, "intra_omega": False},
+    {"filter_on_intra": True, "filter_warmup_ratio": 0.0}, {"in_batch_negatives": False}, {"negatives_per_query": 3, "paired_negatives": False}, {"intra_negatives": "other_polarity", "intra_symmetric": False},
+    {"num_experts": 0}, {"top_k": 4}, {"moe_layers": "1"}, {"attention": "bidirectional"}, {"dtype": "bfloat16"}, {"lora_r": 2}, {"train_word_embeddings": True}, {"lr_scheduler_type": "linear"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:attention=bidirectional")
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_every_mode_runs(catalog, changes):
+    "Two steps of each: finite, something moved, omega as the mode promises."
+    fields = {name: value for name, value in changes.items() if name in ("num_experts", "top_k", "moe_layers", "attention")}
+    trainer = Trainer(tiny(**fields), catalog, settings(max_steps=2, **changes))
+    start = trainer.encoder.fingerprint
+    history = trainer.train()
+    assert np.isfinite(history[["loss", *(f"loss_{name}" for name in OBJECTIVES)]]).all().all() and not history["skipped"].any()
+    assert trainer.encoder.fingerprint != start
+    total = history[[f"omega_{name}" for name in OBJECTIVES]].sum(axis=1)
+    if changes.get("omega_mode") == "faithful" or changes.get("preset") == "paper":
+        assert ((total > 0) & (total <= 5)).all()
+    elif "omega_times_m" not in changes:
+        np.testing.assert_allclose(total, 1, atol=1e-5)
+    assert ("loss_aux" in history) == (changes.get("num_experts") != 0) and ("loss_balance" in history) == (changes.get("omega_mode", "balanced") == "balanced" and changes.get("preset") != "paper" and "num_experts" not in changes)
+
+
+def test_products_without_picture_or_title(tmp_path):
+    "Mixed catalogues train; what a step lacks is absent from its terms, not zero and not NaN."
+    trainer = Trainer(tiny(), shop(60, mixed=True), settings(), out=tmp_path / "run")
+    history = trainer.train()
+    assert np.isfinite(history["loss"]).all() and not history["skipped"].any() and (tmp_path / "run" / "filter_ledger.parquet").is_file()
+    resumed = Trainer(tiny(), shop(60, mixed=True), settings(), out=tmp_path / "run", resume=True)
+    same_history(resumed.table(), history)
+
+
+@pytest.mark.parametrize("lacking, absent", [({"refs": ()}, {"inter_i", "inter_mm", "intra_p", "intra_n"}), ({"title": None}, {"inter_t", "inter_mm", "intra_p", "intra_n"})], ids=["no pictures", "no titles"])
+def test_a_catalogue_of_one_modality(lacking, absent):
+    from moon2_lab.catalog import Catalog
+
+    catalog = Catalog.from_products([product(number, **lacking) for number in range(40)])
+    history = Trainer(tiny(), catalog, settings(max_steps=3)).train()
+    gone = {name for name in OBJECTIVES if history[f"loss_{name}"].isna().all()}
+    assert np.isfinite(history["loss"]).all() and gone and gone <= absent and (history[[f"omega_{name}" for name in gone]] == 0).all().all()
+    np.testing.assert_allclose(history[[f"omega_{name}" for name in OBJECTIVES]].sum(axis=1), 1, atol=1e-5)
+
+
+def test_too_few_products_for_a_batch():
+    from moon2_lab.catalog import Catalog
+
+    few = Catalog.from_products([product(number, split="train") for number in range(3)])
+    with pytest.raises(DataError, match=r"6 triplets do not fill one batch of 8.*lower per_device_train_batch_size"):
+        Trainer(tiny(), few, settings())
+    assert len(Trainer(tiny(), few, settings(per_device_train_batch_size=2, max_steps=2)).train()) == 2
+    with pytest.raises(DataError, match="no negatives"):
+        Trainer(tiny(), Catalog.from_products([product(1)]), settings())
+    with pytest.raises(UsageError, match="even"):
+        Trainer(tiny(), shop(60), settings(per_device_train_batch_size=7))
+
+
+def test_only_the_train_split_is_trained_on(catalog):
+    trainer = Trainer(tiny(), catalog, settings())
+    assert {triplet.positive.split for triplet in trainer.triplets} == {"train"} == {negative.split for triplet in trainer.triplets for negative in triplet.negatives}
+
+
+def test_it_learns(catalog):
+    config = settings(max_steps=60, connector_learning_rate=3e-3, learning_rate=3e-3, filter_warmup_ratio=0.3)
+    loss = Trainer(tiny(), catalog, config).train()
+    for name in ("inter_t", "inter_i", "inter_mm", "intra_p"):
+        assert loss[f"loss_{name}"][-6:].mean() < 0.75 * loss[f"loss_{name}"][:6].mean(), name
