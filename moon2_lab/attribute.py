@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLANK_ID', 'RowScore', 'frozen_twin', 'row_inputs', 'row_score', 'HeldExperts', 'hold_experts', 'integrate',
-           'merge_words', 'PairAttribution', 'attribute_pair', 'PairHeat', 'heat_note', 'pair_heatmap', 'DeletionCheck',
-           'deletion_check', 'scores_without_words', 'scores_without_cells']
+           'close_enough', 'integrate_until_close', 'merge_words', 'PairAttribution', 'attribute_pair', 'PairHeat',
+           'heat_note', 'pair_heatmap', 'DeletionCheck', 'deletion_check', 'scores_without_words',
+           'scores_without_cells']
 
 # %% ../nbs/61_attribute.ipynb #0921143a
 import bisect
@@ -145,6 +146,30 @@ def integrate(
     tokens = [(part[0] if isinstance(part, tuple) else part)[0].sum(-1).detach().cpu().numpy() for part in found]
     return tokens, float(delta)
 
+# %% ../nbs/61_attribute.ipynb #70d829cf
+def close_enough(
+    delta: float,  # sum of the parts - rise
+    rise: float,  # score - score of the blank side
+) -> bool:
+    "Whether the parts miss the rise by at most 5 % of it (or by 0.005)."
+    return abs(delta) <= max(0.05 * abs(rise), 0.005)
+
+
+def integrate_until_close(
+    score: RowScore,
+    real: tuple[torch.Tensor, ...],
+    blank: tuple[torch.Tensor, ...],
+    rise: float,  # score - score of the blank side
+    steps: int = 32,  # points to begin with
+    most_steps: int = 64,  # and to end with, at the latest
+) -> tuple[list[np.ndarray], float, int]:
+    "Attributions, delta, and the number of points that was needed."
+    while True:
+        tokens, delta = integrate(score, real, blank, steps)
+        if close_enough(delta, rise) or 2 * steps > most_steps:
+            return tokens, delta, steps
+        steps *= 2
+
 # %% ../nbs/61_attribute.ipynb #215a3a3c
 def merge_words(
     text: str,
@@ -160,7 +185,7 @@ def merge_words(
         totals[place] = totals.get(place, 0.0) + float(score)
     return [(text[words[place][0] : words[place][1]], *words[place], totals[place]) for place in sorted(totals)]
 
-# %% ../nbs/61_attribute.ipynb #9a0f1b22
+# %% ../nbs/61_attribute.ipynb #5b481a43
 @dataclass
 class PairAttribution:
     "What each word and each cell of one side adds to the score of a pair."
@@ -180,8 +205,8 @@ class PairAttribution:
 
     @property
     def adds_up(self) -> bool:
-        "Whether delta is below 5 % of what was to be explained (or below 0.005)."
-        return abs(self.delta) <= max(0.05 * abs(self.score - self.blank_score), 0.005)
+        "Whether delta is small, see `close_enough`."
+        return close_enough(self.delta, self.score - self.blank_score)
 
 
 def attribute_pair(
@@ -189,8 +214,8 @@ def attribute_pair(
     query: Item,
     item: Item,
     side: str = "item",  # the side to explain: item or query
-    steps: int = 32,  # points on the line; more make delta smaller
-    rows_at_once: int = 32,  # of them in one forward pass
+    steps: int = 32,  # points on the line to begin with
+    most_steps: int = 64,  # doubled up to this as long as the parts do not add up
 ) -> PairAttribution:
     "Integrated gradients of query . item. Raises `UsageError` for a wrong side or number of steps, `DataError` when there is nothing to explain."
     if side not in ("item", "query"):
@@ -200,18 +225,18 @@ def attribute_pair(
     mine, other = (item, query) if side == "item" else (query, item)
     score, real, blank = row_score(encoder, mine, other)
     hold_experts(score, real)
-    tokens, delta = integrate(score, real, blank, steps, rows_at_once)
     with torch.no_grad():
         ends = score(*real).item(), score(*blank).item()
-    if not np.isfinite([*ends, delta]).all():
+    if not np.isfinite(ends).all():
         raise LabError("the score is not a number", where=mine.item_id or side, advice="the model's weights are damaged: use an earlier checkpoint")
+    tokens, delta, steps = integrate_until_close(score, real, blank, ends[0] - ends[1], steps, most_steps)
     found = dict(zip(score.parts, tokens, strict=True))
     words = merge_words(mine.text, encoder.backbone.tokenize(mine.text)[1], found["words"]) if "words" in found else []
     grid = int(encoder.config.visual_tokens**0.5)
     cells = found["cells"].reshape(grid, grid) if "cells" in found else None
     return PairAttribution(side, words, cells, *ends, delta, steps, len((mine.text or "").split()) - len(words))
 
-# %% ../nbs/61_attribute.ipynb #15edc3a9
+# %% ../nbs/61_attribute.ipynb #694e8149
 @dataclass
 class PairHeat:
     "The fields that the drawing functions of `figures` and `page` take, filled from an attribution."
@@ -242,14 +267,15 @@ def pair_heatmap(
     item: Item,
     side: str = "item",  # the side to explain: item or query
     steps: int = 32,
+    most_steps: int = 64,
     picture_side: int = 384,  # pixels of the picture that is drawn
 ) -> PairHeat:
     "The heatmap of a pair, for `figures.pair_figure` or a report."
-    found = attribute_pair(encoder, query, item, side, steps)
+    found = attribute_pair(encoder, query, item, side, steps, most_steps)
     mine = item if side == "item" else query
     picture = square(mine.image.load(), picture_side) if mine.image is not None else None
     words = [(word, part) for word, _, _, part in found.words]
-    return PairHeat(words, picture, found.cells, found.score, f"integrated gradients, {steps} steps, {side} side", heat_note(found), found)
+    return PairHeat(words, picture, found.cells, found.score, f"integrated gradients, {found.steps} steps, {side} side", heat_note(found), found)
 
 # %% ../nbs/61_attribute.ipynb #e6fb27c2
 @dataclass

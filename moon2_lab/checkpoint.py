@@ -6,9 +6,8 @@
 __all__ = ['state_tensors', 'load_tensors', 'random_state', 'set_random_state', 'save_checkpoint', 'load_checkpoint',
            'newest_checkpoint', 'keep_newest', 'deferred_interrupt']
 
-# %% ../nbs/26_checkpoint.ipynb #7a218c7d
+# %% ../nbs/26_checkpoint.ipynb #18e30a9e
 import contextlib
-import json
 import random
 import shutil
 import signal
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import DataError, plain, read_json, write_json, write_parquet
+from .core import DataError, read_json, write_json, write_parquet
 from .encoder import Moon2Encoder
 
 # %% ../nbs/26_checkpoint.ipynb #be9c2cc9

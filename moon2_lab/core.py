@@ -9,7 +9,7 @@ __all__ = ['VIEWS', 'OBJECTIVES', 'DIRECTIONS', 'PRESETS', 'CHOICES', 'METHOD_FI
            'TrainConfig', 'preset_differences', 'seed_everything', 'pick_device', 'pick_dtype', 'set_threads',
            'NumericChoices', 'git_state', 'versions', 'run_settings']
 
-# %% ../nbs/00_core.ipynb #7099939d
+# %% ../nbs/00_core.ipynb #7d28b2ad
 import configparser
 import contextlib
 import dataclasses
@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 # %% ../nbs/00_core.ipynb #e7a0cf8e
 VIEWS = ("t", "i", "mm")  # text only, image only, image + text

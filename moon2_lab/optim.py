@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'BASE_BYTES', 'prepare_trainable', 'group_of', 'parameter_groups', 'make_optimizer', 'lr_factor',
-           'set_learning_rate', 'measured_once', 'choose_numerics', 'apply_numerics', 'flops_per_token',
-           'activation_bytes', 'matmul_speed', 'predict_cost']
+           'set_learning_rate', 'measured_once', 'choose_numerics', 'apply_numerics', 'release_memory',
+           'flops_per_token', 'activation_bytes', 'matmul_speed', 'predict_cost']
 
-# %% ../nbs/25_optim.ipynb #1662d9ae
+# %% ../nbs/25_optim.ipynb #97987ba0
+import contextlib
+import ctypes
 import math
 import platform
 import time
@@ -15,7 +17,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .core import DataError, NumericChoices, TrainConfig, cache_dir, pick_device, pick_dtype, read_json, set_threads, write_json
 from .encoder import Moon2Encoder
@@ -127,6 +128,12 @@ def apply_numerics(encoder: Moon2Encoder, choices: NumericChoices) -> None:
     encoder.to(choices.device)
     encoder.set_expert_kernel(choices.expert_kernel)
     encoder.compute_dtype = getattr(torch, choices.dtype)
+
+# %% ../nbs/25_optim.ipynb #2be93eb7
+def release_memory() -> None:
+    "Give freed memory back to the system (glibc only; elsewhere nothing happens)."
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 # %% ../nbs/25_optim.ipynb #d4929ae9
 def flops_per_token(encoder: Moon2Encoder) -> float:

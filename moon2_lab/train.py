@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['PHASES', 'KNOWN_TERMS', 'UPDATE_SECONDS', 'Event', 'lay_out', 'by_role', 'Trainer']
 
-# %% ../nbs/33_train.ipynb #b1ebcde4
+# %% ../nbs/33_train.ipynb #4b49cf71
 import copy
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,7 @@ from .core import OBJECTIVES, VIEWS, LabError, NumericChoices, TrainConfig, Usag
 from .encoder import ItemViews, Moon2Encoder
 from .filtering import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
 from .losses import TripletKeys, TripletRouting, TripletViews, balance_alarm
-from .optim import GROUPS, apply_numerics, choose_numerics, lr_factor, make_optimizer, predict_cost, prepare_trainable, set_learning_rate
+from .optim import GROUPS, apply_numerics, choose_numerics, lr_factor, make_optimizer, predict_cost, prepare_trainable, release_memory, set_learning_rate
 from .text import Lexicon
 from .triplets import Triplet, TripletSampler, build_triplets
 
@@ -244,7 +243,7 @@ def _row(self: Trainer, now) -> dict:
 
 KNOWN_TERMS = {"loss", "aux", "sparsity", "balance", "omega_sum_raw", "share_down_weighted", "masked_pairs", "repeated_pairs", "negatives_per_query", "margin", *OBJECTIVES}
 
-# %% ../nbs/33_train.ipynb #54c33e62
+# %% ../nbs/33_train.ipynb #b390a547
 @patch
 def events_of_step(self: Trainer):
     "The events of the step that is due, one after the other; time spent by whoever looks at them is not counted."
@@ -307,6 +306,8 @@ def _begin(self: Trainer) -> None:
 def _after_step(self: Trainer, event: Event) -> None:
     "Guard, evaluation, checkpoint, trackers."
     row = event.data["row"]
+    if self.step % 10 == 0:
+        release_memory()
     if self.skipped >= self.config.max_nonfinite_steps and row["skipped"]:
         raise LabError(f"{self.skipped} steps had a loss or gradient that is not finite", where=f"step {event.step}", advice="lower the learning rates, or look at trainer.table(); no update was made from those steps")
     last = self.step >= self.max_steps

@@ -1,13 +1,16 @@
 "A small shop, small encoders and a small training run, for the tests that need a model."
 import dataclasses
+import os
 
+import pytest
 from moon2_lab.catalog import Catalog, ImageRef, Product
-from moon2_lab.core import TrainConfig
+from moon2_lab.core import LabError, TrainConfig
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.text import Lexicon
 from moon2_lab.triplets import build_triplets
 from PIL import Image, ImageDraw
 
+USERS_CACHE = os.environ.get("MOON2_CACHE")  # before a test file takes a cache of its own
 COLOURS, SHAPES, SIZES = ("red", "green", "blue", "black", "orange", "purple"), ("box", "ball", "bar", "ring"), ("small", "large")
 TINY = {"num_layers": 2, "image_size": 32, "visual_tokens": 4, "num_experts": 4, "top_k": 2, "moe_layers": "all", "router_std": 0.02, "attention": "causal", "max_text_tokens": 64}
 TRAIN = {"max_steps": 6, "per_device_train_batch_size": 8, "query_variants": 2, "negatives_per_query": 1, "learning_rate": 1e-3, "seed": 0, "num_threads": 1, "device": "cpu"}
@@ -63,3 +66,12 @@ def tiny(perturbed=False, double=False, **fields):
 def settings(**changes):
     "The config of a small run; every field that matters is given, so that settings.ini may change."
     return TrainConfig(backbone="tiny", **(TINY | TRAIN | changes))
+
+
+def pretrained(patch, **fields):
+    "A mini encoder from the assets in the user's cache; skips the test when they cannot be had."
+    patch.delenv("MOON2_CACHE", raising=False) if USERS_CACHE is None else patch.setenv("MOON2_CACHE", USERS_CACHE)
+    try:
+        return Moon2Encoder.from_backbone("mini", **fields)
+    except (LabError, OSError, ImportError) as error:
+        pytest.skip(f"backbone mini cannot be had: {error}")

@@ -2,7 +2,6 @@
 import copy
 import dataclasses
 import json
-import os
 import warnings
 from functools import partial
 
@@ -18,10 +17,8 @@ from moon2_lab.losses import load_balance_loss
 from moon2_lab.moe import KERNELS, LayerRouting, MoEFeedForward, mix_experts
 from moon2_lab.optim import prepare_trainable
 from moon2_lab.train import by_role, lay_out
-from small import picture, settings, shop, some_triplets, tiny
+from small import picture, pretrained, settings, shop, some_triplets, tiny
 from torch.nn import functional as F
-
-USERS_CACHE = os.environ.get("MOON2_CACHE")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -583,11 +580,7 @@ def mini(tmp_path_factory):
     "make(**fields) -> a pretrained encoder whose pictures have random features: the vision weights are not needed."
     folder = tmp_path_factory.mktemp("mini")
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MOON2_CACHE") if USERS_CACHE is None else patch.setenv("MOON2_CACHE", USERS_CACHE)
-        try:
-            Moon2Encoder.from_backbone("mini", num_layers=1)
-        except (LabError, OSError) as error:
-            pytest.skip(f"mini cannot be had: {error}")
+        pretrained(patch, num_layers=1)
 
         def make(items, **fields):
             encoder = Moon2Encoder.from_backbone("mini", **({"num_layers": 2, "num_experts": 4, "top_k": 2, "visual_tokens": 16} | fields))

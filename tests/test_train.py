@@ -300,6 +300,26 @@ def test_calibration_changes_nothing(catalog):
     assert time.perf_counter() - started < 60  # asked for a third of a second
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_calibration_leaves_nothing(catalog, straight, error):
+    "Ctrl-C in the first seconds: the run that is then started is the run that was asked for."
+    class Once(Poison):
+        def __call__(self, *parts):
+            if self.calls == 0:
+                self.calls = 1
+                raise error
+            return self.inner(*parts)
+
+    trainer = Trainer(tiny(), catalog, settings(max_steps=0, max_minutes=0.001), objective=Once((), 1))
+    with pytest.raises(error):
+        trainer.train()
+    assert trainer.max_steps == 0 and trainer.step == 0
+    events = [event for _, event in zip(range(2 * len(PHASES)), trainer)]
+    if trainer.max_steps > 1:
+        assert events[0].data["triplets"] != events[len(PHASES)].data["triplets"]
+    assert trainer.max_steps < 1000
+
+
 def test_plan_comes_before_the_first_step(catalog):
     trainer = Trainer(tiny(), catalog, settings())
     before = trainer.encoder.fingerprint
@@ -385,12 +405,9 @@ def test_resume_under_other_rounding_is_refused(catalog, tmp_path, changes):
     with pytest.raises(DriftError, match=rf"{name}.*--allow-drift"):
         Trainer(tiny(), catalog, settings(**changes), out=tmp_path / "run", resume=True)
     drifted = Trainer(tiny(), catalog, settings(**changes), out=tmp_path / "run", resume=True, allow_drift=True)
-    try:
-        assert getattr(drifted.choices, name) == value and drifted.step == 2
-        assert len(drifted.train()) == 6
-        assert read_json(tmp_path / "run" / "run_settings.json")["choices"][name] == value
-    finally:
-        torch.set_num_threads(1)
+    assert getattr(drifted.choices, name) == value and drifted.step == 2
+    torch.set_num_threads(1)  # two threads are slow beside other work
+    assert len(drifted.train()) == 6 and read_json(tmp_path / "run" / "run_settings.json")["choices"][name] == value
 
 
 def test_resume_keeps_the_choices_of_the_run(catalog, tmp_path):
@@ -537,7 +554,7 @@ def eight_steps(catalog):
 def test_a_killed_run_continues_bit_equal(catalog, eight_steps, tmp_path):
     "kill -9 at a random moment from the second step on, also while a checkpoint is written."
     chance = random.Random()
-    step, phase, delay = chance.randrange(2, 7), chance.choice(PHASES), chance.uniform(0, 0.15)
+    step, phase, delay = chance.randrange(2, 6), chance.choice(PHASES), chance.uniform(0, 0.15)
     process = child(tmp_path / "run", step, phase)
     until(process, f"event {step} {phase}")
     time.sleep(delay)
@@ -701,13 +718,7 @@ def test_a_tracker_that_is_missing_is_named(catalog, monkeypatch):
     "Before the first step, with what to install."
     with pytest.raises(UsageError, match="report_to.*none, tensorboard, trackio, wandb"):
         settings(report_to="tensorbord")
-    import accelerate.tracking
-
-    for module in (accelerate.tracking, sys.modules["accelerate.accelerator"]):
-        for name in ("is_trackio_available", "is_tensorboard_available", "is_wandb_available"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, lambda: False)
-    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list, raising=False)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     with pytest.raises(LabError, match="trackio"):
         Trainer(tiny(), catalog, settings(report_to="trackio"))
 
