@@ -101,7 +101,7 @@ def register_packed_attention() -> str:
     AttentionInterface.register("moon2_packed", packed_attention)
     return "moon2_packed"
 
-# %% ../nbs/20_backbone.ipynb #50a6ec6c
+# %% ../nbs/20_backbone.ipynb #bb10d108
 class HashTokenizer:
     "One id per word or sign: CRC-32 of the lower-cased word, modulo the vocabulary. Needs no file."
     pattern = re.compile(r"\w+|[^\w\s]")
@@ -124,7 +124,11 @@ class FileTokenizer:
     def __init__(self, folder: Path):
         from transformers import AutoTokenizer
 
-        self.inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            with _quiet_transformers():
+                self.inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers and tokenizers raise errors of many kinds
+            raise DataError(f"the tokenizer cannot be read ({' '.join(str(error).split())[:120]})", where=str(folder), advice="a file is cut or missing: copy the folder again") from error
 
     def __call__(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         "Ids and (start, end) of each token in `text`."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'OBJECTIVES', 'DIRECTIONS', 'PRESETS', 'CHOICES', 'METHOD_FIELDS', 'LabError', 'DataError', 'UsageError',
-           'DriftError', 'CheckFailed', 'atomic_path', 'plain', 'write_json', 'read_json', 'write_parquet', 'cache_dir',
-           'sha256_hex', 'progress', 'settings_file', 'lab_settings', 'parse_value', 'LiveConfig', 'EncoderConfig',
-           'TrainConfig', 'preset_differences', 'seed_everything', 'pick_device', 'pick_dtype', 'set_threads',
-           'NumericChoices', 'git_state', 'versions', 'run_settings']
+           'DriftError', 'CheckFailed', 'disk_is_full', 'atomic_path', 'plain', 'write_json', 'read_json',
+           'write_parquet', 'cache_dir', 'sha256_hex', 'progress', 'settings_file', 'lab_settings', 'parse_value',
+           'LiveConfig', 'EncoderConfig', 'TrainConfig', 'preset_differences', 'seed_everything', 'pick_device',
+           'pick_dtype', 'set_threads', 'NumericChoices', 'git_state', 'versions', 'run_settings']
 
 # %% ../nbs/00_core.ipynb #7d28b2ad
 import configparser
@@ -73,7 +73,13 @@ class CheckFailed(LabError):
     "A check ran and its answer is no."
     exit_code = 1
 
-# %% ../nbs/00_core.ipynb #718c8306
+# %% ../nbs/00_core.ipynb #0a4e65c8
+def disk_is_full(error: BaseException) -> bool:
+    "Whether `error` says so; safetensors has an error class of its own for it."
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
+
+
 @contextlib.contextmanager
 def atomic_path(
     path: str | Path,  # the final name
@@ -90,8 +96,8 @@ def atomic_path(
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
         temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if disk_is_full(error):
             raise LabError("the disk is full", where=str(path), advice="free some space and run the same command again; the old file is untouched") from error
         raise
     finally:

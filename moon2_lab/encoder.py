@@ -93,7 +93,7 @@ def mean_by_item(values: torch.Tensor, places: torch.Tensor, items: torch.Tensor
     total = values.new_zeros(count, values.shape[1]).index_add(0, items, values.index_select(0, places))
     return total / torch.bincount(items, minlength=count).clamp(min=1).unsqueeze(1).to(values.dtype)
 
-# %% ../nbs/22_encoder.ipynb #87b0f02e
+# %% ../nbs/22_encoder.ipynb #5cb48b00
 class Moon2Encoder(nn.Module):
     "Product encoder: backbone with mixture-of-experts decoder, and the dual-alignment matrix W*."
 
@@ -127,7 +127,7 @@ class Moon2Encoder(nn.Module):
         make = shared_rows if (self.shares_rows if share is None else share) else separate_rows
         rows = []
         for place, item in enumerate(items):
-            ids = self.backbone.tokenize(item.text)[0] if item.text else []
+            ids = self.backbone.tokenize(item.text)[0] if item.has_text else []
             rows += make(place, self.config.visual_tokens if item.image is not None else 0, ids, views)
         return sorted(rows, key=len, reverse=True)
 
@@ -165,7 +165,7 @@ class Moon2Encoder(nn.Module):
     ) -> ItemViews:
         "Encode items, differentiably. Any mix of items with and without image and text; an item with neither is a `DataError`."
         for item in items:
-            if not item.text and item.image is None:
+            if not item.has_text and item.image is None:
                 raise DataError("neither text nor image", where=item.item_id or "item", advice="leave it out: there is nothing to encode")
         keys = [(item.text, item.image.key if item.image else None) for item in items]
         once = dict(zip(keys, items, strict=True))
@@ -212,6 +212,8 @@ class Moon2Encoder(nn.Module):
         batch_size: int = 64,
     ) -> np.ndarray:
         "(N, D) float32, l2-normalised, in the order given. A product without that view is a `DataError` that names it."
+        if view not in VIEWS:
+            raise DataError(f"unknown view {view!r}", where="view", advice=f"one of {', '.join(VIEWS)}")
         items = [_as_item(product, view) for product in products]
         for item in items:
             if not (item.image if view == "i" else item.text if view == "t" else item.image or item.text):
@@ -257,7 +259,7 @@ class Moon2Encoder(nn.Module):
 def _as_item(product: Product | Item, view: str) -> Item:
     "A product as the item of one view; an item's other modality is left out."
     item = product if isinstance(product, Item) else product.item("mm")
-    return Item(None if view == "i" else item.text, None if view == "t" else item.image, item.item_id)
+    return Item(item.text if item.has_text and view != "i" else None, None if view == "t" else item.image, item.item_id)
 
 
 def _join(parts: list[ItemViews]) -> ItemViews:
@@ -328,7 +330,7 @@ def merged(self: Moon2Encoder) -> Moon2Encoder:
     twin.lora = []
     return twin
 
-# %% ../nbs/22_encoder.ipynb #db650b96
+# %% ../nbs/22_encoder.ipynb #93040655
 @patch
 def save_pretrained(self: Moon2Encoder, folder: str | Path) -> None:
     "Write config.json, model.safetensors and the tokenizer files; LoRA weights are merged in the saved copy."
@@ -350,7 +352,7 @@ def from_pretrained(cls: Moon2Encoder, folder: str | Path) -> Moon2Encoder:
 
     folder = Path(folder)
     saved = read_json(folder / "config.json")
-    if saved.get("model_type") != "moon2":
+    if not isinstance(saved, dict) or saved.get("model_type") != "moon2" or not {"encoder", "decoder", "info"} <= saved.keys():
         raise DataError("not a moon2_lab model", where=str(folder / "config.json"), advice="give a folder written by save_pretrained")
     config = EncoderConfig(**saved["encoder"])
     encoder = _assemble(build_backbone(config, pretrained=False, decoder_fields=saved["decoder"], tokenizer_folder=folder), config)

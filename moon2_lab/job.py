@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['log', 'FREE_ON_RESUME', 'MINUTES', 'require_empty', 'move_aside', 'drawn_catalogue', 'load_catalogue', 'valid_scorer',
-           'build_trainer', 'plan_lines', 'resumed_config', 'train_run', 'model_folder', 'evaluate_model',
+           'build_trainer', 'plan_lines', 'resumed_config', 'StepLines', 'train_run', 'model_folder', 'evaluate_model',
            'score_lines', 'pick_queries', 'asked_items', 'query_hits', 'explain_match', 'report_run', 'run_facts',
            'main_job', 'job_minutes']
 
-# %% ../nbs/67_job.ipynb #34110764
+# %% ../nbs/67_job.ipynb #1ebfbbe5
 import hashlib
 import inspect
 import logging
+import sys
 import time
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def plan_lines(
 
     return "\n".join(f"{name.replace('_', ' '):<28} {told(value)}" for name, value in plan.items())
 
-# %% ../nbs/67_job.ipynb #d4cfe703
+# %% ../nbs/67_job.ipynb #09e32b46
 FREE_ON_RESUME = ("device", "dtype", "num_threads", "save_steps", "eval_steps", "report_to")
 
 
@@ -132,6 +133,20 @@ def resumed_config(
     return changed
 
 
+class StepLines:
+    "A callback that logs about twenty lines in a run: for logs, where a progress bar is of no use."
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step(self, event) -> None:
+        "One line: step, minutes of steps, loss, and the scores when there are new ones."
+        row, total = event.data["row"], self.trainer.max_steps
+        scores = [f"{name} {value:.3f}" for name, value in row.items() if name.startswith("valid_")]
+        if scores or (event.step + 1) % max(1, total // 20) == 0:
+            log.info(", ".join([f"step {event.step + 1}/{total}", f"{self.trainer.seconds['steps'] / 60:.1f} minutes", f"loss {row['loss']:.3f}", f"memory {row['rss_mb']:,.0f} MB", *scores]))
+
+
 def train_run(
     catalog,  # Catalog
     out: str | Path,  # run folder, new or empty (without resume)
@@ -144,6 +159,8 @@ def train_run(
     if not resume:
         require_empty(out, "give another folder, or continue the run with --resume")
     trainer = build_trainer(catalog, config, out, resume=resume, allow_drift=allow_drift, command=command)
+    if not sys.stderr.isatty():  # there a bar shows it
+        trainer.callbacks.append(StepLines(trainer))
     log.info(plan_lines(trainer.plan()))
     log.info(f"vision features ready after {trainer.prepare_features():.0f} s")
     trainer.train()

@@ -7,10 +7,11 @@ __all__ = ['GROUPS', 'BASE_BYTES', 'prepare_trainable', 'group_of', 'parameter_g
            'set_learning_rate', 'measured_once', 'choose_numerics', 'apply_numerics', 'release_memory',
            'flops_per_token', 'activation_bytes', 'matmul_speed', 'predict_cost']
 
-# %% ../nbs/25_optim.ipynb #97987ba0
+# %% ../nbs/25_optim.ipynb #60dfb0bf
 import contextlib
 import ctypes
 import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
-# %% ../nbs/25_optim.ipynb #dda88632
+# %% ../nbs/25_optim.ipynb #0e18c92d
 def measured_once(
     key: str,  # what was measured, with its shape
     measure: Callable[[], str],
@@ -124,6 +125,7 @@ def choose_numerics(
 
 def apply_numerics(encoder: Moon2Encoder, choices: NumericChoices) -> None:
     "Put the choices in force."
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read when the first matrix is multiplied
     set_threads(choices.num_threads)
     encoder.to(choices.device)
     encoder.set_expert_kernel(choices.expert_kernel)
@@ -135,7 +137,7 @@ def release_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
-# %% ../nbs/25_optim.ipynb #d4929ae9
+# %% ../nbs/25_optim.ipynb #5f694e3a
 def flops_per_token(encoder: Moon2Encoder) -> float:
     "Multiply-adds x 2 of one token's forward pass through the decoder's linear layers; a step costs three times that."
     total = 0
@@ -170,14 +172,16 @@ def predict_cost(
     encoder: Moon2Encoder,
     choices: NumericChoices,
     tokens: int,  # of one step
+    images: int = 0,  # whose features the run reads: their pages count as its memory
 ) -> dict:
     "Parameters, predicted peak memory (MB) and seconds of a step."
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     all_of_them = sum(p.numel() for p in encoder.parameters())
     dtype = getattr(torch, choices.dtype)
-    memory = 4 * (all_of_them + 3 * trained) + activation_bytes(encoder, tokens, dtype) + BASE_BYTES
+    memory = 4 * (all_of_them + 3 * trained) + 1.6 * activation_bytes(encoder, tokens, dtype) + BASE_BYTES
+    memory += 2.0 * images * encoder.config.visual_tokens * encoder.backbone.vision.channels
     seconds = 3 * flops_per_token(encoder) * tokens / (0.75 * matmul_speed(torch.device(choices.device), dtype)) + trained * 28 / 1.5e10
     return {"parameters": all_of_them, "parameters_trained": trained, "tokens_per_step": tokens, "predicted_memory_mb": round(memory / 2**20), "predicted_seconds_per_step": seconds}
 
 
-BASE_BYTES = 700 * 2**20  # Python, torch and transformers, before any model
+BASE_BYTES = 900 * 2**20  # Python, torch, transformers, and what allocators keep

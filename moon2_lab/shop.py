@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gallery_vectors', 'query_item', 'Found', 'SearchModel', 'Shop']
 
-# %% ../nbs/74_shop.ipynb #c5b337d1
+# %% ../nbs/74_shop.ipynb #3c6f5593
 import threading
 import zipfile
 from pathlib import Path
@@ -17,7 +17,7 @@ from .attribute import PairHeat, pair_heatmap
 from .catalog import Catalog, ImageRef, Item, Product, decode_image
 from .core import VIEWS, DataError, UsageError, atomic_path, cache_dir, sha256_hex
 from .encoder import Moon2Encoder
-from .filters import field_values, parse_filter
+from .filters import field_values, fold_value, parse_filter
 from .text import Lexicon, search_phrase
 
 # %% ../nbs/74_shop.ipynb #06f6bb37
@@ -102,7 +102,7 @@ class SearchModel:
         trained = f"trained for {steps:,} steps" if steps else "not trained"
         return f"{config.backbone}, {trained}" + ("" if info.get("pretrained_backbone") else ", on a backbone of random weights")
 
-# %% ../nbs/74_shop.ipynb #65057f93
+# %% ../nbs/74_shop.ipynb #e421b77d
 class Shop:
     "Products and one or two models: all that the interface does, without the interface."
 
@@ -152,9 +152,9 @@ class Shop:
 
     def phrases(self, count: int = 4) -> list[str]:
         "A few search phrases, made from titles as the evaluation makes them."
-        lexicon, found = Lexicon(self.catalog.whole), []
+        lexicon, found = Lexicon(self.catalog.whole), {}
         for product in self.catalog.products[:: max(1, len(self.catalog) // (4 * count))]:
             phrase = search_phrase(product, 0, lexicon)
-            if phrase and phrase not in found:
-                found.append(phrase)
-        return found[:count]
+            if phrase:
+                found.setdefault(frozenset(fold_value(phrase).split()), phrase)
+        return list(found.values())[:count]

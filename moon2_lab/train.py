@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHASES', 'KNOWN_TERMS', 'UPDATE_SECONDS', 'Event', 'lay_out', 'by_role', 'Trainer']
 
-# %% ../nbs/33_train.ipynb #4b49cf71
+# %% ../nbs/33_train.ipynb #323dd064
 import copy
 import dataclasses
 import time
@@ -21,8 +21,8 @@ import torch
 from fastcore.basics import patch
 
 from .catalog import Catalog, Item
-from .checkpoint import deferred_interrupt, keep_newest, load_tensors, newest_checkpoint, random_state, save_checkpoint, set_random_state, state_tensors
-from .core import OBJECTIVES, VIEWS, LabError, NumericChoices, TrainConfig, UsageError, plain, progress, run_settings, seed_everything, write_json, write_parquet
+from .checkpoint import deferred_interrupt, keep_newest, load_tensors, newest_checkpoint, random_state, same_chances, save_checkpoint, set_random_state, state_tensors
+from .core import OBJECTIVES, VIEWS, EncoderConfig, LabError, NumericChoices, TrainConfig, UsageError, plain, progress, run_settings, seed_everything, write_json, write_parquet
 from .encoder import ItemViews, Moon2Encoder
 from .filtering import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
 from .losses import TripletKeys, TripletRouting, TripletViews, balance_alarm
@@ -41,7 +41,7 @@ class Event:
     phase: str  # one of PHASES
     data: dict[str, Any]
 
-# %% ../nbs/33_train.ipynb #df525ad8
+# %% ../nbs/33_train.ipynb #5f11b9af
 def lay_out(
     batch: Sequence[Triplet],
 ) -> tuple[list[Item], TripletKeys]:
@@ -50,7 +50,7 @@ def lay_out(
     negatives = [list(triplet.negatives) + [triplet.positive] * (width - len(triplet.negatives)) for triplet in batch]
     items = [t.query for t in batch] + [t.positive.item("mm") for t in batch] + [n.item("mm") for row in negatives for n in row]
     keys = TripletKeys(
-        query=torch.tensor([t.query_key for t in batch]), positive=torch.tensor([t.key for t in batch]), negative=torch.tensor([[n.key for n in row] for row in negatives]).view(len(batch), width),
+        query=torch.tensor([t.query_key for t in batch]), positive=torch.tensor([t.key for t in batch]), negative=torch.tensor([[n.key for n in row] for row in negatives], dtype=torch.int64).view(len(batch), width),
         negative_mask=torch.tensor([[place < len(t.negatives) for place in range(width)] for t in batch], dtype=torch.bool).view(len(batch), width),
     )
     return items, keys
@@ -66,14 +66,14 @@ def by_role(found: ItemViews, keys: TripletKeys, alignment: torch.Tensor) -> tup
 
     return TripletViews(cut(found.embedding), cut(found.present)), TripletRouting(cut(found.routing), alignment, found.layers)
 
-# %% ../nbs/33_train.ipynb #1ac130bf
+# %% ../nbs/33_train.ipynb #b5cc7cf2
 class Trainer:
     "Step-through training of a `Moon2Encoder` on the train split of a catalogue."
 
     def __init__(
         self,
         encoder: Moon2Encoder,
-        catalog: Catalog,  # with a train split, or all of it is used
+        catalog: Catalog,  # its train split; all of it when it has no splits
         config: TrainConfig | None = None,
         objective: Callable | None = None,  # (views, routing, keys) -> terms with "loss"; None: Moon2Objective
         callbacks: Sequence = (),
@@ -90,7 +90,7 @@ class Trainer:
         if self.out and not resume and self.out.exists() and any(self.out.iterdir()):
             raise UsageError("the run folder is not empty", where=str(self.out), advice="give another --out, or continue it with --resume")
         seed_everything(self.config.seed)
-        train = catalog.split("train") if "train" in catalog.splits else catalog
+        train = catalog.split("train") if catalog.splits else catalog
         made = (self.config.query_variants, self.config.negatives_per_query, self.config.seed, self.config.paired_negatives)
         self.triplets = triplets if triplets is not None else build_triplets(train, Lexicon(catalog), *made)
         self.sampler = TripletSampler(self.triplets, self.config.per_device_train_batch_size, self.config.seed, self.config.paired_negatives)
@@ -116,6 +116,8 @@ class Trainer:
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=self.choices.device == "cpu", log_with=None if self.config.report_to == "none" else self.config.report_to, project_dir=str(self.out or "."))
+        if self.config.report_to != "none" and not self.accelerator.log_with:
+            raise UsageError(f"{self.config.report_to} is not installed", where="report_to", advice=f"pip install {self.config.report_to}, or report_to=none")
         self.model, self.optimizer = self.accelerator.prepare(self.encoder, make_optimizer(self.encoder, self.config))
         if self.config.report_to != "none":
             self.accelerator.init_trackers("moon2_lab", config=dataclasses.asdict(self.config))
@@ -243,7 +245,7 @@ def _row(self: Trainer, now) -> dict:
 
 KNOWN_TERMS = {"loss", "aux", "sparsity", "balance", "omega_sum_raw", "share_down_weighted", "masked_pairs", "repeated_pairs", "negatives_per_query", "margin", *OBJECTIVES}
 
-# %% ../nbs/33_train.ipynb #b390a547
+# %% ../nbs/33_train.ipynb #101a16ec
 @patch
 def events_of_step(self: Trainer):
     "The events of the step that is due, one after the other; time spent by whoever looks at them is not counted."
@@ -306,7 +308,7 @@ def _begin(self: Trainer) -> None:
 def _after_step(self: Trainer, event: Event) -> None:
     "Guard, evaluation, checkpoint, trackers."
     row = event.data["row"]
-    if self.step % 10 == 0:
+    if self.step % 4 == 0:
         release_memory()
     if self.skipped >= self.config.max_nonfinite_steps and row["skipped"]:
         raise LabError(f"{self.skipped} steps had a loss or gradient that is not finite", where=f"step {event.step}", advice="lower the learning rates, or look at trainer.table(); no update was made from those steps")
@@ -330,6 +332,8 @@ def _finish(self: Trainer) -> None:
     "At the end, or at a stop: write what a run leaves."
     self._stop = False
     if self.out and not self._closed:
+        if 0 < self.step < self.max_steps:
+            self.save()
         self.save_run()
     self._closed = True
     if self.step >= self.max_steps and self.config.report_to != "none":
@@ -355,7 +359,7 @@ def train(self: Trainer) -> pd.DataFrame:
         bar.close()
     return self.table()
 
-# %% ../nbs/33_train.ipynb #82d3b70f
+# %% ../nbs/33_train.ipynb #0801d8bd
 @patch
 def prepare_features(self: Trainer) -> float:
     "Encode the images that the triplets need and the store lacks; returns seconds."
@@ -371,16 +375,19 @@ def calibrate(self: Trainer, tries: int = 4) -> int:
     "How many steps fit into `max_minutes`, from steps that change nothing. The result is stored with the run."
     times, kept = [], (self.max_steps, self.seconds["steps"])
     self.max_steps, batches = 1_000_000, self.sampler.batches(self.sampler.epoch)
-    for turn in range(tries):
-        now = SimpleNamespace(seconds=0.0)
-        self.current_batch = lambda: batches[turn % len(batches)]  # noqa: B023
-        start = time.perf_counter()
-        for phase in PHASES[:-1]:
-            getattr(self, f"_{phase}")(now)
-        times.append(time.perf_counter() - start + UPDATE_SECONDS * sum(p.numel() for g in self.optimizer.param_groups for p in g["params"]))
-    del self.current_batch
-    self.optimizer.zero_grad()
-    self.max_steps, self.seconds["steps"] = kept
+    try:
+        with same_chances():
+            for turn in range(tries):
+                now = SimpleNamespace(seconds=0.0)
+                self.current_batch = lambda: batches[turn % len(batches)]  # noqa: B023
+                start = time.perf_counter()
+                for phase in PHASES[:-1]:
+                    getattr(self, f"_{phase}")(now)
+                times.append(time.perf_counter() - start + UPDATE_SECONDS * sum(p.numel() for g in self.optimizer.param_groups for p in g["params"]))
+    finally:  # also after an interrupt
+        vars(self).pop("current_batch", None)
+        self.optimizer.zero_grad()
+        self.max_steps, self.seconds["steps"] = kept
     seconds = sorted(times[1:])[(tries - 1) // 2]
     return max(1, int(self.config.max_minutes * 60 * 0.97 / seconds))
 
@@ -396,7 +403,7 @@ def plan(self: Trainer) -> dict:
     unique = list({(item.text, item.image.key if item.image else None): item for item in items}.values())
     tokens = sum(len(row) for row in self.encoder.rows_of(unique))
     refs = self.sampler.image_refs()
-    cost = predict_cost(self.encoder, self.choices, tokens)
+    cost = predict_cost(self.encoder, self.choices, tokens, len(refs))
     count = self.config.per_device_train_batch_size
     in_batch = (count - 1) * (1 + keys.negative.shape[1]) if self.config.in_batch_negatives else 0
     steps = self.config.max_steps or max(1, int(self.config.max_minutes * 60 / cost["predicted_seconds_per_step"]))
@@ -408,7 +415,7 @@ def plan(self: Trainer) -> dict:
         "numeric_choices": dataclasses.asdict(self.choices), "sampler": self.sampler.ledger,
     }
 
-# %% ../nbs/33_train.ipynb #c217f163
+# %% ../nbs/33_train.ipynb #d24921f4
 @patch
 def meta(self: Trainer) -> dict:
     "Everything of the state that is not a tensor or a table."
@@ -443,8 +450,14 @@ def _adamw(self: Trainer):
 @patch
 def what_if(self: Trainer, **changes) -> tuple[list[Event], list[Event]]:
     "The events of the step that is due, as configured and with `changes` (config fields), from the same state; neither is kept."
+    fixed = [name for name in changes if name in EncoderConfig.__dataclass_fields__]
+    if fixed:
+        raise UsageError("what_if changes a step, not the encoder", where=", ".join(fixed), advice="make another encoder for that")
     self._begin()
-    return self._twin(self.config)._events_list(), self._twin(self.config.replace(**changes))._events_list()
+    with same_chances():
+        as_is = self._twin(self.config)._events_list()
+    with same_chances():
+        return as_is, self._twin(self.config.replace(**changes))._events_list()
 
 
 @patch
@@ -463,7 +476,7 @@ def _twin(self: Trainer, config: TrainConfig) -> "Trainer":
         twin.objective = Moon2Objective(config)
     return twin
 
-# %% ../nbs/33_train.ipynb #9a097db5
+# %% ../nbs/33_train.ipynb #b429f2ce
 @patch
 def evaluate(self: Trainer) -> dict[str, float]:
     "Score the valid split, keep the best model; returns the columns for the history."
@@ -505,12 +518,16 @@ def resume(self: Trainer, allow_drift: bool = False) -> None:
     folder, (tensors, meta, history) = newest_checkpoint(self.out)
     if meta["data_hash"] != self.catalog.data_hash:
         raise UsageError("the checkpoint was made with another catalogue", where=str(folder), advice="resume with the catalogue of the first run")
+    mine = dataclasses.asdict(self.encoder.config) | {"lora_r": self.config.lora_r}
+    changed = [name for name, value in mine.items() if meta["config"].get(name) != value]
+    if changed:
+        raise UsageError(f"the checkpoint is of another model ({', '.join(changed)})", where=str(folder), advice="resume with the settings of the first run")
     stored = NumericChoices(**meta["choices"])
     choices = dataclasses.replace(stored, torch_version=torch.__version__)
     if choices.device != "cpu" and not torch.cuda.is_available() and not torch.backends.mps.is_available():
         choices = dataclasses.replace(choices, device="cpu")
-    if self.config.num_threads:
-        choices = dataclasses.replace(choices, num_threads=self.config.num_threads)
+    asked = {name: getattr(self.config, name) for name in ("device", "dtype", "num_threads") if getattr(self.config, name) not in ("auto", 0)}
+    choices = dataclasses.replace(choices, **asked)
     choices.require_same(stored, str(folder), allow_drift)
     self.choices = choices
     apply_numerics(self.encoder, choices)

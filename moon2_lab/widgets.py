@@ -78,7 +78,7 @@ def live_curves(
     share = thin(columns_like(history, "share", ("down_weighted",)), points)
     return curves + [Curve(3, "share down-weighted", values, SERIES_COLORS[1], "dot") for _, values in share.items()]
 
-# %% ../nbs/63_widgets.ipynb #95918fc4
+# %% ../nbs/63_widgets.ipynb #dd58ba66
 def curve_trace(
     curve: Curve,
     shown: bool,  # in the legend
@@ -110,7 +110,7 @@ def live_figure(
 
     figure = in_style(make_subplots(2, 2, subplot_titles=PANELS, horizontal_spacing=0.08, vertical_spacing=0.16), "", height=470)
     figure.add_traces(curve_traces(live_curves(history, points)))
-    figure.update_layout(margin={"l": 44, "r": 10, "t": 30, "b": 36}, legend={"font": {"size": 11}}).update_annotations(font_size=13)
+    figure.update_layout(autosize=True, margin={"l": 44, "r": 10, "t": 30, "b": 36}, legend={"font": {"size": 11}, "tracegroupgap": 0}).update_annotations(font_size=13)
     figure.update_xaxes(gridcolor=GRID, zerolinecolor=GRID).update_yaxes(gridcolor=GRID, zerolinecolor=GRID)
     return figure.update_yaxes(rangemode="tozero").update_yaxes(range=[0, 1.02], row=2, col=2).update_yaxes(tickformat=".0%", row=2, col=1)
 
@@ -159,7 +159,7 @@ class LiveView:
         self.drawings, self._names, now = self.drawings + 1, names, time.monotonic()
         self._due = now + max(self.every, 9 * (now - started))  # drawing gets a tenth of the time at most
 
-# %% ../nbs/63_widgets.ipynb #8b6392ab
+# %% ../nbs/63_widgets.ipynb #554b4fc1
 STATES = {  # state -> the buttons that have a meaning in it
     "ready": (), "running": ("pause", "stop"), "paused": ("resume", "step", "stop"), "stopped": ("resume", "step"), "interrupted": ("resume", "step"), "failed": ("resume",), "done": (),
 }
@@ -183,7 +183,7 @@ class LiveTraining:
         for name, button in self.buttons.items():
             button.on_click(lambda _, wish=name: self.want(wish))
         self.bar, self.status = ipywidgets.IntProgress(layout={"width": "220px"}), ipywidgets.HTML()
-        self.widget = ipywidgets.VBox([ipywidgets.HBox([*self.buttons.values(), self.bar, self.status]), self.view.widget])
+        self.widget = ipywidgets.VBox([ipywidgets.HBox([*self.buttons.values(), self.bar]), self.status, self.view.widget])
         self._say("ready")
 
     def want(self, wish: str) -> None:
@@ -263,7 +263,7 @@ def _end(self: LiveTraining) -> None:
         for part in (self.widget, self.view.widget):
             part.close()
 
-# %% ../nbs/63_widgets.ipynb #a5ef9168
+# %% ../nbs/63_widgets.ipynb #6b6305f7
 @patch
 def _begin(self: LiveTraining) -> None:
     "Have a walk, and a task that drives it."
@@ -285,16 +285,17 @@ async def _drive(self: LiveTraining, walk: Iterator[float]) -> None:
 
 @patch
 def start(self: LiveTraining) -> None:
-    "Show the view and train in the background; without an event loop, to the end."
-    if self._handle is None and self.state == "ready":
-        self.show()
+    "Show the view and train in the background; without an event loop, just train to the end."
     self.wish = "run"
     try:
         self._loop = asyncio.get_running_loop()
     except RuntimeError:
+        self.state = "ready"
         self.finish()
-    else:
-        self._begin()
+        return
+    if self._handle is None and self.state == "ready":
+        self.show()
+    self._begin()
 
 
 @patch

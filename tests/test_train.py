@@ -714,6 +714,7 @@ def test_tensorboard_gets_the_history(catalog, straight, tmp_path):
     assert trainer.encoder.fingerprint == straight[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*no supported trackers")
 def test_a_tracker_that_is_missing_is_named(catalog, monkeypatch):
     "Before the first step, with what to install."
     with pytest.raises(UsageError, match="report_to.*none, tensorboard, trackio, wandb"):

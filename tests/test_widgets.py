@@ -1,0 +1,248 @@
+"""The live view with real trainers, and sheets with what people really write."""
+import asyncio
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from moon2_lab.core import TrainConfig
+from moon2_lab.sheets import Card, caption_font, card_sheet, cards_html, triplet_cards, wrap
+from moon2_lab.tables import made_up_history
+from moon2_lab.widgets import BatchView, LiveTraining, LiveView
+
+
+@pytest.fixture(scope="module")
+def make_trainer(drawn_catalogue):
+    "A function that makes the same tiny trainer again and again."
+    from moon2_lab.catalog import Catalog
+    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.train import Trainer
+
+    catalog = Catalog.load(drawn_catalogue)
+    config = TrainConfig(backbone="tiny", num_layers=1, image_size=32, visual_tokens=4, max_steps=8, per_device_train_batch_size=8, num_threads=1)
+
+    def make(**changes):
+        encoder = Moon2Encoder.from_backbone("tiny", num_layers=1, image_size=32, visual_tokens=4)
+        return Trainer(encoder, catalog, config.replace(**changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plain_end(make_trainer):
+    "Fingerprint of the weights after `train()`."
+    trainer = make_trainer()
+    trainer.train()
+    return trainer.encoder.fingerprint
+
+
+def no_display(live):
+    "The live view without a page to stand on."
+    live._handle = SimpleNamespace(update=lambda *args, **kwargs: None)
+    return live
+
+
+def test_finish_gives_the_weights_of_train(make_trainer, plain_end):
+    live = LiveTraining(make_trainer())
+    history = live.finish()
+    assert live.trainer.encoder.fingerprint == plain_end
+    assert len(history) == 8 and list(history.step) == list(range(8)) and live.state == "done"
+    assert [trace.x[-1] for trace in live.view.widget.data] == [7] * len(live.view.widget.data)
+
+
+def test_background_pause_step_and_takeover_give_the_weights_of_train(make_trainer, plain_end):
+    "Buttons come from another thread, as they do in JupyterLab; `finish` takes over in the middle of a step."
+
+    async def session():
+        live = no_display(LiveTraining(make_trainer()))
+        live.start()
+        live.start()  # a second call changes nothing
+        live.want("pause")
+        while live.state != "paused":
+            await asyncio.sleep(0.01)
+        assert live.trainer.step == 1
+        presser = threading.Thread(target=live.buttons["step"].click)
+        presser.start(), presser.join()
+        while live.trainer.step < 2 or live.state != "paused":
+            await asyncio.sleep(0.01)
+        live.want("run")
+        phases = []
+        live.trainer.callbacks.append(lambda event: phases.append(event.phase))
+        while not phases or phases[-1] != "similarity":
+            await asyncio.sleep(0)
+        live.finish()
+        await asyncio.sleep(0.05)
+        return live
+
+    live = asyncio.run(session())
+    assert live.trainer.encoder.fingerprint == plain_end and live.state == "done" and live._task.done()
+
+
+def test_stop_and_continue_from_another_thread(make_trainer, plain_end):
+    async def session():
+        live = no_display(LiveTraining(make_trainer()))
+        live.start()
+        live.want("stop")
+        while live.state != "stopped":
+            await asyncio.sleep(0.01)
+        stopped_at = live.trainer.step
+        assert len(live.finish()) == stopped_at  # stopped is stopped
+        waker = threading.Thread(target=live.want, args=("resume",))
+        waker.start(), waker.join()
+        while live.state != "done":
+            await asyncio.sleep(0.01)
+        return stopped_at, live
+
+    stopped_at, live = asyncio.run(session())
+    assert stopped_at == 1 and live.trainer.encoder.fingerprint == plain_end
+
+
+def test_background_error_is_told_and_raised_by_finish(make_trainer, plain_end):
+    "The failed step is taken again by the next call."
+
+    def trip(event):
+        if event.step == 3 and event.phase == "loss" and not trip.done:
+            trip.done = True
+            raise ValueError("a callback's own mistake")
+
+    trip.done = False
+
+    async def session():
+        live = no_display(LiveTraining(make_trainer()))
+        live.trainer.callbacks.append(trip)
+        live.start()
+        while live.state != "failed":
+            await asyncio.sleep(0.01)
+        assert "ValueError: a callback" in live.status.value and not live.buttons["resume"].disabled
+        with pytest.raises(ValueError, match="own mistake"):
+            live.finish()
+        live.finish()
+        return live
+
+    live = asyncio.run(session())
+    assert live.trainer.encoder.fingerprint == plain_end
+
+
+def test_interrupt_of_finish_can_be_continued(make_trainer, plain_end, tmp_path):
+    "With a run folder the interrupt also leaves a checkpoint."
+    trainer = make_trainer()
+    trainer.out = tmp_path / "run"
+
+    def interrupt(event):
+        if event.step == 2 and event.phase == "gradients" and not interrupt.done:
+            interrupt.done = True
+            raise KeyboardInterrupt
+
+    interrupt.done = False
+    live = LiveTraining(trainer)
+    trainer.callbacks.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        live.finish()
+    assert live.state == "interrupted" and (trainer.out / "checkpoints" / "step-000002").is_dir()
+    live.finish()
+    assert trainer.encoder.fingerprint == plain_end
+
+
+def test_a_finished_run_gives_way_to_a_still_figure(make_trainer):
+    shown = []
+    live = LiveTraining(make_trainer(max_steps=3))
+    live._handle = SimpleNamespace(update=lambda bundle, raw: shown.append(bundle))
+    live.finish()
+    assert len(shown) == 1 and not any("widget" in mime for mime in shown[0])
+    assert live.widget.comm is None and live.view.widget.comm is None, "five megabytes of figure would stay in the browser"
+    live.trainer.max_steps = 4
+    assert next(event for event in live.trainer if event.phase == "step").step == 3  # the callback of a closed view does no harm
+
+
+def test_an_objective_of_ones_own_and_no_experts(make_trainer):
+    "What the history lacks is left out of the view."
+    trainer = make_trainer(max_steps=3)
+    trainer.objective = lambda views, routing, keys: {"loss": views.embedding["q"]["mm"].square().sum()}
+    live = LiveTraining(trainer)
+    live.finish()
+    names = {trace.name for trace in live.view.widget.data}
+    assert "total" in names and not names & {"inter_t", "share down-weighted"}
+
+
+def test_drawing_is_bounded_in_time():
+    "At most twice a second, and never more than a tenth of the time."
+    view, rows = LiveView(every=0.2), made_up_history(3000).to_dict("records")
+    start = time.monotonic()
+    for row in rows:
+        view.on_step(SimpleNamespace(data={"row": row}))
+        time.sleep(0.0003)
+    spent = time.monotonic() - start
+    assert 1 <= view.drawings <= spent / 0.2 + 1
+    assert len(view.widget.data[0].x) <= 150
+
+
+def test_start_in_a_plain_script_trains_to_the_end(tmp_path):
+    "No kernel, no event loop, nothing displayed."
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent("""
+        from types import SimpleNamespace
+        from moon2_lab.widgets import LiveTraining
+        class Straw:
+            step, max_steps, history, callbacks = 0, 3, [], []
+            def __iter__(self): return self
+            def __next__(self):
+                if self.step == 3: raise StopIteration
+                self.step += 1
+                self.history.append({"step": self.step, "loss": 1.0, "seconds": 0.0})
+                return SimpleNamespace(phase="step", data={"row": self.history[-1]})
+        live = LiveTraining(Straw())
+        live.start()
+        print(live.state, live.trainer.step)
+    """))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["done", "3"]
+
+
+def test_batch_view_of_real_triplets(make_trainer):
+    batch = make_trainer().current_batch()
+    view = BatchView([cards_html(triplet_cards(triplet), side=60) for triplet in batch], [triplet.query_id for triplet in batch])
+    for number in range(len(batch)):
+        view.slider.value = number
+        assert batch[number].query_id in view.page.value and view.page.value.count("<figure") == 3
+    assert card_sheet([triplet_cards(triplet) for triplet in batch], side=40).width > 100
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=300), st.integers(20, 200), st.integers(1, 4))
+def test_wrapped_words_fit(text, width, lines):
+    "Whatever a seller writes: emoji, Arabic, one word of a thousand letters, control characters."
+    font = caption_font(text, 12)
+    found = wrap(text, font, width, lines)
+    assert 1 <= len(found) <= lines
+    assert all(font.getlength(line) <= width for line in found)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.lists(st.text(max_size=60), min_size=1, max_size=4), min_size=1, max_size=3), st.booleans())
+def test_a_sheet_of_any_words(rows, pictured):
+    picture = Image.new("LA", (7, 300)) if pictured else None
+    cards = [[Card(picture, words) for words in row] for row in rows]
+    sheet = card_sheet(cards, side=30, titles=[row[0] for row in rows])
+    assert sheet.mode == "RGB" and sheet.width >= 30
+    assert cards_html([card for row in cards for card in row], side=10).count("<figure") == sum(map(len, rows))
+
+
+def test_history_of_a_restored_run(make_trainer):
+    "After `restore` the curves lose what was undone."
+    trainer = make_trainer()
+    live = LiveTraining(trainer)
+    next(event for event in trainer if event.phase == "step")
+    kept = trainer.snapshot()
+    next(event for event in trainer if event.phase == "step")
+    trainer.restore(kept)
+    history = live.finish()
+    assert [row["step"] for row in live.view.rows] == list(range(8)) == list(pd.DataFrame(history).step)
