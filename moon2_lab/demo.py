@@ -33,8 +33,8 @@ from .page import Safe, foreign, heat_words, join, picture, tag, text
 from .shop import Found, Shop, query_item
 from .train import Trainer
 
-# %% ../nbs/75_demo.ipynb #3ff43d7a
-@functools.lru_cache(maxsize=4096)
+# %% ../nbs/75_demo.ipynb #85bcccb4
+@functools.lru_cache(maxsize=512)  # 100 MB
 def thumbnail(
     ref: ImageRef | None,
     side: int = 256,  # pixels
@@ -95,7 +95,7 @@ def title_of(shop: Shop, letter: str) -> str:
     name = shop.models[letter].name
     return f"{letter}: {name}" if len(shop.models) > 1 else name
 
-# %% ../nbs/75_demo.ipynb #b6ee63f3
+# %% ../nbs/75_demo.ipynb #58358717
 SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "DejaVu Sans", "sans-serif"]
 VIEW_LABELS = [("title + picture", "mm"), ("title", "t"), ("picture", "i")]
 
@@ -118,7 +118,7 @@ def told(function: Callable) -> Callable:
             return function(*given)
         except LabError as error:
             sentences = [part[:1].upper() + part[1:300] + "." for part in (error.what, error.advice) if part]
-            raise gr.Error(html.escape(" ".join(sentences), quote=False), duration=12, title="That did not work", print_exception=False) from error
+            raise gr.Error(html.escape(" ".join(sentences), quote=False), duration=12, print_exception=False) from error
 
     return wrapped
 
@@ -140,7 +140,7 @@ def question_panel(shop: Shop, phrase: str) -> dict[str, gr.components.Component
 def result_panel(shop: Shop, letter: str) -> gr.Gallery:
     "The gallery of one model."
     with gr.Column(min_width=280):
-        gr.HTML(tag("h2", title_of(shop, letter)), elem_classes="moon2", visible=len(shop.models) > 1, padding=False)
+        gr.HTML(tag("h2", title_of(shop, letter)), elem_classes=["moon2", "moon2-name"], visible=len(shop.models) > 1, padding=False)
         return gr.Gallery(label=f"Hits of {title_of(shop, letter)}", show_label=False, columns=6, object_fit="contain", format="jpeg", allow_preview=False, interactive=False, buttons=[], elem_classes="moon2-hits")
 
 # %% ../nbs/75_demo.ipynb #96547f59
@@ -170,7 +170,7 @@ def build_demo(
     demo.shop = shop
     return demo
 
-# %% ../nbs/75_demo.ipynb #90dec644
+# %% ../nbs/75_demo.ipynb #9327997b
 def connect(
     shop: Shop,
     demo: gr.Blocks,
@@ -194,7 +194,7 @@ def connect(
         product = clicked["product"]
         return heat_html(shop.model(clicked["letter"]).explain(asked["query"], product, asked["direction"]), product.title or product.product_id)
 
-    inputs, quiet = [boxes[name] for name in ("text", "image", "direction", "k", "filter")], {"api_visibility": "private", "show_progress": "minimal"}
+    inputs, quiet = [boxes[name] for name in ("text", "image", "direction", "k", "filter")], {"api_visibility": "private", "show_progress": "hidden"}  # an error is told once, not on every part
     outputs = [asked, *galleries.values(), *shown]
     gr.on([boxes["go"].click, boxes["text"].submit], told(look_up), inputs, outputs, **quiet).success(None, js=TO_HITS)
     if shop.phrases():

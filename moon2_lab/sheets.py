@@ -79,7 +79,7 @@ def _cut(line: str, font, width: float) -> str:
         line = line.rstrip(" …")[:-1].rstrip() + "…" if line.rstrip(" …")[:-1] else ""
     return line
 
-# %% ../nbs/68_sheets.ipynb #0fbf98d0
+# %% ../nbs/68_sheets.ipynb #2ff3196c
 def fitted(
     picture: Image.Image,
     side: int,  # longest side, pixels
@@ -130,14 +130,17 @@ def _draw_card(sheet: Image.Image, card: Card, corner: tuple[int, int], unit: in
 
 def jpeg(
     picture: Image.Image,
-    quality: int = 80,
     sharp: float = 1.5,  # pixels drawn for each pixel of the page
+    limit: int = 90_000,  # bytes
 ):
-    "The picture for the notebook, as one JPEG instead of a PNG and a JPEG."
+    "The picture for the notebook: one JPEG, in the best quality that keeps the limit."
     from IPython.display import Image as Shown
 
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality, optimize=True)
+    for quality in (82, 72, 62, 50, 38, 25):
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=quality, optimize=True)
+        if buffer.tell() <= limit:
+            break
     return Shown(buffer.getvalue(), format="jpeg", width=round(picture.width / sharp))
 
 # %% ../nbs/68_sheets.ipynb #9cbafce2

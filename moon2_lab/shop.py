@@ -102,7 +102,7 @@ class SearchModel:
         trained = f"trained for {steps:,} steps" if steps else "not trained"
         return f"{config.backbone}, {trained}" + ("" if info.get("pretrained_backbone") else ", on a backbone of random weights")
 
-# %% ../nbs/74_shop.ipynb #e421b77d
+# %% ../nbs/74_shop.ipynb #11ae6a37
 class Shop:
     "Products and one or two models: all that the interface does, without the interface."
 
@@ -128,7 +128,7 @@ class Shop:
         "Search for an item. Raises `UsageError` for a wrong view, number, filter or model."
         if direction not in VIEWS:
             raise UsageError(f"unknown view {direction!r} of the products", where="direction", advice=f"one of {', '.join(VIEWS)}")
-        if not 1 <= k:
+        if not isinstance(k, (int, float)) or not 1 <= k:
             raise UsageError(f"k={k}", where="k", advice="1 or more")
         fits = parse_filter(filter, self.fields)
         keep = np.fromiter(map(fits, self.values), dtype=bool, count=len(self.values))

@@ -245,7 +245,7 @@ def _row(self: Trainer, now) -> dict:
 
 KNOWN_TERMS = {"loss", "aux", "sparsity", "balance", "omega_sum_raw", "share_down_weighted", "masked_pairs", "repeated_pairs", "negatives_per_query", "margin", *OBJECTIVES}
 
-# %% ../nbs/33_train.ipynb #101a16ec
+# %% ../nbs/33_train.ipynb #b19ee17c
 @patch
 def events_of_step(self: Trainer):
     "The events of the step that is due, one after the other; time spent by whoever looks at them is not counted."
@@ -308,8 +308,7 @@ def _begin(self: Trainer) -> None:
 def _after_step(self: Trainer, event: Event) -> None:
     "Guard, evaluation, checkpoint, trackers."
     row = event.data["row"]
-    if self.step % 4 == 0:
-        release_memory()
+    release_memory()
     if self.skipped >= self.config.max_nonfinite_steps and row["skipped"]:
         raise LabError(f"{self.skipped} steps had a loss or gradient that is not finite", where=f"step {event.step}", advice="lower the learning rates, or look at trainer.table(); no update was made from those steps")
     last = self.step >= self.max_steps

@@ -159,7 +159,7 @@ class LiveView:
         self.drawings, self._names, now = self.drawings + 1, names, time.monotonic()
         self._due = now + max(self.every, 9 * (now - started))  # drawing gets a tenth of the time at most
 
-# %% ../nbs/63_widgets.ipynb #554b4fc1
+# %% ../nbs/63_widgets.ipynb #c1f16e50
 STATES = {  # state -> the buttons that have a meaning in it
     "ready": (), "running": ("pause", "stop"), "paused": ("resume", "step", "stop"), "stopped": ("resume", "step"), "interrupted": ("resume", "step"), "failed": ("resume",), "done": (),
 }
@@ -168,7 +168,7 @@ BREATH, TURN = 0.01, 0.2  # seconds: so long the kernel gets for others, and so 
 
 
 class LiveTraining:
-    "A training run with curves and buttons. `start()` in one cell, `finish()` in the next."
+    "A training run with curves and buttons: `live.start()` in one cell, `history = await live` in the next."
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class LiveTraining:
         speed = f" · loss {row['loss']:.3f} · {row['seconds']:.2f} s a step" if row else ""
         self.status.value = f"{state}: step {self.trainer.step} of {self.trainer.max_steps or '?'}{speed} {html.escape(more)}{alarm}"
 
-# %% ../nbs/63_widgets.ipynb #484b6d3b
+# %% ../nbs/63_widgets.ipynb #60f467fd
 @patch
 def _turns(self: LiveTraining) -> Iterator[float]:
     "Walk the trainer to its end, minding the wishes; yields seconds to leave to others."
@@ -258,12 +258,18 @@ def _end(self: LiveTraining) -> None:
     over = self.trainer.step >= self.trainer.max_steps
     self.view.draw()
     self._say("done" if over else "stopped")
-    if over and self._handle is not None:
+    self._show_still()
+
+
+@patch
+def _show_still(self: LiveTraining) -> None:
+    "After the last step, put a still figure in the place of the view."
+    if self.state == "done" and self._handle is not None:
         self._handle.update(live_figure(pd.DataFrame(self.view.rows))._repr_mimebundle_(), raw=True)
         for part in (self.widget, self.view.widget):
             part.close()
 
-# %% ../nbs/63_widgets.ipynb #6b6305f7
+# %% ../nbs/63_widgets.ipynb #5d4f5c7c
 @patch
 def _begin(self: LiveTraining) -> None:
     "Have a walk, and a task that drives it."
@@ -271,6 +277,7 @@ def _begin(self: LiveTraining) -> None:
         return  # it is under way
     self._walk, self.error = self._walk or self._turns(), None
     self._task = self._loop.create_task(self._drive(self._walk))
+    self._say("running")
 
 
 @patch
@@ -300,13 +307,42 @@ def start(self: LiveTraining) -> None:
 
 @patch
 def finish(self: LiveTraining) -> pd.DataFrame:
-    "Train what is left in this cell (a paused run goes on; a stopped one stays stopped) and return the history. An interrupt can be followed by `start` or `finish`."
-    error, self.error = self.error, None
-    if isinstance(error, Exception):
-        raise error
+    "Train what is left while this cell holds the kernel (a paused run goes on, a stopped one stays stopped); returns the history. After an interrupt, `start` or `finish` go on."
+    self._raise_error()
     if self.state not in ("stopped", "done"):
         self.wish = "run" if self.wish == "pause" else self.wish
         self._walk = self._walk or self._turns()
         for rest in self._walk:
             time.sleep(rest if self.state == "paused" else 0)
     return pd.DataFrame(self.trainer.history)
+
+
+@patch
+def __await__(self: LiveTraining):
+    "Wait for the end of the run, or a stop, without holding the kernel; gives the history. An interrupt pauses."
+    return self._wait().__await__()
+
+
+@patch
+async def _wait(self: LiveTraining) -> pd.DataFrame:
+    self._raise_error()
+    if self.state not in ("stopped", "done"):
+        self.wish = "run" if self.wish == "pause" else self.wish
+        if self._task is None or self._task.done():
+            self.start()
+        try:
+            await asyncio.shield(self._task)
+        except asyncio.CancelledError:  # the cell was interrupted, not the run
+            self.wish = "pause"
+            raise
+        self._raise_error()
+        self._show_still()  # again, as this cell's output: programs that run notebooks do not listen to tasks
+    return pd.DataFrame(self.trainer.history)
+
+
+@patch
+def _raise_error(self: LiveTraining) -> None:
+    "An error of the background task, once."
+    error, self.error = self.error, None
+    if error is not None:
+        raise error

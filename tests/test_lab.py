@@ -41,7 +41,7 @@ def free_port():
 def lab(request, tmp_path, drawn_catalogue):
     "A JupyterLab in a folder of its own, with one notebook; its address."
     steps = request.param
-    cells = [SETUP.replace("FOLDER", repr(str(drawn_catalogue))).replace("STEPS", str(steps)).strip(), "print('seen', trainer.step > 0, live.state)", "history = live.finish()\nprint('rows', len(history))"]
+    cells = [SETUP.replace("FOLDER", repr(str(drawn_catalogue))).replace("STEPS", str(steps)).strip(), "print('seen', trainer.step > 0, live.state)", "history = await live\nprint('rows', len(history))"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     nbformat.write(notebook, tmp_path / "live.ipynb")
     port, home = free_port(), tmp_path / "home"
@@ -134,7 +134,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: instal
 @needs_browser
 @pytest.mark.parametrize("lab", [600], indirect=True)
 def test_buttons_of_the_live_view(lab, tmp_path):
-    "Pause, one step, continue, another cell meanwhile; then `finish`, whose busy kernel still hears the buttons."
+    "Pause, one step, continue, another cell meanwhile; then `await`, which does not hold the kernel."
     with notebook_page(lab) as page:
         run_cell(page, 0)
         page.locator(CURVES).first.wait_for(timeout=120_000)  # drawn by the browser
@@ -152,7 +152,7 @@ def test_buttons_of_the_live_view(lab, tmp_path):
         run_cell(page, 2)
         page.wait_for_timeout(500)
         press(page, "Pause")
-        wait_until(page, lambda: status(page).startswith("paused"), "a pause while finish holds the kernel")
+        wait_until(page, lambda: status(page).startswith("paused"), "a pause while a cell awaits the run")
         assert page.get_by_text("rows 600").count() == 0
         press(page, "Continue")
         page.get_by_text("rows 600").first.wait_for(timeout=120_000)

@@ -131,6 +131,45 @@ def test_background_error_is_told_and_raised_by_finish(make_trainer, plain_end):
     assert live.trainer.encoder.fingerprint == plain_end
 
 
+def test_await_waits_without_holding_the_loop(make_trainer, plain_end):
+    "Buttons are heard meanwhile; a cancelled wait (an interrupted cell) pauses the run; a second one goes on."
+
+    async def session():
+        live = no_display(LiveTraining(make_trainer()))
+        live.start()
+        waiting = asyncio.create_task(live._wait())
+        while live.trainer.step < 2:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        while live.state != "paused":
+            await asyncio.sleep(0.01)
+        held = live.trainer.step
+        await asyncio.sleep(0.2)
+        assert live.trainer.step == held
+        waiting = asyncio.create_task(live._wait())
+        await asyncio.sleep(0)
+        live.want("stop")
+        assert 2 <= len(await waiting) < 8 and live.state == "stopped"
+        live.start()
+        assert len(await live) == 8
+        return live
+
+    live = asyncio.run(session())
+    assert live.state == "done" and live.trainer.encoder.fingerprint == plain_end
+
+
+def test_await_starts_a_run_and_raises_its_error(make_trainer):
+    async def session(live):
+        live.trainer.objective = lambda *parts: {"no": "loss"}
+        with pytest.raises(Exception, match="no 'loss'"):
+            await live
+        return live.state
+
+    assert asyncio.run(session(no_display(LiveTraining(make_trainer())))) == "failed"
+
+
 def test_interrupt_of_finish_can_be_continued(make_trainer, plain_end, tmp_path):
     "With a run folder the interrupt also leaves a checkpoint."
     trainer = make_trainer()
