@@ -226,7 +226,9 @@ def test_broken_weights_give_vectors_that_are_counted():
 def test_nothing_to_train_on():
     with pytest.raises(LabError):
         Trainer(tiny(), Catalog.from_products([]), settings())
-    same = [product(0, product_id=f"same{number}") for number in range(20)]
+    with pytest.raises(DataError, match=r"no usable product in split 'train'.*valid \(20\)"):
+        Trainer(tiny(), Catalog.from_products([product(number, split="valid") for number in range(20)]), settings())
+    same = [product(0, product_id=f"same{number}", split="train") for number in range(20)]
     with pytest.raises(DataError, match="no negatives: 20 product.*one product key"):
         Trainer(tiny(), Catalog.from_products(same), settings())
 
