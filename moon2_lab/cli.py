@@ -152,7 +152,7 @@ def train(args: argparse.Namespace) -> Outcome:
     facts = {"run": str(args.out), "model": str(Path(args.out) / "model"), "steps": trainer.step, "seconds": trainer.seconds, "best": trainer.best}
     return Outcome(f"{facts['model']}: {trainer.step} steps; next: moon2 eval {args.out} --catalog {args.catalog}", facts)
 
-# %% ../nbs/80_cli.ipynb #ffb084ad
+# %% ../nbs/80_cli.ipynb #c89f9906
 def evaluate(args: argparse.Namespace) -> Outcome:
     "Score a model under a protocol."
     from moon2_lab.catalog import Catalog
@@ -180,8 +180,9 @@ def run(args: argparse.Namespace) -> Outcome:
 
     given = typed_settings(args)
     given = {"max_minutes": job_minutes(args.catalog, given.get("backbone"))} | given
-    done = main_job(args.out, args.catalog, TrainConfig(**given), args.command_line)
-    return Outcome(f"{score_lines(done['metrics'])}\n\nreport: {done['report']}", done)
+    done = main_job(args.out, args.catalog, TrainConfig(**given), args.command_line, args.beside_dense)
+    dense = f"\n\nthe dense recipe, as many minutes of steps:\n{score_lines(done['dense'])}" if done["dense"] else ""
+    return Outcome(f"{score_lines(done['metrics'])}{dense}\n\nreport: {done['report']}", done)
 
 # %% ../nbs/80_cli.ipynb #a1877c49
 class Parser(argparse.ArgumentParser):
@@ -213,7 +214,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the keys are those of settings.ini [lab]")
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="settings, over all others")
 
-# %% ../nbs/80_cli.ipynb #409449ea
+# %% ../nbs/80_cli.ipynb #1873655c
 def add_data_commands(commands) -> None:
     "moon2 data check, moon2 data synth."
     data = commands.add_parser("data", help="check or draw a catalogue", allow_abbrev=False).add_subparsers(metavar="COMMAND", required=True)
@@ -249,6 +250,7 @@ def add_model_commands(commands) -> None:
     parser = add_command(commands, "run", run, "moon2 run --out runs/demo --backbone tiny")
     parser.add_argument("--catalog", metavar="DIR", help="folder with products.parquet (default: 2,000 drawn products)")
     parser.add_argument("--out", default="runs/demo", metavar="RUN", help="run folder (default runs/demo); an old one is moved aside")
+    parser.add_argument("--beside-dense", action="store_true", help="also train the plain dense recipe for as many minutes of steps, and show both")
     add_config_options(parser)
 
 

@@ -79,7 +79,7 @@ def _cut(line: str, font, width: float) -> str:
         line = line.rstrip(" …")[:-1].rstrip() + "…" if line.rstrip(" …")[:-1] else ""
     return line
 
-# %% ../nbs/68_sheets.ipynb #2ff3196c
+# %% ../nbs/68_sheets.ipynb #af42da44
 def fitted(
     picture: Image.Image,
     side: int,  # longest side, pixels
@@ -131,7 +131,7 @@ def _draw_card(sheet: Image.Image, card: Card, corner: tuple[int, int], unit: in
 def jpeg(
     picture: Image.Image,
     sharp: float = 1.5,  # pixels drawn for each pixel of the page
-    limit: int = 90_000,  # bytes
+    limit: int = 75_000,  # bytes
 ):
     "The picture for the notebook: one JPEG, in the best quality that keeps the limit."
     from IPython.display import Image as Shown
