@@ -6,8 +6,8 @@
 __all__ = ['INK', 'GRID', 'SERIES_COLORS', 'DASHES', 'SYMBOLS', 'FOR', 'AGAINST', 'blank_figure', 'in_style', 'refuse_empty',
            'score_trace', 'score_figure', 'balance_figure', 'curve_figure', 'loss_figure', 'omega_figure',
            'gradient_figure', 'load_figure', 'filter_figure', 'preference_figure', 'similarity_figure',
-           'routing_figure', 'loss_term_figure', 'PairHeatmap', 'strengths', 'word_html', 'heat_overlay', 'heat_png',
-           'pair_figure']
+           'routing_figure', 'loss_term_figure', 'PairHeatmap', 'strengths', 'word_html', 'heat_overlay', 'fitted',
+           'fitted_size', 'heat_png', 'pair_figure']
 
 # %% ../nbs/62_figures.ipynb #3a9d6a0a
 import base64
@@ -263,7 +263,7 @@ def word_html(
         spans.append(f'<span style="{style}" title="{score:+.3f}">{html.escape(printable(word))}</span>')
     return " ".join(spans)
 
-# %% ../nbs/62_figures.ipynb #80430db2
+# %% ../nbs/62_figures.ipynb #8f1e803f
 def heat_overlay(
     image: Image.Image,
     cells: np.ndarray,  # (rows, columns) scores
@@ -282,13 +282,26 @@ def heat_overlay(
     return Image.alpha_composite(base, heat).convert("RGB")
 
 
+def fitted(
+    picture: Image.Image,
+    side: int,  # longest side, pixels
+) -> Image.Image:  # RGB
+    "The picture scaled to `side`; a picture like a thread keeps one pixel."
+    return picture.convert("RGB").resize(fitted_size(picture.size, side), Image.Resampling.LANCZOS)
+
+
+def fitted_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    "Width and height with the longest at `side`, none under one pixel."
+    return tuple(max(1, round(length * side / max(size))) for length in size)
+
+
 def heat_png(image: Image.Image, cells: np.ndarray, scale: float | None = None) -> bytes:
     "The overlay as PNG bytes."
     buffer = io.BytesIO()
     heat_overlay(image, cells, scale).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
-# %% ../nbs/62_figures.ipynb #920a4640
+# %% ../nbs/62_figures.ipynb #e8844102
 def pair_figure(
     heatmap: PairHeatmap,
 ):
@@ -297,7 +310,7 @@ def pair_figure(
 
     figure = make_subplots(1, 2, column_widths=[0.42, 0.58], horizontal_spacing=0.16)
     if heatmap.image is not None and heatmap.cells is not None:
-        small = ImageOps.contain(heatmap.image.convert("RGB"), (320, 320))
+        small = fitted(heatmap.image, 320)
         source = "data:image/png;base64," + base64.b64encode(heat_png(small, heatmap.cells)).decode()
         figure.add_image(source=source, row=1, col=1)
     scores = [score for _, score in heatmap.words]

@@ -7,7 +7,7 @@ __all__ = ['VOID', 'POLICY', 'Safe', 'text', 'join', 'tag', 'foreign', 'picture_
            'Hit', 'QueryHits', 'hit_card', 'rank_words', 'query_card', 'drawn_shape', 'made_up_query', 'heat_pictures',
            'heat_words', 'section', 'page']
 
-# %% ../nbs/64_page.ipynb #75deea7f
+# %% ../nbs/64_page.ipynb #19792f8b
 import base64
 import html
 import io
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
-from .figures import PairHeatmap, heat_overlay, word_html
+from .figures import PairHeatmap, fitted, fitted_size, heat_overlay, word_html
 from .tables import DIRECTION_WORDS, number, printable
 
 # %% ../nbs/64_page.ipynb #7d72cee1
@@ -60,7 +60,7 @@ def foreign(value, limit: int = 140) -> Safe:
     "Text of unknown origin and writing direction: escaped, cut, kept apart from the words around it."
     return tag("bdi", text(value, limit))
 
-# %% ../nbs/64_page.ipynb #42c3badc
+# %% ../nbs/64_page.ipynb #92b66171
 def picture_uri(
     image: Image.Image,
     side: int = 144,  # longest side in pixels
@@ -86,7 +86,7 @@ def picture(
     "An `img` element, or a note where there is no picture."
     if image is None:
         return tag("span", "no picture", class_="none")
-    width, height = ImageOps.contain(image, (side, side)).size if max(image.size) > side else image.size
+    width, height = fitted_size(image.size, min(side, max(image.size)))
     return tag("img", src=picture_uri(image, side, quality), alt=alt[:140], width=width, height=height, decoding="async")
 
 # %% ../nbs/64_page.ipynb #5383c7a6
@@ -189,12 +189,12 @@ def made_up_query(
     hits = [Hit(f"Made-up product {n} in colour {n % 5}", drawn_shape(n), 0.9 - 0.05 * n, n == place, f"made-up-{n}") for n in range(8)]
     return QueryHits("made-up phrase" if asks_text else None, drawn_shape(place) if asks_image else None, direction, place + 1, hits)
 
-# %% ../nbs/64_page.ipynb #c9d8d445
+# %% ../nbs/64_page.ipynb #1e4007c5
 def heat_pictures(heatmap: PairHeatmap, side: int = 280) -> Safe:
     "The product's picture, plain and with its cells coloured."
     if heatmap.image is None:
         return Safe("")
-    small = ImageOps.contain(heatmap.image.convert("RGB"), (side, side))
+    small = fitted(heatmap.image, side)
     figures = [tag("figure", picture(small, "the product's picture", side, 82), tag("figcaption", "as it is"))]
     if heatmap.cells is not None and np.size(heatmap.cells):
         rows, columns = np.shape(heatmap.cells)
