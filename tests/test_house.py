@@ -111,7 +111,7 @@ def test_make_targets_and_ci():
     makefile = (ROOT / "Makefile").read_text()
     for target in ("demo", "test", "test-all", "lab", "app", "bench", "clean"):
         assert re.search(rf"^{target}:", makefile, re.M), f"no target {target}"
-    assert "make --no-print-directory test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
     assert "make test" in (ROOT / "README.md").read_text() and "make demo" in (ROOT / "README.md").read_text()
 
 
