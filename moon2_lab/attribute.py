@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLANK_ID', 'RowScore', 'frozen_twin', 'row_inputs', 'row_score', 'HeldExperts', 'hold_experts', 'integrate',
-           'close_enough', 'integrate_until_close', 'merge_words', 'PairAttribution', 'attribute_pair', 'PairHeat',
-           'heat_note', 'pair_heatmap', 'DeletionCheck', 'deletion_check', 'scores_without_words',
-           'scores_without_cells']
+           'close_enough', 'integrate_until_close', 'merge_words', 'PairAttribution', 'attribute_pair', 'heat_note',
+           'pair_heatmap', 'DeletionCheck', 'deletion_check', 'scores_without_words', 'scores_without_cells']
 
 # %% ../nbs/61_attribute.ipynb #0921143a
 import bisect
@@ -14,7 +13,7 @@ import copy
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from .catalog import ImageRef, Item
 from .core import DataError, LabError, UsageError
 from .encoder import Moon2Encoder
 from .moe import LayerRouting, MoEFeedForward, mix_experts, route
+from .tables import PairHeatmap
 
 # %% ../nbs/61_attribute.ipynb #8776ed9f
 class RowScore(nn.Module):
@@ -237,18 +237,6 @@ def attribute_pair(
     return PairAttribution(side, words, cells, *ends, delta, steps, len((mine.text or "").split()) - len(words))
 
 # %% ../nbs/61_attribute.ipynb #694e8149
-@dataclass
-class PairHeat:
-    "The fields that the drawing functions of `figures` and `page` take, filled from an attribution."
-    words: list[tuple[str, float]]  # word by word
-    image: Image.Image | None  # padded to a square
-    cells: np.ndarray | None  # (g, g)
-    score: float
-    method: str = ""
-    note: str = ""
-    attribution: PairAttribution | None = field(default=None, repr=False)  # where the numbers come from
-
-
 def heat_note(found: PairAttribution) -> str:
     "What to keep in mind when reading the numbers."
     parts = [f"With the {found.side} blank the score is {found.blank_score:.3f}; its words and cells add {found.total:+.3f}."]
@@ -269,13 +257,13 @@ def pair_heatmap(
     steps: int = 32,
     most_steps: int = 64,
     picture_side: int = 384,  # pixels of the picture that is drawn
-) -> PairHeat:
+) -> PairHeatmap:
     "The heatmap of a pair, for `figures.pair_figure` or a report."
     found = attribute_pair(encoder, query, item, side, steps, most_steps)
     mine = item if side == "item" else query
     picture = square(mine.image.load(), picture_side) if mine.image is not None else None
     words = [(word, part) for word, _, _, part in found.words]
-    return PairHeat(words, picture, found.cells, found.score, f"integrated gradients, {found.steps} steps, {side} side", heat_note(found), found)
+    return PairHeatmap(words, picture, found.cells, found.score, f"integrated gradients, {found.steps} steps, {side} side", heat_note(found), found)
 
 # %% ../nbs/61_attribute.ipynb #e6fb27c2
 @dataclass

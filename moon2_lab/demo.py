@@ -23,7 +23,6 @@ import gradio as gr
 import torch
 from PIL import Image, ImageDraw
 
-from .attribute import PairHeat
 from .backbone import square
 from .catalog import Catalog, ImageRef, Product
 from .core import LabError, TrainConfig, UsageError, cache_dir
@@ -31,6 +30,7 @@ from .encoder import Moon2Encoder
 from .figures import heat_overlay
 from .page import Safe, foreign, heat_words, join, picture, tag, text
 from .shop import Found, Shop, query_item
+from .tables import PairHeatmap
 from .train import Trainer
 
 # %% ../nbs/75_demo.ipynb #85bcccb4
@@ -70,7 +70,7 @@ def product_html(product: Product, score: float, model: str, place: int) -> Safe
     return tag("div", tag("div", picture(thumbnail(product.image_ref()), product.title or "no title", 256, 85), class_="pictures"), words, class_="pair")
 
 
-def heat_html(heat: PairHeat, title: str = "the product") -> Safe:
+def heat_html(heat: PairHeatmap, title: str = "the product") -> Safe:
     "The heatmap of a pair: the picture and the words, coloured by what they add to the score."
     shown = Safe("")
     if heat.image is not None and heat.cells is not None:

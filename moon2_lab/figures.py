@@ -6,22 +6,21 @@
 __all__ = ['INK', 'GRID', 'SERIES_COLORS', 'DASHES', 'SYMBOLS', 'FOR', 'AGAINST', 'blank_figure', 'in_style', 'refuse_empty',
            'score_trace', 'score_figure', 'balance_figure', 'curve_figure', 'loss_figure', 'omega_figure',
            'gradient_figure', 'load_figure', 'filter_figure', 'preference_figure', 'similarity_figure',
-           'routing_figure', 'loss_term_figure', 'PairHeatmap', 'strengths', 'word_html', 'heat_overlay', 'fitted',
-           'fitted_size', 'heat_png', 'pair_figure']
+           'routing_figure', 'loss_term_figure', 'strengths', 'word_html', 'heat_overlay', 'fitted', 'fitted_size',
+           'heat_png', 'pair_figure']
 
 # %% ../nbs/62_figures.ipynb #3a9d6a0a
 import base64
 import html
 import io
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
 from .core import DIRECTIONS, LabError
-from .tables import BASELINE_WORDS, VIEW_WORDS, columns_like, load_series, objective_series, printable, score_table, thin
+from .tables import BASELINE_WORDS, VIEW_WORDS, PairHeatmap, columns_like, load_series, objective_series, printable, score_table, thin
 
 # %% ../nbs/62_figures.ipynb #ee9653b5
 INK, GRID = "#1c2430", "#dfe3ea"
@@ -230,17 +229,6 @@ def loss_term_figure(
     return figure
 
 # %% ../nbs/62_figures.ipynb #a2242f2c
-@dataclass
-class PairHeatmap:
-    "Which words and which parts of the picture made a score."
-    words: list[tuple[str, float]]  # the item's title, word by word
-    image: Image.Image | None  # the item's picture
-    cells: np.ndarray | None  # (rows, columns) scores over the picture
-    score: float  # the similarity that is explained
-    method: str = ""  # how the numbers were made
-    note: str = ""  # what to keep in mind when reading them
-
-
 def strengths(
     values,  # scores of any shape
     scale: float | None = None,  # the score that gets full colour; the largest absolute one if not given

@@ -77,14 +77,18 @@ def load_catalogue(
 
 def valid_scorer(catalog):
     "A function encoder -> scores on the valid split; None where there is no such split."
-    from moon2_lab.evaluate import evaluate
+    if "valid" not in catalog.splits:
+        return None
+    from moon2_lab.evaluate import answer, ask
+
+    question = ask(catalog, "valid", limit=500)
 
     def score(encoder) -> dict[str, float]:
-        metrics = evaluate(encoder, catalog, split="valid", baselines=False, labels=False, resamples=0, limit=500)
-        found = {f"R@10_{direction}": block["R@10"]["value"] for direction, block in metrics["directions"].items()}
+        directions = answer(encoder, question, baselines=False, labels=False, resamples=0).metrics["directions"]
+        found = {f"R@10_{direction}": block["R@10"]["value"] for direction, block in directions.items()}
         return {"score": sum(found.values()) / len(found), **found}
 
-    return score if "valid" in catalog.splits else None
+    return score
 
 
 def build_trainer(

@@ -18,8 +18,8 @@ from importlib.resources import files
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .figures import PairHeatmap, fitted, fitted_size, heat_overlay, word_html
-from .tables import DIRECTION_WORDS, number, printable
+from .figures import fitted, fitted_size, heat_overlay, word_html
+from .tables import DIRECTION_WORDS, PairHeatmap, number, printable
 
 # %% ../nbs/64_page.ipynb #7d72cee1
 class Safe(str):

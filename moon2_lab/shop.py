@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .attribute import PairHeat, pair_heatmap
+from .attribute import pair_heatmap
 from .catalog import Catalog, ImageRef, Item, Product, decode_image
 from .core import VIEWS, DataError, UsageError, atomic_path, cache_dir, sha256_hex
 from .encoder import Moon2Encoder
 from .filters import field_values, fold_value, parse_filter
+from .tables import PairHeatmap
 from .text import Lexicon, search_phrase
 
 # %% ../nbs/74_shop.ipynb #06f6bb37
@@ -89,7 +90,7 @@ class SearchModel:
         order = np.argsort(np.where(usable, -scores, np.inf), kind="stable")[: min(k, int(usable.sum()))]
         return [Found(self.catalog[place], float(scores[place])) for place in order.tolist()]
 
-    def explain(self, query: Item, product: Product, view: str = "mm") -> PairHeat:
+    def explain(self, query: Item, product: Product, view: str = "mm") -> PairHeatmap:
         "The heatmap of a query and a product."
         with self.lock:
             return pair_heatmap(self.encoder, query, product.item(view))

@@ -7,15 +7,18 @@ __all__ = ['VIEW_WORDS', 'DIRECTION_WORDS', 'OBJECTIVE_WORDS', 'BASELINE_WORDS',
            'PAPER_RESULTS', 'printable', 'number', 'estimate', 'section', 'score_rows', 'chance_block', 'score_table',
            'made_up_score', 'made_up_block', 'made_up_labels', 'made_up_metrics', 'verdict', 'against_baselines',
            'label_table', 'made_up_history', 'columns_like', 'objective_series', 'load_series', 'preference_matrix',
-           'last_load', 'thin', 'beside_paper']
+           'last_load', 'thin', 'PairHeatmap', 'beside_paper']
 
 # %% ../nbs/58_tables.ipynb #84fcc45e
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from .core import DIRECTIONS, OBJECTIVES, VIEWS
 
@@ -280,6 +283,18 @@ def thin(
         return frame
     stretch = np.arange(len(frame)) * points // len(frame)
     return frame.groupby(stretch).mean().set_axis(pd.Index(frame.index.to_series().groupby(stretch).last(), name="step"), axis=0)
+
+# %% ../nbs/58_tables.ipynb #78f4668b
+@dataclass
+class PairHeatmap:
+    "Which words and which parts of the picture made a score."
+    words: list[tuple[str, float]]  # the item's title, word by word
+    image: Image.Image | None  # the item's picture, as the model sees it
+    cells: np.ndarray | None  # (rows, columns) scores over the picture
+    score: float  # the similarity that is explained
+    method: str = ""  # how the numbers were made
+    note: str = ""  # what to keep in mind when reading them
+    attribution: Any = field(default=None, repr=False)  # where the numbers come from
 
 # %% ../nbs/58_tables.ipynb #6788d4d6
 PAPER_COLUMNS = (*DIRECTIONS, "class", "attribute")  # R@10 of the five directions, then two accuracies, in percent

@@ -45,24 +45,26 @@ class Event:
 def lay_out(
     batch: Sequence[Triplet],
 ) -> tuple[list[Item], TripletKeys]:
-    "(items: B queries, B positives, B K negatives; their product keys and which negatives exist)."
+    "(items: B queries, B positives, the negatives there are; the product keys (B, K) and which of the K negatives exist)."
     width = max(len(triplet.negatives) for triplet in batch)
-    negatives = [list(triplet.negatives) + [triplet.positive] * (width - len(triplet.negatives)) for triplet in batch]
-    items = [t.query for t in batch] + [t.positive.item("mm") for t in batch] + [n.item("mm") for row in negatives for n in row]
+    items = [t.query for t in batch] + [t.positive.item("mm") for t in batch] + [n.item("mm") for t in batch for n in t.negatives]
+    negatives = [[n.key for n in t.negatives] + [t.key] * (width - len(t.negatives)) for t in batch]
+    exist = [[place < len(t.negatives) for place in range(width)] for t in batch]
     keys = TripletKeys(
-        query=torch.tensor([t.query_key for t in batch]), positive=torch.tensor([t.key for t in batch]), negative=torch.tensor([[n.key for n in row] for row in negatives], dtype=torch.int64).view(len(batch), width),
-        negative_mask=torch.tensor([[place < len(t.negatives) for place in range(width)] for t in batch], dtype=torch.bool).view(len(batch), width),
+        query=torch.tensor([t.query_key for t in batch]), positive=torch.tensor([t.key for t in batch]),
+        negative=torch.tensor(negatives, dtype=torch.int64).view(len(batch), width), negative_mask=torch.tensor(exist, dtype=torch.bool).view(len(batch), width),
     )
     return items, keys
 
 
 def by_role(found: ItemViews, keys: TripletKeys, alignment: torch.Tensor) -> tuple[TripletViews, TripletRouting]:
-    "Cut the encoder's rows into q (B, ...), p (B, ...) and n (B, K, ...)."
+    "Cut the encoder's rows into q (B, ...), p (B, ...) and n (B, K, ...). Where a negative is missing stands the positive, which the mask leaves out."
     count, width = keys.negative.shape
+    own = torch.arange(count, 2 * count, device=keys.negative.device)[:, None]
+    negatives = torch.where(keys.negative_mask, 2 * count - 1 + keys.negative_mask.flatten().cumsum(0).view(count, width), own)  # (B, K)
 
     def cut(rows: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-        roles = {view: x.split([count, count, count * width]) for view, x in rows.items()}
-        return {role: {view: parts[i].unflatten(0, (count, width)) if role == "n" else parts[i] for view, parts in roles.items()} for i, role in enumerate("qpn")}
+        return {"q": {view: x[:count] for view, x in rows.items()}, "p": {view: x[count : 2 * count] for view, x in rows.items()}, "n": {view: x[negatives] for view, x in rows.items()}}
 
     return TripletViews(cut(found.embedding), cut(found.present)), TripletRouting(cut(found.routing), alignment, found.layers)
 
@@ -146,7 +148,6 @@ class Trainer:
 # %% ../nbs/33_train.ipynb #68ff39ad
 @patch
 def _batch(self: Trainer, now) -> dict:
-    now.batch = self.current_batch()
     now.items, now.keys = lay_out(now.batch)
     now.keys.progress = self.progress
     now.keys.filter_active = self.config.filter and self.progress >= self.config.filter_warmup_ratio
@@ -249,7 +250,7 @@ KNOWN_TERMS = {"loss", "aux", "sparsity", "balance", "omega_sum_raw", "share_dow
 @patch
 def events_of_step(self: Trainer):
     "The events of the step that is due, one after the other; time spent by whoever looks at them is not counted."
-    now, step = SimpleNamespace(seconds=0.0), self.step
+    now, step = SimpleNamespace(batch=self.current_batch(), seconds=0.0), self.step
     for phase in PHASES:
         start = time.perf_counter()
         data = getattr(self, f"_{phase}")(now)
@@ -377,14 +378,12 @@ def calibrate(self: Trainer, tries: int = 4) -> int:
     try:
         with same_chances():
             for turn in range(tries):
-                now = SimpleNamespace(seconds=0.0)
-                self.current_batch = lambda: batches[turn % len(batches)]  # noqa: B023
+                now = SimpleNamespace(batch=batches[turn % len(batches)], seconds=0.0)
                 start = time.perf_counter()
                 for phase in PHASES[:-1]:
                     getattr(self, f"_{phase}")(now)
                 times.append(time.perf_counter() - start + UPDATE_SECONDS * sum(p.numel() for g in self.optimizer.param_groups for p in g["params"]))
     finally:  # also after an interrupt
-        vars(self).pop("current_batch", None)
         self.optimizer.zero_grad()
         self.max_steps, self.seconds["steps"] = kept
     seconds = sorted(times[1:])[(tries - 1) // 2]

@@ -45,3 +45,11 @@ def drawn_catalogue(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("catalogue")
     make_catalog(folder, products=80, seed=3)
     return folder
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    "A cache of the test file's own: vectors and features of drawn pictures do not belong into anybody's cache."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOON2_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -24,12 +24,7 @@ LONG = "word " * 2_000  # 10,000 characters
 UNBROKEN = "x" * 10_000
 ODD = {"p001": LONG, "p002": UNBROKEN, "p006": "👟👟👟", "p007": "‼️", "p011": "\u200b\u200b", "p012": "日本語の商品名", "p016": "a\0b", "p017": "مزهرية زرقاء"}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOON2_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def odd_shop(count=60):

@@ -23,15 +23,8 @@ from moon2_lab.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.filters import field_values, parse_filter
 from moon2_lab.shop import SearchModel, Shop, query_item
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 NASTY = Product("nasty-1", "Zebra <img src=x onerror=\"document.title='hacked'\"> & Söhne 'bag'", category_l1="O'Neill & <b>Sons</b>", attributes={"colour": "zebra|black", "neck type": "<script>"})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    "Vectors and features of drawn products do not belong into anybody's cache."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOON2_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,7 @@ from moon2_lab.train import by_role, lay_out
 from small import picture, pretrained, settings, shop, some_triplets, tiny
 from torch.nn import functional as F
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOON2_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

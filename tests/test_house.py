@@ -235,7 +235,10 @@ def test_apps_see_the_demo_only():
         assert len(source.splitlines()) < 40, f"{named(path)} is no launcher any more"
 
 
-TORCH_FREE = ("core", "images", "catalog", "text", "triplets", "synth", "metrics", "tables", "figures", "report", "cli")  # useful without a model
+TORCH_FREE = (  # useful without a model
+    "core", "images", "catalog", "text", "batching", "triplets", "surfaces", "drawing", "synth", "protocol", "metrics", "evaluate", "filters",
+    "tables", "alarms", "figures", "page", "charts", "report", "cli",
+)
 HEAVY = ("torch", "transformers", "peft", "accelerate", "captum", "gradio", "plotly", "matplotlib", "sklearn", "ipywidgets", "anywidget", "nbdev", "IPython")
 MAY_IMPORT = {  # heavy packages, and the modules that may import them when they are imported themselves
     "transformers": {"backbone"},

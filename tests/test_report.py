@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 
 from moon2_lab.core import DIRECTIONS, LabError
-from moon2_lab.figures import PairHeatmap
 from moon2_lab.page import drawn_shape, made_up_query
 from moon2_lab.report import write_report
-from moon2_lab.tables import made_up_history, made_up_metrics
+from moon2_lab.tables import PairHeatmap, made_up_history, made_up_metrics
 
 HOSTILE = [
     "<script>window.pwned = 1</script>", '"><img src=x onerror="window.pwned = 1">', "</style></title><svg onload='window.pwned = 1'>", "javascript:window.pwned=1",

@@ -26,11 +26,9 @@ CLOCK = ["seconds", "rss_mb"]  # columns that differ from run to run
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
+def same_threads(own_cache):
     before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOON2_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+    yield
     torch.set_num_threads(before)
 
 
