@@ -21,7 +21,7 @@ import pandas as pd
 # %% ../nbs/10_catalog.ipynb #df9dfcbf
 from .core import DataError, sha256_hex
 from .images import MAX_PIXELS, MAX_SIDE, ImageFolder, ImageRef, decode_image, examine_all, pixel_sha256
-from .products import TABLE, TEXT_FIELDS, Item, Product, Quarantine, read_id, read_json_field, read_records, read_rows, read_text, reason_classes
+from .products import AUGMENTED, AUGMENTED_COLUMNS, TABLE, TEXT_FIELDS, Item, Product, Quarantine, read_augmentation, read_id, read_json_field, read_records, read_rows, read_text, reason_classes
 
 _all_ = ["ImageRef", "Item", "Product", "Quarantine", "decode_image"]  # also to be had from here
 
@@ -164,7 +164,9 @@ class Catalog:
         found: dict[str, ImageRef | str] | None = None,  # picture path -> reference or reason
         records: int | None = None,  # rows of the table
         whole: "Catalog | None" = None,  # the catalogue this is a part of
+        augmentation: pd.DataFrame | None = None,  # what co-augmentation made and refused, with its provenance
     ):
+        self.augmentation = augmentation
         self.products, self.folder, self.triplets, self.whole = products, folder, triplets, whole or self
         self.quarantine = Quarantine().frame() if quarantine is None else quarantine
         self.records, self._found, self._hash = len(products) if records is None else records, found or {}, None
@@ -252,7 +254,7 @@ def _part(catalog: Catalog, products: list[Product]) -> Catalog:
     if triplets is not None:
         triplets = triplets[triplets["positive_id"].isin(ids)].reset_index(drop=True)
         triplets["negative_ids"] = [[name for name in names if name in ids] for names in triplets["negative_ids"]]
-    return Catalog(products, catalog.quarantine, catalog.folder, triplets, records=len(products), whole=catalog.whole)
+    return Catalog(products, catalog.quarantine, catalog.folder, triplets, records=len(products), whole=catalog.whole, augmentation=catalog.augmentation)
 
 # %% ../nbs/10_catalog.ipynb #c81fd0d9
 def _check_products(products: list[Product], aside: Quarantine) -> list[Product]:
@@ -279,6 +281,7 @@ def _content_hash(catalog: Catalog) -> str:
     "SHA-256 over the fields of the products, the content of their pictures, and the triplets."
     lines = [[p.product_id, p.title, p.description, p.category_l1, p.category_l2, p.category_l3, p.attributes, p.split, [ref.key for ref in p.refs]] for p in catalog]
     lines += [] if catalog.triplets is None else catalog.triplets.to_numpy().tolist()
+    lines += [[p.product_id, p.enriched_title, [ref.key for ref in p.expanded]] for p in catalog if p.enriched_title or p.expanded]
     return sha256_hex("\n".join(json.dumps(line, sort_keys=True) for line in lines).encode())
 
 # %% ../nbs/10_catalog.ipynb #9f7df452
@@ -293,19 +296,25 @@ def load_catalog(
     _require_table(folder)
     rows = read_rows(folder / TABLE, ["product_id", *TEXT_FIELDS, "attributes", "image_paths"], ("product_id",))
     triplet_rows = read_rows(folder / TRIPLETS, TRIPLET_COLUMNS, ("positive_id",)) if (folder / TRIPLETS).is_file() else None
+    added = read_rows(folder / AUGMENTED, AUGMENTED_COLUMNS, ("product_id", "field", "value", "kept")) if (folder / AUGMENTED).is_file() else []
     pictures, aside = ImageFolder(folder), Quarantine()
     for name, trouble in pictures.troubles.items():
         aside.add(None, name, "archive", trouble)
     records = read_records(rows, aside)
     query_images = [row["query_image"] for row in triplet_rows or [] if isinstance(row.get("query_image"), str) and row["query_image"].strip()]
     found = examine_paths([path for product in records.values() for path in product.image_paths] + query_images, pictures, max_side, max_pixels, workers)
+    expanded = [row["value"] for row in added if row["kept"] and row["field"] == "expanded_image" and isinstance(row["value"], str)]
+    made = examine_paths(expanded, pictures, max_side, max_pixels, workers)
+    found |= {path: "augmented picture: listed as an original" for path in made if path in found}
     products = _with_keys(attach_pictures(records, found, aside))
+    changed = read_augmentation(added, {product.product_id: product for product in products}, made, aside)
+    products = [changed.get(product.product_id, product) for product in products]
     triplets = None if triplet_rows is None else read_triplets(triplet_rows, {product.product_id for product in products}, found, aside)
     _enforce_limit(len(aside.lost), len(rows), quarantine_limit, aside, folder / TABLE)
     _enforce_limit(len(aside.lost_triplets), len(triplet_rows or []), quarantine_limit, aside, folder / TRIPLETS)
     if not products and quarantine_limit < 1:
         raise DataError("nothing usable in the catalogue", where=str(folder), advice="the table is empty or every record was set aside: moon2 data check lists why")
-    return Catalog(products, aside.frame(), folder, triplets, found, len(rows))
+    return Catalog(products, aside.frame(), folder, triplets, found, len(rows), augmentation=pd.DataFrame(added, columns=AUGMENTED_COLUMNS) if added else None)
 
 
 def _require_table(folder: Path) -> None:
@@ -340,7 +349,7 @@ def summarise(catalog: Catalog) -> dict[str, Any]:
     return {
         "folder": str(catalog.folder) if catalog.folder else None, "records": catalog.records, **_counts(catalog.products),
         "shared_titles": sum(count for count in titles.values() if count > 1), "main_image_set_aside": sum(product.main_set_aside for product in catalog),
-        "splits": splits,
+        "splits": splits, "augmented": {"titles": sum(bool(product.enriched_title) for product in catalog), "pictures": sum(len(product.expanded) for product in catalog)},
         "quarantine": {"entries": len(catalog.quarantine), "reasons": reason_classes(catalog.quarantine)},
         "triplets": None if catalog.triplets is None else _triplet_counts(catalog), "data_hash": catalog.data_hash,
     }

@@ -7,7 +7,7 @@ __all__ = ['VIEWS', 'OBJECTIVES', 'DIRECTIONS', 'PRESETS', 'CHOICES', 'METHOD_FI
            'DriftError', 'CheckFailed', 'disk_is_full', 'atomic_path', 'plain', 'write_json', 'read_json',
            'write_parquet', 'cache_dir', 'sha256_hex', 'progress', 'settings_file', 'lab_settings', 'parse_value',
            'LiveConfig', 'EncoderConfig', 'TrainConfig', 'preset_differences', 'seed_everything', 'pick_device',
-           'pick_dtype', 'set_threads', 'NumericChoices', 'git_state', 'versions', 'run_settings']
+           'pick_dtype', 'usable_cores', 'set_threads', 'NumericChoices', 'git_state', 'versions', 'run_settings']
 
 # %% ../nbs/00_core.ipynb #7d28b2ad
 import configparser
@@ -317,6 +317,9 @@ class TrainConfig(EncoderConfig):
     in_batch_negatives: bool = True  # also the p and n of the other triplets
     paired_negatives: bool = True  # triplets in mutual pairs: n of one is p of the other, encoded once
     query_variants: int = 2  # search phrases and photo views per product
+    enriched_titles: bool = True  # positives and negatives carry their enriched title, where the catalogue has one
+    expanded_images: str = "one"  # of their expanded pictures: one a step, all, or none
+    noise: float = 0.0  # share of the training triplets that is spoilt on purpose, to see what the filter finds
     # loop
     lora_r: int = 0  # 0 = train the decoder itself; r > 0 = LoRA of rank r on attention and experts
     lora_alpha: int = 16  # LoRA scaling numerator
@@ -347,7 +350,7 @@ class TrainConfig(EncoderConfig):
             self.require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
         for name in ("temperature", "intra_temperature", "learning_rate", "connector_learning_rate", "router_learning_rate", "filter_kappa", "max_grad_norm", "balance_temperature"):
             self.require(getattr(self, name) > 0, name, "must be positive")
-        for name in ("omega_floor", "filter_threshold", "filter_warmup_ratio", "warmup_ratio", "quarantine_limit"):
+        for name in ("omega_floor", "filter_threshold", "filter_warmup_ratio", "warmup_ratio", "quarantine_limit", "noise"):
             self.require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self.require(self.per_device_train_batch_size >= 2, "per_device_train_batch_size", "at least 2: the other triplets are the negatives")
         self.require(self.negatives_per_query >= 1, "negatives_per_query", "at least 1")
@@ -360,6 +363,7 @@ class TrainConfig(EncoderConfig):
 
 
 CHOICES = {
+    "expanded_images": ("one", "all", "none"),
     "omega_mode": ("balanced", "faithful", "detached", "floored"), "omega_routing": ("per_view", "shared"), "intra_negatives": ("batch", "other_polarity"),
     "dtype": ("auto", "float32", "bfloat16"), "lr_scheduler_type": ("cosine", "linear", "constant"), "report_to": ("none", "tensorboard", "trackio", "wandb"),
 }
@@ -418,12 +422,16 @@ def pick_dtype(device, size: int = 384):
     return torch.bfloat16 if seconds(torch.bfloat16) * 1.3 < seconds(torch.float32) else torch.float32
 
 
+def usable_cores() -> int:
+    "The cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_threads(number: int = 0) -> int:
     "Use `number` threads (0: the cores this process may use); returns what is in force."
     import torch
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(number or usable)
+    torch.set_num_threads(number or usable_cores())
     return torch.get_num_threads()
 
 # %% ../nbs/00_core.ipynb #e5305362

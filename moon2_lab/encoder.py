@@ -31,7 +31,7 @@ from .moe import LayerRouting, MoEFeedForward, upcycle
 class Row:
     "One sequence: `visual` image tokens, then the text ids; and the views it gives."
     item: int  # place of the item in the batch
-    visual: int  # 0 or V
+    visual: int  # V for each picture
     ids: list[int]
     serves: dict[str, slice]  # view -> positions in the row whose mean is the view
 
@@ -127,19 +127,20 @@ class Moon2Encoder(nn.Module):
         make = shared_rows if (self.shares_rows if share is None else share) else separate_rows
         rows = []
         for place, item in enumerate(items):
-            ids = self.backbone.tokenize(item.text)[0] if item.has_text else []
-            rows += make(place, self.config.visual_tokens if item.image is not None else 0, ids, views)
+            ids = [token for text in item.texts for token in self.backbone.tokenize(text)[0]]
+            rows += make(place, self.config.visual_tokens * len(item.pictures), ids, views)
         return sorted(rows, key=len, reverse=True)
 
     def embed_rows(self, items: Sequence[Item], rows: list[Row]) -> torch.Tensor:
-        "(T, D) input vectors of the packed rows: vision tokens through the connector, word embeddings."
+        "(T, D) input vectors of the packed rows: vision tokens through the connector, word embeddings. Pictures come first, then the title, then the enriched title."
         shown = sorted({row.item for row in rows if row.visual})
         device = self.backbone.device
         words = self.backbone.embed_text(torch.tensor([i for row in rows for i in row.ids], dtype=torch.int64, device=device))
         parts = {}
         if shown:
-            features = torch.from_numpy(self.backbone.vision_features([items[i].image for i in shown])).to(device)
-            parts = dict(zip(shown, self.backbone.vision_tokens(features).unbind(0), strict=True))
+            features = torch.from_numpy(self.backbone.vision_features([ref for i in shown for ref in items[i].pictures])).to(device)
+            tokens = self.backbone.vision_tokens(features).flatten(0, 1)  # (pictures * V, D)
+            parts = dict(zip(shown, tokens.split([self.config.visual_tokens * len(items[i].pictures) for i in shown]), strict=True))
         texts = iter(words.split([len(row.ids) for row in rows]))
         pieces = [piece for row in rows for piece in ((parts[row.item],) if row.visual else ()) + (next(texts),)]
         return torch.cat([piece.to(words.dtype) for piece in pieces])
@@ -167,7 +168,7 @@ class Moon2Encoder(nn.Module):
         for item in items:
             if not item.has_text and item.image is None:
                 raise DataError("neither text nor image", where=item.item_id or "item", advice="leave it out: there is nothing to encode")
-        keys = [(item.text, item.image.key if item.image else None) for item in items]
+        keys = [item.content for item in items]
         once = dict(zip(keys, items, strict=True))
         number = {key: place for place, key in enumerate(once)}
         place = torch.tensor([number[key] for key in keys], dtype=torch.int64, device=self.backbone.device)

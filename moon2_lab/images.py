@@ -26,7 +26,7 @@ import PIL
 from PIL import Image
 
 # %% ../nbs/05_images.ipynb #a0cf299d
-from .core import DataError, LabError, cache_dir, progress, sha256_hex, write_parquet
+from .core import DataError, LabError, cache_dir, progress, sha256_hex, usable_cores, write_parquet
 
 # %% ../nbs/05_images.ipynb #696b22e5
 MAX_SIDE = 1024  # longest side of a picture handed out, in pixels
@@ -264,7 +264,7 @@ def examine_all(
     workers: int = 0,  # threads; 0 = the cores this process may use, at most 8
 ) -> list[ImageFacts]:
     "Facts of each file, in order, from the memory where it has them; an unreadable file has the reason and no hash."
-    workers = workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = workers or min(8, usable_cores())
     with ThreadPoolExecutor(workers) as pool:
         facts = list(pool.map(_hash_only, places))
         known = recall_facts(fact.file_sha for fact in facts if not fact.reason)

@@ -26,7 +26,7 @@ from .core import DataError, LabError, UsageError, progress, read_json, write_js
 from .drawing import KINDS, MARKS, draw_look
 from .products import Item, Product
 from .surfaces import BACKDROPS, PALE, Look, Shot, photo
-from .triplets import NegativeFinder, Triplet, inject_noise, propose
+from .triplets import WRITTEN_NOISE, NegativeFinder, Triplet, propose, spoil
 
 # %% ../nbs/14_synth.ipynb #1676e39b
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ def make_triplets(
             proposed = propose(finder, QUERIES, 1, seed, paired=True)
             clean = [Triplet(f"q-{product.product_id}-{variant}", Item(None, None, product.product_id), product, negatives, variant)
                      for product, variant, negatives in proposed if finder.differs(product, negatives[0]) or product.category_l3 != negatives[0].category_l3]
-            rows += [_row(triplet, facts, products, seed) for triplet in inject_noise(clean, noise, seed)]
+            rows += [_row(triplet, facts, products, seed) for triplet in spoil(clean, noise, WRITTEN_NOISE, seed)]
     return pd.DataFrame(rows, columns=["query_id", "query_text", "query_image", "positive_id", "negative_ids", "noise"], dtype=object)
 
 

@@ -20,15 +20,16 @@ import psutil
 import torch
 from fastcore.basics import patch
 
-from .catalog import Catalog, Item
+from .catalog import Catalog, ImageRef, Item
 from .checkpoint import deferred_interrupt, keep_newest, load_tensors, newest_checkpoint, random_state, same_chances, save_checkpoint, set_random_state, state_tensors
 from .core import OBJECTIVES, VIEWS, EncoderConfig, LabError, NumericChoices, TrainConfig, UsageError, plain, progress, run_settings, seed_everything, write_json, write_parquet
 from .encoder import ItemViews, Moon2Encoder
 from .filtering import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
 from .losses import TripletKeys, TripletRouting, TripletViews, balance_alarm
+from .noise import inject_noise
 from .optim import GROUPS, apply_numerics, choose_numerics, lr_factor, make_optimizer, predict_cost, prepare_trainable, release_memory, set_learning_rate
 from .text import Lexicon
-from .triplets import Triplet, TripletSampler, build_triplets
+from .triplets import Triplet, TripletSampler, build_triplets, image_refs
 
 # %% ../nbs/33_train.ipynb #1ffa7bd4
 PHASES = ("batch", "views", "routing", "similarity", "loss", "gradients", "step")
@@ -44,10 +45,14 @@ class Event:
 # %% ../nbs/33_train.ipynb #5f11b9af
 def lay_out(
     batch: Sequence[Triplet],
+    enriched: bool = True,  # positives and negatives carry their enriched titles
+    expanded: str = "one",  # and one, all or none of their expanded pictures
+    turn: int = 0,  # which expanded picture: the step
 ) -> tuple[list[Item], TripletKeys]:
     "(items: B queries, B positives, the negatives there are; the product keys (B, K) and which of the K negatives exist)."
     width = max(len(triplet.negatives) for triplet in batch)
-    items = [t.query for t in batch] + [t.positive.item("mm") for t in batch] + [n.item("mm") for t in batch for n in t.negatives]
+    products = [t.positive for t in batch] + [n for t in batch for n in t.negatives]
+    items = [t.query for t in batch] + [product.training_item(enriched, expanded, turn) for product in products]
     negatives = [[n.key for n in t.negatives] + [t.key] * (width - len(t.negatives)) for t in batch]
     exist = [[place < len(t.negatives) for place in range(width)] for t in batch]
     keys = TripletKeys(
@@ -94,7 +99,10 @@ class Trainer:
         seed_everything(self.config.seed)
         train = catalog.split("train") if catalog.splits else catalog
         made = (self.config.query_variants, self.config.negatives_per_query, self.config.seed, self.config.paired_negatives)
-        self.triplets = triplets if triplets is not None else build_triplets(train, Lexicon(catalog), *made)
+        lexicon = Lexicon(catalog)
+        self.triplets = triplets if triplets is not None else build_triplets(train, lexicon, *made)
+        if self.config.noise:
+            self.triplets = inject_noise(self.triplets, self.config.noise, lexicon, self.config.seed)
         self.sampler = TripletSampler(self.triplets, self.config.per_device_train_batch_size, self.config.seed, self.config.paired_negatives)
         prepare_trainable(encoder, self.config)
         self.choices = choose_numerics(encoder, self.config, tokens=40 * 2 * self.config.per_device_train_batch_size)
@@ -148,7 +156,7 @@ class Trainer:
 # %% ../nbs/33_train.ipynb #68ff39ad
 @patch
 def _batch(self: Trainer, now) -> dict:
-    now.items, now.keys = lay_out(now.batch)
+    now.items, now.keys = lay_out(now.batch, self.config.enriched_titles, self.config.expanded_images, self.step)
     now.keys.progress = self.progress
     now.keys.filter_active = self.config.filter and self.progress >= self.config.filter_warmup_ratio
     device = self.encoder.backbone.device
@@ -361,11 +369,16 @@ def train(self: Trainer) -> pd.DataFrame:
 
 # %% ../nbs/33_train.ipynb #cabdcd8d
 @patch
+def image_refs(self: Trainer) -> list[ImageRef]:
+    "The distinct pictures that the run needs."
+    return image_refs(self.triplets, self.config.expanded_images != "none")
+
+
+@patch
 def prepare_features(self: Trainer) -> float:
-    "Encode the images that the triplets need and the store lacks; returns seconds."
+    "Encode the pictures that the run needs and the store lacks; returns seconds."
     start = time.perf_counter()
-    refs = self.sampler.image_refs()
-    self.encoder.backbone.cache_features(refs)
+    self.encoder.backbone.cache_features(self.image_refs())
     self.seconds["features"] += time.perf_counter() - start
     return self.seconds["features"]
 
@@ -398,10 +411,10 @@ UPDATE_SECONDS = 2.5e-9  # of AdamW, per trained parameter; a little too much ra
 def plan(self: Trainer) -> dict:
     "What the run will do and cost, before its first step."
     batch = self.current_batch()
-    items, keys = lay_out(batch)
-    unique = list({(item.text, item.image.key if item.image else None): item for item in items}.values())
+    items, keys = lay_out(batch, self.config.enriched_titles, self.config.expanded_images)
+    unique = list({item.content: item for item in items}.values())
     tokens = sum(len(row) for row in self.encoder.rows_of(unique))
-    refs = self.sampler.image_refs()
+    refs = self.image_refs()
     cost = predict_cost(self.encoder, self.choices, tokens, len(refs))
     count = self.config.per_device_train_batch_size
     in_batch = (count - 1) * (1 + keys.negative.shape[1]) if self.config.in_batch_negatives else 0

@@ -50,6 +50,15 @@ def shop(count=60, mixed=False):
     return Catalog.from_products([product(number, **(lacking.get(number % 6, {}) if mixed else {})) for number in range(count)])
 
 
+def augmented_shop(count=60):
+    "Three of four products of the train split have an enriched title and one or two expanded pictures."
+    def added(number):
+        split = product(number).split
+        return {"enriched_title": f"a shape of many words no {number}", "expanded": tuple(picture(200 + number + 60 * k) for k in range(1 + number % 2))} if split == "train" and number % 4 else {}
+
+    return Catalog.from_products([product(number, **added(number)) for number in range(count)])
+
+
 def some_triplets(catalog, count=6, negatives=2, first=0):
     "`count` triplets from different places of the list."
     triplets = build_triplets(catalog, Lexicon(catalog), variants=2, negatives_per_query=negatives)

@@ -17,7 +17,7 @@ from moon2_lab.losses import load_balance_loss
 from moon2_lab.moe import KERNELS, LayerRouting, MoEFeedForward, mix_experts
 from moon2_lab.optim import prepare_trainable
 from moon2_lab.train import by_role, lay_out
-from small import picture, pretrained, settings, shop, some_triplets, tiny
+from small import augmented_shop, picture, pretrained, settings, shop, some_triplets, tiny
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -47,11 +47,11 @@ def apart(encoder, items):
             vectors, routings, present = [], [], []
             for item in items:
                 parts = []
-                if view != "t" and item.image is not None:
-                    features = torch.from_numpy(encoder.backbone.vision_features([item.image])).to(encoder.alignment)
+                for picture in item.pictures if view != "t" else ():
+                    features = torch.from_numpy(encoder.backbone.vision_features([picture])).to(encoder.alignment)
                     parts.append(encoder.backbone.connector(features)[0])
-                if view != "i" and item.text:
-                    parts.append(decoder.embed_tokens(torch.tensor(encoder.backbone.tokenize(item.text)[0])))
+                for text in item.texts if view != "i" else ():
+                    parts.append(decoder.embed_tokens(torch.tensor(encoder.backbone.tokenize(text)[0])))
                 present.append(bool(parts) and not (view == "i" and item.image is None))
                 if not present[-1]:
                     vectors.append(zero(encoder.embedding_dim))
@@ -75,9 +75,9 @@ def apart(encoder, items):
     return found
 
 
-def measured(encoder, triplets, forward, **config):
+def measured(encoder, triplets, forward, expanded="one", **config):
     "(ItemViews, terms of the objective, gradients by name)."
-    items, keys = lay_out(triplets)
+    items, keys = lay_out(triplets, expanded=expanded)
     keys.progress, keys.filter_active = 0.5, True
     found = forward(items)
     terms = Moon2Objective(settings(**config))(*by_role(found, keys, encoder.alignment), keys)
@@ -132,6 +132,19 @@ def test_any_mix_of_missing_views(mixed, first):
     assert {(bool(item.text), item.image is not None) for item in items} == {(True, True), (True, False), (False, True)}
     encoder = tiny(perturbed=True, double=True)
     assert_same(measured(encoder, triplets, encoder.forward_items), measured(encoder, triplets, partial(apart, encoder)), 1e-9)
+
+
+@pytest.mark.parametrize("expanded", ["one", "all", "none"])
+def test_augmented_products(expanded):
+    "Enriched titles and several pictures: images first, then title, then enriched title; three of four products have them."
+    triplets = some_triplets(augmented_shop(), count=5)
+    items, _ = lay_out(triplets, expanded=expanded)
+    assert {len(item.pictures) for item in items} == {"one": {1, 2}, "all": {1, 2, 3}, "none": {1}}[expanded] and {len(item.texts) for item in items} == {1, 2}
+    encoder = tiny(perturbed=True, double=True)
+    shared, three = measured(encoder, triplets, encoder.forward_items, expanded), measured(encoder, triplets, partial(apart, encoder), expanded)
+    assert_same(shared, three, 1e-9)
+    lengths = [(4 * len(item.pictures), sum(len(encoder.backbone.tokenize(text)[0]) for text in item.texts)) for item in {item.content: item for item in items}.values()]
+    assert shared[0].tokens == sum(image + 2 * text for image, text in lengths)  # (n_c + 1) V + 2 L for mm and i, 2 L for t
 
 
 @pytest.mark.parametrize("fields", [{"moe_layers": "1"}, {"top_k": 1}, {"num_experts": 6, "top_k": 3}, {"visual_tokens": 9, "max_text_tokens": 3}], ids=str)

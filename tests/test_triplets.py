@@ -13,7 +13,7 @@ from PIL import Image
 from moon2_lab.catalog import Catalog, ImageRef, Product
 from moon2_lab.core import DataError, UsageError
 from moon2_lab.text import Lexicon
-from moon2_lab.triplets import NegativeFinder, TripletSampler, build_triplets, image_refs, inject_noise, mutual_partners, triplets_from_products
+from moon2_lab.triplets import WRITTEN_NOISE, NegativeFinder, TripletSampler, build_triplets, image_refs, mutual_partners, spoil, triplets_from_products
 
 COLOURS, KINDS = ("red", "blue", "green"), ("Mugs", "Bowls", "Chairs", "Lamps")
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_done_says_so():
 def test_injected_noise_is_what_its_label_says(share):
     "Pseudo positives are of another category, pseudo negatives of the same; the share is exact."
     clean = build_triplets(shop(), variants=2)
-    noisy = inject_noise(clean, share, seed=2)
+    noisy = spoil(clean, share, WRITTEN_NOISE, seed=2)
     counts = Counter(t.noise for t in noisy)
     assert counts["pseudo_positive"] + counts["pseudo_negative"] == round(share * 96)
     assert abs(counts["pseudo_positive"] - counts["pseudo_negative"]) <= 1
@@ -217,7 +217,7 @@ def test_resume_gives_the_batches_that_were_left():
 def test_pictures_are_bounded():
     "However many epochs: K query pictures and the main picture of each product."
     triplets = build_triplets(shop(), variants=4)
-    assert len(TripletSampler(triplets, 8).image_refs()) == 5 * 48
+    assert len(image_refs(triplets)) == 5 * 48
 
 
 @pytest.mark.data
