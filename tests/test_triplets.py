@@ -214,6 +214,16 @@ def test_resume_gives_the_batches_that_were_left():
         TripletSampler(triplets[::-1], 8, seed=9).load_state_dict(sampler.state_dict())
 
 
+def test_each_photo_of_a_product_asks():
+    "Several photos of a product are real queries; the product with one photo asks with photo views, as often as it is told."
+    one, several, third = (Product(f"p{n}", f"red mug no {n}", refs=tuple(picture(10 * n + k) for k in range(count))) for n, count in enumerate((1, 5, 1)))
+    catalog = Catalog.from_products([one, several, third])
+    made = triplets_from_products(catalog, Lexicon(catalog), variants=2)
+    asked = {name: [t.query.image.key for t in made if t.positive.product_id == name] for name in (one.product_id, several.product_id)}
+    assert {ref.key for ref in several.refs[1:]} <= set(asked[several.product_id]) and len(asked[several.product_id]) == 8 and len(asked[one.product_id]) == 2
+    assert all(t.positive.item().image == several.refs[0] for t in made if t.positive.product_id == several.product_id)
+
+
 def test_pictures_are_bounded():
     "However many epochs: K query pictures and the main picture of each product."
     triplets = build_triplets(shop(), variants=4)
