@@ -27,7 +27,7 @@ import pandas as pd
 from .catalog import Catalog, examine_paths
 from .core import DataError, LabError, UsageError, plain, progress, read_json, usable_cores, write_json, write_parquet
 from .editors import KINDS, make_editor
-from .enrichers import enrich_request, make_enricher
+from .enrichers import NO_ANSWER, NOT_ASKED, enrich_request, make_enricher
 from .entities import AttributeLexicon
 from .images import ImageFolder, ImageRef
 from .products import AUGMENTED, AUGMENTED_COLUMNS, TABLE, Product
@@ -331,7 +331,7 @@ def augment_catalog(
     parts, seconds, tables = out / PARTS, {}, []
     started = time.perf_counter()
     if recipe.enricher is not None:
-        tables.append(in_parts(parts, "titles", products, lambda some: enrich_titles(some, recipe, lexicon)))
+        tables.append(_all_titles(products, recipe, lexicon, parts))
     seconds["titles"], started = time.perf_counter() - started, time.perf_counter()
     if recipe.kinds:
         tables.append(_all_pictures([product for product in products if product.has_image], recipe, out, workers))
@@ -340,6 +340,19 @@ def augment_catalog(
     table, filtered = apply_filter(table, {product.product_id: product for product in products}, recipe, out, parts)
     seconds["filter"] = time.perf_counter() - started
     return _finish(catalog, out, table, settings, {"products": len(products), "filter": filtered, "seconds": seconds})
+
+
+def _all_titles(products: Sequence[Product], recipe: Recipe, lexicon: AttributeLexicon, parts: Path) -> pd.DataFrame:
+    "The rows of all enriched titles; a product whose question got no answer is asked about once more at the end."
+    def make(some):
+        return enrich_titles(some, recipe, lexicon)
+
+    table = in_parts(parts, "titles", products, make)
+    unanswered = set(table.product_id[table.reason.fillna("").str.startswith((NO_ANSWER, NOT_ASKED))]) if len(table) else set()
+    if not unanswered:
+        return table
+    again = in_parts(parts, "titles-again", [product for product in products if product.product_id in unanswered], make)
+    return pd.concat([table[~table.product_id.isin(unanswered)], again], ignore_index=True)
 
 
 def _all_pictures(products: Sequence[Product], recipe: Recipe, out: Path, workers: int) -> pd.DataFrame:

@@ -18,7 +18,7 @@ pytest.importorskip("cv2")
 from moon2_lab.catalog import Catalog
 from moon2_lab.coaugment import STATE, Recipe, augment_catalog, evaluation_hash, expand_pictures, real_pairs, score_pairs
 from moon2_lab.core import DataError, LabError, UsageError
-from moon2_lab.enrichers import Enriched
+from moon2_lab.enrichers import NO_ANSWER, Enriched
 from moon2_lab.products import AUGMENTED
 from moon2_lab.synth import make_catalog
 
@@ -143,6 +143,30 @@ def test_an_enricher_that_stops_keeps_what_was_done(drawn, tmp_path, monkeypatch
     summary = augment_catalog(drawn, tmp_path / "out", Recipe(kinds=(), enricher=again))
     count = Catalog.load(drawn).splits["train"]
     assert again.asked == count - 16 and summary["kinds"]["text"]["kept"] == count
+
+
+class Forgetful:
+    "An enricher that leaves every third question of its first round without an answer."
+    name, model, stopped = "forgetful", "m-1", None
+
+    def __init__(self):
+        self.asked = []
+
+    def enrich(self, requests):
+        first = not self.asked
+        self.asked += [request.product_id for request in requests]
+        for place, request in enumerate(requests):
+            lost = first and place % 3 == 0
+            yield Enriched(request.product_id, None if lost else f"{request.title} new", f"{NO_ANSWER}: timeout" if lost else None, self.name, self.model)
+
+
+def test_what_got_no_answer_is_asked_again(drawn, tmp_path):
+    enricher = Forgetful()
+    augment_catalog(drawn, tmp_path / "out", Recipe(kinds=(), enricher=enricher))
+    out = Catalog.load(tmp_path / "out")
+    train = [product.product_id for product in out if product.split == "train"]
+    assert enricher.asked == train + train[::3] and all(out.get(name).enriched_title for name in train)
+    assert sorted(out.augmentation.product_id) == sorted(train)
 
 
 def test_odd_products(tmp_path):
