@@ -8,8 +8,6 @@ __all__ = ['attempts_of', 'verdict', 'before_after', 'products_with', 'provenanc
 # %% ../nbs/69_augmented.ipynb #ae3e076c
 import html
 import json
-from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Outcome', 'show', 'explain', 'read_config_file', 'parse_assignments', 'typed_settings', 'data_check', 'check_lines',
-           'data_synth', 'train', 'evaluate', 'report', 'run', 'Parser', 'add_command', 'add_config_options',
-           'add_data_commands', 'add_model_commands', 'build_parser', 'messages', 'main']
+           'data_synth', 'data_import', 'data_augment', 'train', 'evaluate', 'report', 'run', 'Parser', 'add_command',
+           'add_config_options', 'add_data_commands', 'add_augment_command', 'add_import_command', 'add_model_commands',
+           'build_parser', 'messages', 'main']
 
 # %% ../nbs/80_cli.ipynb #4c98859d
 import argparse
@@ -53,7 +54,7 @@ def explain(
     from moon2_lab.core import LabError
 
     if isinstance(error, KeyboardInterrupt):
-        return "stopped; a training run continues with --resume", 130
+        return "stopped; a training run or an import continues with --resume", 130
     if isinstance(error, LabError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.strerror:
@@ -79,14 +80,16 @@ def read_config_file(
 
 
 def parse_assignments(
-    pairs: list[str],  # as typed after --set
+    pairs: list[str],  # as typed after --set or --map
+    option: str = "--set",
+    example: str = "temperature=0.07 seed=1",
 ) -> dict[str, str]:
     "`key=value` pairs as a dictionary of text."
     from moon2_lab.core import UsageError
 
     for pair in pairs:
         if "=" not in pair or pair.startswith("="):
-            raise UsageError(f"{pair!r} is no key=value pair", where="--set", advice="write it like --set temperature=0.07 seed=1")
+            raise UsageError(f"{pair!r} is no key=value pair", where=option, advice=f"write it like {option} {example}")
     return {key.strip(): value for key, value in (pair.split("=", 1) for pair in pairs)}
 
 
@@ -133,6 +136,32 @@ def data_synth(args: argparse.Namespace) -> Outcome:
     make_catalog(args.out, products=args.products, seed=args.seed, noise=args.noise)
     facts = {"folder": str(args.out), "products": args.products, "seconds": round(time.perf_counter() - started, 1)}
     return Outcome(f"{args.out}: {args.products:,} products drawn in {facts['seconds']} s", facts)
+
+# %% ../nbs/80_cli.ipynb #0e07773d
+def data_import(args: argparse.Namespace) -> Outcome:
+    "Turn a data set into a catalogue folder."
+    from moon2_lab.catalog import Catalog
+    from moon2_lab.sources import import_catalog
+
+    mapping = parse_assignments(args.map, "--map", "title=doc_title attributes.colour=baseColour")
+    summary = import_catalog(args.layout, args.source, args.out, mapping=mapping, images=args.images, limit=args.limit, allow_urls=args.allow_urls,
+                             resume=args.resume, split_by=args.split_by, shard_images=args.shard_images)
+    catalog = Catalog.load(args.out, quarantine_limit=1.0)
+    facts = {"usable": len(catalog) > 0, **catalog.summary(), "import": summary}
+    return Outcome("\n".join([*summary.lines(), "", *check_lines(facts)]), facts, 0 if len(catalog) else 1)
+
+# %% ../nbs/80_cli.ipynb #98770576
+def data_augment(args: argparse.Namespace) -> Outcome:
+    "Co-augment the train split of a catalogue into a new folder."
+    from moon2_lab.core import TrainConfig
+    from moon2_lab.job import SCORER_MINUTES, augment_lines, augment_run
+
+    kinds = tuple(kind.strip() for kind in args.kinds.split(",") if kind.strip() not in ("", "none"))
+    options = {f"{part}_options": parse_assignments(getattr(args, f"{part}_set"), f"--{part}-set", "model=path/to/model") for part in ("enricher", "editor")}
+    config = TrainConfig(**{"max_minutes": SCORER_MINUTES} | ({"backbone": args.backbone} if args.backbone else {}))
+    enricher = None if args.enricher == "none" else args.enricher
+    summary = augment_run(args.catalog, args.out, args.scorer, config, args.limit, kinds=kinds, enricher=enricher, editor=args.editor, keep_quantile=args.keep_quantile, seed=args.seed, **options)
+    return Outcome(f"{args.out}\n{augment_lines(summary)}", {"folder": str(args.out), **summary})
 
 # %% ../nbs/80_cli.ipynb #4442cac0
 def train(args: argparse.Namespace) -> Outcome:
@@ -216,8 +245,8 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 # %% ../nbs/80_cli.ipynb #1873655c
 def add_data_commands(commands) -> None:
-    "moon2 data check, moon2 data synth."
-    data = commands.add_parser("data", help="check or draw a catalogue", allow_abbrev=False).add_subparsers(metavar="COMMAND", required=True)
+    "moon2 data check, moon2 data synth, moon2 data import, moon2 data augment."
+    data = commands.add_parser("data", help="check, draw, import or augment a catalogue", allow_abbrev=False).add_subparsers(metavar="COMMAND", required=True)
     check = add_command(data, "check", data_check, "moon2 data check path/to/catalogue --json")
     check.add_argument("folder", metavar="DIR", help="folder with products.parquet")
     check.add_argument("--show", type=int, default=20, metavar="N", help="list so many of the records set aside (default 20)")
@@ -226,6 +255,40 @@ def add_data_commands(commands) -> None:
     synth.add_argument("--products", type=int, required=True, metavar="N", help="how many")
     synth.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed draws the same catalogue (default 0)")
     synth.add_argument("--noise", type=float, default=0.1, metavar="SHARE", help="share of triplets that are spoilt, and labelled (default 0.1)")
+    add_import_command(data)
+    add_augment_command(data)
+
+
+def add_augment_command(data) -> None:
+    "moon2 data augment."
+    parser = add_command(data, "augment", data_augment, "moon2 data augment path/to/catalogue path/to/augmented --kinds background,detail --keep-quantile 0.1")
+    parser.add_argument("catalog", metavar="CATALOG", help="catalogue folder with a train split")
+    parser.add_argument("out", metavar="OUT", help="new folder; or the one of a run that was stopped, which goes on")
+    parser.add_argument("--kinds", default="background,viewpoint,detail", metavar="LIST", help="kinds of pictures, or none (default background,viewpoint,detail)")
+    parser.add_argument("--enricher", default="rules", metavar="NAME", help="rules (default), mllm, server, or none")
+    parser.add_argument("--enricher-set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="options of the enricher: model=PATH_OR_HUB_ID for mllm, url=... model=... for server")
+    parser.add_argument("--editor", default="classical", metavar="NAME", help="classical (default), diffusers or server")
+    parser.add_argument("--editor-set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="options of the editor: model=PATH_OR_HUB_ID for diffusers, url=... for server")
+    parser.add_argument("--scorer", default="auto", metavar="NAME", help="who compares picture and title: auto (an encoder trained on the catalogue, the default), a run folder, a CLIP or SigLIP, or none")
+    parser.add_argument("--keep-quantile", type=float, default=0.1, metavar="Q", help="refuse what agrees less than this quantile of the shop's own pairs (default 0.1)")
+    parser.add_argument("--backbone", metavar="mini|tiny", help="of the encoder that --scorer auto trains (default mini)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N products of the train split")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed makes the same files (default 0)")
+
+
+def add_import_command(data) -> None:
+    "moon2 data import."
+    parser = add_command(data, "import", data_import, "moon2 data import mbe path/to/mbe.jsonl catalogues/mbe --images path/to/photos --map title=doc_title")
+    parser.add_argument("layout", metavar="LAYOUT", choices=["mbe", "mbe2", "m5product", "fashion200k", "csv", "st", "mmeb"], help="mbe, mbe2, m5product, fashion200k, csv, st or mmeb")
+    parser.add_argument("source", metavar="SRC", help="file or folder of the data set")
+    parser.add_argument("out", metavar="OUT", help="catalogue folder, new or empty")
+    parser.add_argument("--map", metavar="OURS=THEIRS", nargs="+", action="extend", default=[], help="our name and their column, for example title=name attributes.colour=baseColour")
+    parser.add_argument("--images", metavar="DIR_OR_TAR", help="folder or uncompressed tar of the pictures (default: beside the tables)")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most so many rows")
+    parser.add_argument("--allow-urls", action="store_true", help="ask web addresses for pictures (public hosts only)")
+    parser.add_argument("--resume", action="store_true", help="go on with an import that was stopped")
+    parser.add_argument("--split-by", default="id hash", choices=["id hash", "file name"], help="where rows name no split: by hash of the id (default), or train / valid / test in the file name")
+    parser.add_argument("--shard-images", action="store_true", default=None, help="keep all pictures in tars (default: from the 20,001st on)")
 
 
 def add_model_commands(commands) -> None:

@@ -138,7 +138,7 @@ def expand_pictures(
     about = {"source": product.image_paths[0] if product.image_paths else None, "method": _name(recipe.extractor)}
     try:
         subject = recipe.extractor.extract(product.image())
-    except LabError as error:
+    except DataError as error:  # about this picture; what would meet every picture ends the run, and what was done stays
         return [attempt(product, "expanded_image", "subject", None, error.what, **about, seed=recipe.seed)]
     return [_edited(product, kind, subject, recipe, out, about) for kind in recipe.kinds]
 
@@ -149,7 +149,7 @@ def _edited(product: Product, kind: str, subject, recipe: Recipe, out: Path, abo
     about = about | {"method": f"{about['method']} + {recipe.editor.name}", "model": getattr(recipe.editor, "model", None), "seed": seed}
     try:
         done = recipe.editor.edit(subject, product.title, kind, seed)
-    except LabError as error:
+    except DataError as error:
         return attempt(product, "expanded_image", kind, None, error.what, **about)
     saved = io.BytesIO()
     done.image.save(saved, "JPEG", quality=JPEG_QUALITY)

@@ -9,7 +9,6 @@ __all__ = ['MAX_SIDE', 'MAX_PIXELS', 'MAX_BYTES', 'FORMATS', 'TURNS', 'open_imag
 
 # %% ../nbs/05_images.ipynb #47fa4c60
 import io
-import os
 import posixpath
 import stat
 import tarfile

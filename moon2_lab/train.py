@@ -369,7 +369,7 @@ def train(self: Trainer) -> pd.DataFrame:
 
 # %% ../nbs/33_train.ipynb #cabdcd8d
 @patch
-def image_refs(self: Trainer) -> list[ImageRef]:
+def needed_images(self: Trainer) -> list[ImageRef]:
     "The distinct pictures that the run needs."
     return image_refs(self.triplets, self.config.expanded_images != "none")
 
@@ -378,7 +378,7 @@ def image_refs(self: Trainer) -> list[ImageRef]:
 def prepare_features(self: Trainer) -> float:
     "Encode the pictures that the run needs and the store lacks; returns seconds."
     start = time.perf_counter()
-    self.encoder.backbone.cache_features(self.image_refs())
+    self.encoder.backbone.cache_features(self.needed_images())
     self.seconds["features"] += time.perf_counter() - start
     return self.seconds["features"]
 
@@ -414,7 +414,7 @@ def plan(self: Trainer) -> dict:
     items, keys = lay_out(batch, self.config.enriched_titles, self.config.expanded_images)
     unique = list({item.content: item for item in items}.values())
     tokens = sum(len(row) for row in self.encoder.rows_of(unique))
-    refs = self.image_refs()
+    refs = self.needed_images()
     cost = predict_cost(self.encoder, self.choices, tokens, len(refs))
     count = self.config.per_device_train_batch_size
     in_batch = (count - 1) * (1 + keys.negative.shape[1]) if self.config.in_batch_negatives else 0

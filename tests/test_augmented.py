@@ -112,12 +112,12 @@ def test_the_evaluation_is_the_same_with_and_without():
 @pytest.mark.parametrize("fields", [{}, {"expanded_images": "all"}, {"expanded_images": "none", "enriched_titles": False}], ids=str)
 def test_training_uses_it_and_caches_what_it_uses(fields):
     plain, augmented = Trainer(tiny(), shop(), settings(max_steps=2)), Trainer(tiny(), augmented_shop(), settings(max_steps=2, **fields))
-    here, there = ({ref.key for ref in trainer.image_refs()} for trainer in (plain, augmented))
+    here, there = ({ref.key for ref in trainer.needed_images()} for trainer in (plain, augmented))
     added = {ref.key for product in augmented_shop() for ref in product.expanded}
     uses = fields.get("expanded_images") != "none"
     assert there - here == (added if uses else set())
     augmented.prepare_features()
-    assert not augmented.encoder.backbone.missing_features(augmented.image_refs())
+    assert not augmented.encoder.backbone.missing_features(augmented.needed_images())
     histories = plain.train(), augmented.train()
     assert (histories[0].tokens[0] == histories[1].tokens[0]) == (not uses)
     assert (plain.encoder.fingerprint == augmented.encoder.fingerprint) == (not uses)

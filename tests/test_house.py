@@ -94,7 +94,7 @@ def test_every_import_is_a_declared_dependency():
     from importlib.metadata import packages_distributions
 
     declared = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in PROJECT["project"]["dependencies"]}
-    optional = {"tensorboard", "trackio", "wandb"}
+    optional = {"tensorboard", "trackio", "wandb", "cv2", "diffusers"}
     names = set()
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -236,10 +236,11 @@ def test_apps_see_the_demo_only():
 
 
 TORCH_FREE = (  # useful without a model
-    "core", "images", "catalog", "text", "batching", "triplets", "surfaces", "drawing", "synth", "protocol", "metrics", "evaluate", "filters",
-    "tables", "alarms", "figures", "page", "charts", "report", "cli",
+    "core", "chat", "localmodel", "fetch", "cells", "rows", "layouts", "images", "store", "parts", "intake", "sources", "catalog", "text",
+    "batching", "triplets", "surfaces", "drawing", "synth", "retouch", "subjects", "editors", "entities", "enrichers", "protocol", "metrics",
+    "evaluate", "filters", "tables", "alarms", "figures", "page", "charts", "report", "cli",
 )
-HEAVY = ("torch", "transformers", "peft", "accelerate", "captum", "gradio", "plotly", "matplotlib", "sklearn", "ipywidgets", "anywidget", "nbdev", "IPython")
+HEAVY = ("torch", "transformers", "peft", "accelerate", "captum", "gradio", "plotly", "matplotlib", "sklearn", "ipywidgets", "anywidget", "nbdev", "IPython", "cv2", "diffusers")
 MAY_IMPORT = {  # heavy packages, and the modules that may import them when they are imported themselves
     "transformers": {"backbone"},
     "peft": set(),
@@ -253,6 +254,8 @@ MAY_IMPORT = {  # heavy packages, and the modules that may import them when they
     "anywidget": {"widgets"},
     "nbdev": set(),
     "IPython": set(),
+    "cv2": set(),
+    "diffusers": set(),
 }
 
 
