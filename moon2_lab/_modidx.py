@@ -898,6 +898,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'moon2_lab.parts': { 'moon2_lab.parts.Parts': ('parts.html#parts', 'moon2_lab/parts.py'),
                                  'moon2_lab.parts.Parts.__init__': ('parts.html#parts.__init__', 'moon2_lab/parts.py'),
                                  'moon2_lab.parts.Parts.add': ('parts.html#parts.add', 'moon2_lab/parts.py'),
+                                 'moon2_lab.parts.Parts.full': ('parts.html#parts.full', 'moon2_lab/parts.py'),
                                  'moon2_lab.parts.Parts.merge': ('parts.html#parts.merge', 'moon2_lab/parts.py'),
                                  'moon2_lab.parts.Parts.save': ('parts.html#parts.save', 'moon2_lab/parts.py'),
                                  'moon2_lab.parts.open_ledger': ('parts.html#open_ledger', 'moon2_lab/parts.py')},

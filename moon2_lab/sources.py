@@ -6,7 +6,7 @@
 __all__ = ['STATE', 'DONE', 'BATCH', 'PART_ROWS', 'PART_PICTURES', 'PRODUCT_COLUMNS', 'TABLES', 'ImportSummary', 'source_files',
            'read_source', 'source_columns', 'Importer', 'import_catalog', 'open_out']
 
-# %% ../nbs/11_sources.ipynb #bf593233
+# %% ../nbs/11_sources.ipynb #eb34dfa6
 import contextlib
 import dataclasses
 import difflib
@@ -22,7 +22,7 @@ from pathlib import Path
 from .catalog import TRIPLET_COLUMNS
 from .core import DataError, LabError, UsageError, disk_is_full, progress, read_json, write_json
 from .fetch import Fetcher
-from .intake import GALLERY, PART_CHARACTERS, Desk, Settings, merge_products, read_lists, write_queries
+from .intake import GALLERY, Desk, Settings, merge_products, read_lists, write_queries
 from .layouts import LAYOUTS, ColumnMap, Layout, ProductDraft, TripletDraft, map_columns, read_label_lines, read_row
 from .parts import Parts, open_ledger
 from .products import QUARANTINE_COLUMNS, TEXT_FIELDS
@@ -71,12 +71,12 @@ def source_columns(layout: Layout, path: Path, mapping: dict[str, str]) -> Colum
     found = dict.fromkeys(name for row, _ in zip(read_source(layout, path), range(1000)) for name in row.values or ()) if layout.name == "m5product" else columns_of(path)
     return map_columns(layout, mapping, list(found), path.name) if found else ColumnMap({})
 
-# %% ../nbs/11_sources.ipynb #542a7ec3
+# %% ../nbs/11_sources.ipynb #541f07bd
 STATE = ".import"  # folder in OUT, removed when the import is done
 DONE = "import.json"
 BATCH = 32  # rows taken together
 PART_ROWS = 20_000  # rows between two commits ...
-PART_PICTURES = 2_000  # ... or so many pictures, or PART_CHARACTERS
+PART_PICTURES = 2_000  # ... or so many pictures, or when the parts are full
 PRODUCT_COLUMNS = ["product_id", *TEXT_FIELDS[:5], "attributes", "image_paths", *TEXT_FIELDS[5:]]
 TABLES = {"products": PRODUCT_COLUMNS, "triplets": TRIPLET_COLUMNS, "quarantine": QUARANTINE_COLUMNS}
 
@@ -136,7 +136,7 @@ class Importer:
             self.position = batch[-1].next
             bar.update(len(batch))
             full = self.desk.counts["seen"] - self.since[0] >= PART_ROWS or self.store.kept - self.since[1] >= PART_PICTURES
-            if full or self.desk.parts.characters >= PART_CHARACTERS:
+            if full or self.desk.parts.full:
                 self.commit()
 
     def next_batch(self, rows: Iterator[Row], path: Path) -> list[Row]:
