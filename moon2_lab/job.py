@@ -381,14 +381,15 @@ def dense_run(
     catalog,  # Catalog
     out: str | Path,  # run folder
     config: TrainConfig,  # of the run it stands beside
-    minutes: float,  # of steps
+    minutes: float,  # of steps, as the other run really took
     command: str | None = None,  # as typed
 ) -> dict:
     "Train and score the dense recipe; the dictionary of metrics.json."
     from moon2_lab.recipes import DenseObjective, dense_config, self_triplets
+    from moon2_lab.train import CALIBRATION
 
     log.info(f"the {DENSE}, {minutes:.1f} minutes of steps")
-    plain = dense_config(config, config.per_device_train_batch_size).replace(max_steps=0, max_minutes=minutes)
+    plain = dense_config(config, config.per_device_train_batch_size).replace(max_steps=0, max_minutes=minutes / CALIBRATION)  # without the reserve that calibration keeps
     products = list(catalog.split("train") if catalog.splits else catalog)
     train_run(catalog, out, plain, command=command, objective=DenseObjective(config.temperature), triplets=self_triplets(products))
     return evaluate_model(out, catalog, out=out, baselines=False)
