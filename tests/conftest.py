@@ -1,10 +1,17 @@
 """What every test file may use: markers that skip with a reason, and a small drawn catalogue."""
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    "A shell starts background jobs with SIGINT ignored; the tests of interrupts need it, here and in their child processes."
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _no_gpu():
