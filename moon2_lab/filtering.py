@@ -261,6 +261,7 @@ class Moon2Objective:
         margin = margin_schedule((keys.progress - warmup) / max(1 - warmup, 1e-9), config.filter_margin_start, config.filter_margin_end)
         phi = triplet_reliability(views, keys, margin, config.filter_kappa)
         weight = filter_weights(phi, config.filter_threshold) if config.filter and keys.filter_active else torch.ones_like(phi)
+        weight = weight if keys.trusted is None else weight.masked_fill(keys.trusted, 1.0)
         share = (weight < 1).sum() / (~phi.isnan()).sum().clamp(min=1)
         return {"phi": phi, "filter_weight": weight, "margin": phi.new_tensor(margin), "share_down_weighted": share}
 

@@ -238,6 +238,7 @@ class TripletKeys:
     negative_mask: Tensor  # (B, K) bool, negatives that exist
     progress: float = 0.0  # 0 at the first step, 1 at the last
     filter_active: bool = False  # after the filter's warm-up
+    trusted: Tensor | None = None  # (B,) bool, triplets that the filter leaves alone
 
 # %% ../nbs/30_losses.ipynb #dff4cb16
 def objective_samples(

@@ -58,6 +58,7 @@ def lay_out(
     keys = TripletKeys(
         query=torch.tensor([t.query_key for t in batch]), positive=torch.tensor([t.key for t in batch]),
         negative=torch.tensor(negatives, dtype=torch.int64).view(len(batch), width), negative_mask=torch.tensor(exist, dtype=torch.bool).view(len(batch), width),
+        trusted=torch.tensor([t.trusted for t in batch]),
     )
     return items, keys
 
@@ -160,7 +161,7 @@ def _batch(self: Trainer, now) -> dict:
     now.keys.progress = self.progress
     now.keys.filter_active = self.config.filter and self.progress >= self.config.filter_warmup_ratio
     device = self.encoder.backbone.device
-    for name in ("query", "positive", "negative", "negative_mask"):
+    for name in ("query", "positive", "negative", "negative_mask", "trusted"):
         setattr(now.keys, name, getattr(now.keys, name).to(device))
     return {"triplets": now.batch, "items": now.items, "keys": now.keys}
 

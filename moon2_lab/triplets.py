@@ -30,6 +30,7 @@ class Triplet:
     variant: int = 1  # which phrase and picture of the product; row number within the positive for triplets from a file
     noise: str | None = None  # pseudo_positive, pseudo_negative, or None; known for drawn data, never used in training
     query_key: int = -1  # what the query is about; -1 = the positive's key
+    trusted: bool = False  # somebody looked at it: the filter leaves its weight at 1
 
     def __post_init__(self):
         if self.query_key == -1:
