@@ -1,6 +1,5 @@
 """The retrieval demo: filters, the search behind it, the endpoint, the page in a real browser, the launcher."""
 import dataclasses
-import shutil
 import socket
 import subprocess
 import sys
@@ -201,19 +200,6 @@ def test_endpoint_with_files_that_are_no_pictures(address, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the page
-
-
-@pytest.fixture(scope="module")
-def browser():
-    "Headless Chromium."
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no chromium: sh scripts/system_packages.sh installs it")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as engine:
-        chromium = engine.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        yield chromium
-        chromium.close()
 
 
 def test_page_in_a_browser(address, browser, picture):

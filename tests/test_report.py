@@ -2,7 +2,6 @@
 
 import errno
 import re
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -158,18 +157,6 @@ CONTRAST = """() => {
   }
   return found;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium on this machine: apt install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        yield running
-        running.close()
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 1400), ("dark", 1000), ("light", 400), ("dark", 320)])

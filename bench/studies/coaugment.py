@@ -9,6 +9,7 @@ with different --seeds may run side by side). At the end: the mean over the seed
 """
 import argparse
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["without", "with"])
     parser.add_argument("--set", nargs="*", default=[])
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     from moon2_lab.catalog import Catalog
     from moon2_lab.coaugment import evaluation_hash
     from moon2_lab.core import TrainConfig

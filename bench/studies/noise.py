@@ -8,6 +8,7 @@ is found once; each arm's result stands in OUT as soon as it is there, and a sec
 import argparse
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import pandas as pd
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["0.2:0.2:0", "0.2:off"])
     parser.add_argument("--set", nargs="*", default=[])
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     from moon2_lab.catalog import Catalog
     from moon2_lab.core import TrainConfig
     from moon2_lab.encoder import Moon2Encoder

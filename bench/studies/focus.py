@@ -1,0 +1,81 @@
+"""Where attention goes before and after training, with and without dual-level alignment: the paper's heatmap figure as a number.
+
+    python bench/studies/focus.py --catalog path/to/catalogue --out study --minutes 8 --products 4000
+
+Trains the full objective and "w/o dual-level alignment" from the same start, on the same triplets, for the same number of steps (found once, or given by --steps), and keeps the models in OUT.
+Then the attention of each model, and of the untrained one, over the same products of the test split (all that have a picture, a title with a content word and a title with a filler word: chosen by that rule alone).
+"""
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import pandas as pd
+from noise import chosen_products
+
+def train_arm(catalog, part, arm: str, config, steps_file: Path, folder: Path) -> None:
+    "Train one arm, unless its model is there."
+    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.filtering import Moon2Objective
+    from moon2_lab.recipes import UnalignedObjective
+    from moon2_lab.text import Lexicon
+    from moon2_lab.train import Trainer
+    from moon2_lab.triplets import build_triplets
+
+    if (folder / "config.json").is_file():
+        return
+    objective = {"full": Moon2Objective, "unaligned": UnalignedObjective}[arm]
+    triplets = build_triplets(part, Lexicon(catalog), config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)
+    fields = config.encoder_fields()
+    trainer = Trainer(Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields), catalog, config, objective=objective(config), triplets=triplets)
+    trainer.prepare_features()
+    if not steps_file.is_file():
+        steps_file.write_text(json.dumps(config.max_steps or trainer.calibrate()))
+    trainer.max_steps = json.loads(steps_file.read_text())
+    trainer.train()
+    trainer.encoder.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--catalog", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--steps", type=int, default=0, help="instead of minutes")
+    parser.add_argument("--products", type=int, default=4000, help="of the train split")
+    parser.add_argument("--arms", nargs="*", choices=["full", "unaligned"], default=["full", "unaligned"])
+    parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[])
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from moon2_lab.catalog import Catalog
+    from moon2_lab.core import TrainConfig
+    from moon2_lab.encoder import Moon2Encoder
+
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    catalog = Catalog.load(args.catalog)
+    config = TrainConfig(**dict(pair.split("=", 1) for pair in args.set) | {"query_variants": 1, "max_minutes": args.minutes, "max_steps": args.steps})
+    part = chosen_products(catalog, args.products)
+    for arm in args.arms:
+        train_arm(catalog, part, arm, config, out / "steps.json", out / arm)
+    if args.train_only:
+        return
+    from moon2_lab.focus import compare_focus, focus_table
+
+    fields = config.encoder_fields()
+    models = {"untrained": Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields).eval(), **{arm: Moon2Encoder.from_pretrained(out / arm) for arm in args.arms}}
+    tables = []
+    for name, encoder in models.items():
+        table = focus_table(encoder, catalog, split="test")
+        tables.append(table.assign(model=name))
+        print(f"{name}: {table.product_id.nunique()} products", flush=True)
+    whole = pd.concat(tables)
+    whole.to_parquet(out / "focus.parquet")
+    compared = compare_focus(whole)
+    compared.to_parquet(out / "compared.parquet")
+    print(compared.to_string(index=False, float_format="%.3f"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"What the tests in a real browser share: a JupyterLab of one's own, cells that are run by clicks, and waiting."
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import nbformat
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+def free_port():
+    "A port that nobody uses."
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def jupyter_lab(folder, cells, name="test.ipynb"):
+    "A JupyterLab in `folder` with one notebook of these cells; gives its address."
+    cells = [nbformat.v4.new_code_cell(cell.strip()) for cell in cells]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), folder / name)
+    port, home = free_port(), folder / "home"
+    home.mkdir()
+    env = os.environ | {"HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "JUPYTER_DATA_DIR": str(home / "data"), "OMP_NUM_THREADS": "1"}
+    options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--port-retries=0", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", "--allow-root"]
+    log, address = folder / "server.log", f"http://127.0.0.1:{port}"
+    with open(log, "w") as file:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options, str(folder)], env=env, stdout=file, stderr=subprocess.STDOUT, cwd=folder)
+    try:
+        wait_for(address, server, log)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def wait_for(address, server, log):
+    "Until the server answers."
+    for _ in range(240):
+        try:
+            with urllib.request.urlopen(f"{address}/api", timeout=2):
+                return
+        except OSError:
+            assert server.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.5)
+    raise AssertionError(f"no answer from JupyterLab\n{log.read_text()[-2000:]}")
+
+
+def open_notebook(page, address, name="test.ipynb"):
+    "The notebook in JupyterLab, its kernel ready."
+    page.goto(f"{address}/lab/tree/{name}?reset", wait_until="domcontentloaded")
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=90_000)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(state="attached", timeout=60_000)
+
+
+def run_cell(page, number):
+    "Click into a cell and run it; once more where JupyterLab, still starting, lost it."
+    cell = page.locator(".jp-Notebook .jp-CodeCell").nth(number)
+    for _ in range(10):
+        cell.locator(".jp-InputArea-editor").click(position={"x": 300, "y": 8})
+        page.keyboard.press("Shift+Enter")
+        page.wait_for_timeout(1000)
+        if "[ ]" not in cell.locator(".jp-InputPrompt").inner_text():
+            return
+    raise AssertionError(f"cell {number} does not run")
+
+
+def until(page, holds, what, seconds=60, tell=lambda: ""):
+    "Poll until `holds()`; `tell()` says how things stand when it never does."
+    for _ in range(seconds * 10):
+        if holds():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"waited {seconds} s for: {what}; {tell()}")
+
+
+def settle(page):
+    "Until what was asked for is drawn."
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def keep_screenshot(page, name):
+    "A picture to be looked at, where MOON2_SCREENSHOTS names a folder."
+    if os.environ.get("MOON2_SCREENSHOTS"):
+        page.screenshot(path=os.path.join(os.environ["MOON2_SCREENSHOTS"], name))
+
+
+def outside(urls, address):
+    "The requests that went to another place than `address`."
+    return [url for url in urls if not url.startswith((address, address.replace("http", "ws"), "blob:", "data:"))]

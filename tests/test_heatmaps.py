@@ -1,0 +1,590 @@
+"""The pair heatmap: what is sent, the widget without and with a browser, the page from disk, the figures; and whatever a title or a map may hold."""
+import base64
+import dataclasses
+import io
+import json
+import re
+import threading
+
+import numpy as np
+import pytest
+from browsing import jupyter_lab, keep_screenshot, open_notebook, outside, run_cell, settle, until
+from PIL import Image
+
+from moon2_lab.core import DataError, LabError, UsageError
+from moon2_lab.heatdata import block, first_method, map_json, maps_json, pair_payload
+from moon2_lab.heatmaps import HeatmapWidget
+from moon2_lab.heatpage import heat_page, inline_json, write_heat_page
+from moon2_lab.mapfigures import layer_head_figure, pair_map_figure, pair_map_plot, plot_png
+from moon2_lab.maps import Faith, PairMaps, TokenMap, made_up_pair, made_up_side
+from moon2_lab.stillmap import show_static, static_png
+
+MEBIBYTE = 2**20
+
+
+def with_maps(side, **maps):
+    "The side with these maps only, and nothing measured."
+    return dataclasses.replace(side, maps=maps, faith={})
+
+
+def large_pair(layers, heads, words=64, grid=7, experts=4):
+    "A pair with much attention and pictures that do not compress."
+    random = np.random.default_rng(0)
+    sides = [made_up_side(name, " ".join(f"word{place}" for place in range(words)), grid, random, layers, heads, experts) for name in ("query", "item")]
+    noise = Image.fromarray(random.integers(0, 255, (400, 400, 3), dtype=np.uint8))
+    return PairMaps(*(dataclasses.replace(side, image=noise) for side in sides), 0.5)
+
+
+def state_size(widget):
+    "Bytes that travel to the browser, script and style included."
+    return sum(len(value) if isinstance(value, bytes) else len(json.dumps(value)) for value in widget.get_state().values())
+
+
+def edge_pairs():
+    "Pairs that are unusual, by name."
+    pair, random = made_up_pair(), np.random.default_rng(1)
+    zero = TokenMap("ig", np.zeros(7), np.zeros((4, 4)))
+    hostile = made_up_side("item", "<script>window.pwned=1</script> </script> <img/src=x/onerror=window.pwned=2> 红色杯子 😀 \u202egnol $x_2$ &amp;", 4, random)
+    no_picture = dataclasses.replace(made_up_side("item", "red mug", 0, random), links=None)
+    return {
+        "without picture": dataclasses.replace(pair, item=no_picture),
+        "without title": dataclasses.replace(pair, item=made_up_side("item", "", 4, random)),
+        "without attention": dataclasses.replace(pair, item=dataclasses.replace(pair.item, links=None, pooled=None, experts=None)),
+        "one word": dataclasses.replace(pair, item=made_up_side("item", "mug", 4, random)),
+        "64 words": dataclasses.replace(pair, item=made_up_side("item", " ".join(["stoneware"] * 64), 7, random)),
+        "all zero": dataclasses.replace(pair, item=with_maps(pair.item, ig=zero), query=with_maps(pair.query)),
+        "no cells in the map": dataclasses.replace(pair, item=with_maps(pair.item, ig=TokenMap("ig", np.ones(7)))),
+        "long word": dataclasses.replace(pair, item=made_up_side("item", "x" * 400 + " mug", 4, random)),
+        "hostile": PairMaps(pair.query, hostile, float("nan"), "<b>model</b>", ("</title><script>window.pwned=3</script>", "p")),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- what is sent
+
+
+def test_a_full_title_with_twelve_layers_and_nine_heads_stays_under_a_mebibyte():
+    pair = large_pair(12, 9)
+    widget = HeatmapWidget(pair)
+    assert state_size(widget) < MEBIBYTE
+    assert widget.payload["sides"]["item"]["links"]["shape"] == [12, 9] and widget.payload["remarks"] == []
+    assert len(heat_page(pair)) < 1.4 * MEBIBYTE
+
+
+def test_more_attention_than_fits_is_averaged_and_told():
+    widget = HeatmapWidget(large_pair(24, 16, words=64, grid=14, experts=8))
+    assert state_size(widget) < MEBIBYTE
+    links = widget.payload["sides"]["item"]["links"]
+    assert links["shape"] == [24, 1] and links["averaged"] == "heads"
+    assert any("mean over heads" in remark for remark in widget.payload["remarks"])
+
+
+def test_bytes_give_the_shares_back():
+    shares = np.random.default_rng(0).dirichlet(np.ones(49), (3, 2, 10))
+    told, data = block(shares, 0, 10**6)
+    back = np.frombuffer(data, np.uint8).reshape(shares.shape) * np.reshape(told["scales"], (3, 2, 1, 1)) / 255
+    assert np.abs(back - shares).max() <= shares.max() / 500
+    averaged, data = block(shares, 0, 1500)
+    assert averaged["averaged"] == "heads" and len(data) == 3 * 10 * 49
+    assert np.abs(np.frombuffer(data, np.uint8).reshape(3, 10, 49) * np.reshape(averaged["scales"], (3, 1, 1)) / 255 - shares.mean(1)).max() < 0.002
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_map_with_a_hole_is_refused_everywhere(bad):
+    pair = made_up_pair()
+    pair.item.maps["gradient"].words[0] = bad
+    for show in (HeatmapWidget, heat_page, lambda maps: pair_map_figure(maps, "gradient"), lambda maps: pair_map_plot(maps, "gradient"), lambda maps: static_png(maps, "gradient")):
+        with pytest.raises(DataError, match="gradient, item"):
+            show(pair)
+
+
+def test_attention_below_zero_or_with_a_hole_is_refused():
+    pair = made_up_pair()
+    for change in ({"links": -pair.item.links}, {"pooled": pair.item.pooled * np.nan}):
+        with pytest.raises(DataError, match="NaN, infinite or below zero"):
+            pair_payload(dataclasses.replace(pair, item=dataclasses.replace(pair.item, **change)))
+
+
+def test_a_map_of_another_picture_is_refused():
+    pair = made_up_pair()
+    pair.item.maps["gradient"].cells = np.zeros((7, 7))
+    with pytest.raises(UsageError, match="4 x 4 cells"):
+        maps_json(pair)
+
+
+@pytest.mark.parametrize("name", edge_pairs())
+def test_unusual_pairs_can_be_shown(name):
+    "As a widget, a page, a still picture and as figures of either kind."
+    pair = edge_pairs()[name]
+    method = first_method(pair)
+    assert state_size(HeatmapWidget(pair)) < MEBIBYTE
+    assert "<script>window" not in heat_page(pair)
+    assert len(static_png(pair)) < 100_000
+    assert pair_map_figure(pair, method).data
+    assert Image.open(io.BytesIO(plot_png(pair_map_plot(pair, method, theme="dark")))).width == 600
+
+
+def test_titles_are_text_in_plotly():
+    "plotly understands some HTML."
+    pair = edge_pairs()["hostile"]
+    drawn = json.dumps(json.loads(pair_map_figure(pair, "attention").to_json())["data"])
+    assert "<script>" not in drawn and "&lt;script&gt;" in drawn
+
+
+def test_inline_json_cannot_end_its_element():
+    nasty = ["</script>", "<!--", "\u2028", "&lt;", "😀"]
+    assert json.loads(inline_json(nasty)) == nasty and not re.search("[<>&]", inline_json(nasty))
+
+
+def test_still_picture_and_mimebundle():
+    pair = made_up_pair()
+    assert show_static(pair).data.startswith(b"\x89PNG")
+    bundle, _ = HeatmapWidget(pair)._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle and len(base64.b64decode(bundle["image/png"])) < 100_000
+
+
+def test_figures_carry_the_warning():
+    pair = made_up_pair()
+    pair.item.faith["gradient"] = Faith(0.5, 0.5, np.linspace(-1, 1, 9))
+    assert "item: Do not trust this map" in pair_map_figure(pair, "gradient").layout.title.subtitle.text
+    assert "item: Do not trust this map" in pair_map_plot(pair, "gradient").texts[-1].get_text()
+    told = map_json(pair.item.maps["gradient"], pair.item.faith["gradient"])["faith"]
+    assert told["warning"].startswith("Do not trust") and "50% of 9 random maps" in told["line"]
+    assert layer_head_figure(pair.item).data[0].z.shape == (3, 2)
+
+
+# ---------------------------------------------------------------------------------------------- the widget without a browser
+
+
+class Counting:
+    "A method made up for the tests: it waits until it is let go, and counts its calls."
+
+    def __init__(self, pair, faith=None, error=None):
+        self.pair, self.faith, self.error, self.calls, self.go, self.began = pair, faith, error, [], threading.Event(), threading.Event()
+        self.saw_cancel = False
+
+    def __call__(self, side, method, progress, cancelled):
+        self.calls.append((side, method))
+        progress(1, 4, note="a quarter")
+        self.began.set()
+        while not self.go.wait(0.01):
+            if cancelled():
+                self.saw_cancel = True
+                raise KeyError("gave up")
+        if self.error:
+            raise self.error
+        progress(1.0)
+        found = self.pair.side(side)
+        return TokenMap(method, np.linspace(-1, 1, len(found.words)), np.eye(found.grid)), self.faith
+
+
+def test_computed_on_demand_once():
+    pair = made_up_pair()
+    compute = Counting(pair, Faith(0.1, 0.5, np.zeros(20)))
+    widget = HeatmapWidget(pair, compute)
+    assert widget.job["state"] == "idle" and compute.calls == []
+    widget.method = "ig"
+    assert compute.began.wait(10) and widget.job["state"] == "running" and widget.job["share"] == 0.25 and widget.job["note"] == "a quarter"
+    assert "ig" not in widget.found["query"], "the old map must not stand under a new name"
+    compute.go.set()
+    widget.wait(10)
+    assert widget.job["state"] == "done" and sorted(compute.calls) == [("item", "ig"), ("query", "ig")]
+    assert widget.found["item"]["ig"]["cells"] == np.eye(4).ravel().tolist() and widget.found["item"]["ig"]["faith"]["warning"] == ""
+    assert pair.item.maps["ig"].words[-1] == 1 and pair.item.faith["ig"].gain == pytest.approx(0.4)
+    widget.method = "attention"
+    widget.request("ig", wait=10)
+    assert len(compute.calls) == 2, "the second choice comes from the cache"
+
+
+def test_cancel_throws_the_result_away():
+    pair = made_up_pair()
+    compute = Counting(pair)
+    widget = HeatmapWidget(pair, compute)
+    widget.request("shapley")
+    assert compute.began.wait(10)
+    widget._heard({"do": "cancel"})
+    assert widget.job["state"] == "cancelled"
+    widget.wait(10)
+    assert compute.saw_cancel and widget.job["state"] == "cancelled" and "shapley" not in widget.found["item"] and len(compute.calls) == 1
+    compute.go.set()
+    widget.request("shapley", "item", wait=10)
+    assert widget.job["state"] == "done" and "shapley" in widget.found["item"] and "shapley" not in widget.found["query"]
+
+
+def test_a_method_that_does_not_listen_to_cancel():
+    "The next one waits for it; its late result is not kept."
+    pair = made_up_pair()
+    compute = Counting(pair)
+
+    def deaf(side, method, progress, cancelled):
+        return compute(side, method, progress, lambda: False)
+
+    widget = HeatmapWidget(pair, deaf)
+    widget.request("ig")
+    assert compute.began.wait(10)
+    widget.method = "occlusion"
+    assert widget.job["method"] == "occlusion" and "waiting" in widget.job["note"]
+    compute.go.set()
+    widget.wait(10)
+    assert "ig" not in widget.found["query"] and "occlusion" in widget.found["query"] and "occlusion" in widget.found["item"]
+
+
+@pytest.mark.parametrize("error, words", [(DataError("no vision tower", advice="load all of it"), "no vision tower -> load all of it"), (ValueError("odd"), "ValueError: odd")])
+def test_an_error_is_told_and_can_be_tried_again(error, words):
+    pair = made_up_pair()
+    compute = Counting(pair, error=error)
+    compute.go.set()
+    widget = HeatmapWidget(pair, compute)
+    widget.request("ig", wait=10)
+    assert widget.job["state"] == "failed" and widget.job["message"] == words and "ig" not in widget.found["query"] and len(compute.calls) == 1
+    compute.error = None
+    widget.request("ig", wait=10)
+    assert widget.job["state"] == "done" and "ig" in widget.found["query"]
+
+
+def test_a_map_that_does_not_fit_is_an_error_not_a_picture():
+    pair = made_up_pair()
+    for found in (TokenMap("ig", np.full(2, np.nan), np.zeros((4, 4))), TokenMap("ig", np.zeros(5)), None):
+        widget = HeatmapWidget(pair, lambda *_, found=found: (found, None))
+        widget.request("ig", "query", wait=10)
+        assert widget.job["state"] == "failed" and widget.job["message"] and "ig" not in widget.found["query"]
+
+
+def test_measure_keeps_the_map_and_adds_the_number():
+    pair = made_up_pair()
+    compute = Counting(pair, Faith(0.3, 0.2, np.zeros(20)))
+    compute.go.set()
+    widget = HeatmapWidget(pair, compute)
+    assert widget.found["item"]["attention"]["faith"] is None
+    widget._heard({"do": "measure", "side": "item", "method": "attention"})
+    widget.wait(10)
+    assert widget.found["item"]["attention"]["faith"]["warning"].startswith("Do not trust") and compute.calls == [("item", "attention")]
+    widget._heard({"do": "compute", "side": "item", "method": "no such"})
+    widget._heard("nonsense")
+    assert len(compute.calls) == 1
+
+
+def test_traits_refuse_what_is_not_there():
+    widget = HeatmapWidget(made_up_pair())
+    for name, value, advice in (("layer", 3, "0 to 2"), ("head", 2, "0 to 1"), ("expert", 4, "0 to 3"), ("moe_layer", 3, "0 to 2"), ("method", "ig", "attention, gradient"), ("layer", -1, "0 to 2")):
+        with pytest.raises(UsageError, match=advice):
+            setattr(widget, name, value)
+    with pytest.raises(UsageError, match="unknown method 'ig'"):
+        widget.request("ig")
+    with pytest.raises(UsageError, match="unknown side"):
+        widget.request("gradient", "both sides")
+    widget.layer, widget.head, widget.expert, widget.moe_layer, widget.side, widget.opacity = 2, 1, 3, 2, "item", 0.2
+    assert (widget.layer, widget.method) == (2, "attention")
+
+
+def test_waiting_ends():
+    pair = made_up_pair()
+    compute = Counting(pair)
+    widget = HeatmapWidget(pair, compute)
+    with pytest.raises(LabError, match="not done after"):
+        widget.request("ig", wait=0.05)
+    widget.cancel()
+    widget.wait(10)
+
+
+def test_a_pair_without_maps():
+    "With attention it begins there; without, the first method is computed; and without either nothing can be shown."
+    pair = made_up_pair()
+    bare = dataclasses.replace(pair, query=with_maps(pair.query), item=with_maps(pair.item))
+    assert HeatmapWidget(bare).method == "attention"
+    nothing = PairMaps(*(dataclasses.replace(side, pooled=None, links=None) for side in (bare.query, bare.item)), 0.1)
+    with pytest.raises(UsageError, match="no map to show"):
+        HeatmapWidget(nothing)
+    compute = Counting(nothing)
+    compute.go.set()
+    widget = HeatmapWidget(nothing, compute, methods=["occlusion"])
+    widget.wait(10)
+    assert widget.method == "occlusion" and sorted(compute.calls) == [("item", "occlusion"), ("query", "occlusion")]
+
+
+# ---------------------------------------------------------------------------------------------- the page in a browser
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    "A function that writes a pair as a page and opens it; at the end no error and no request to the outside may have been seen."
+    asked, wrong, pages = [], [], []
+
+    def open_page(pair, width=1200, scheme="light", method=None):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+        page.goto(write_heat_page(pair, tmp_path / f"map{len(pages)}.html", method).as_uri())
+        page.locator(".m2h-side").first.wait_for()
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert wrong == []
+    assert [url for url in asked if not url.startswith(("file://", "blob:"))] == []
+
+
+def colours(page, side="item", kind="cell"):
+    "Background colours of the cells or words of a side."
+    settle(page)
+    return page.eval_on_selector_all(f"[data-side={side}] .m2h-{kind}", "all => all.map((one) => getComputedStyle(one).backgroundColor)")
+
+
+def control(page, name):
+    "The slider or list of this name."
+    return page.locator(f"[data-control='{name}'] :is(input, select)")
+
+
+def slide(page, name, keys):
+    "Move a slider as a reader without a mouse does."
+    control(page, name).focus()
+    for key in keys.split():
+        page.keyboard.press(key)
+
+
+def expected_cells(values, most, colour, strongest=0.7):
+    "The colours that shares should have."
+    return [f"rgba({colour}, {strongest * value / most:.3f})" for value in values]
+
+
+def alpha(colour):
+    "Opacity of a computed colour."
+    found = re.fullmatch(r"rgba?\((\d+), (\d+), (\d+)(?:, ([\d.]+))?\)", colour)
+    return float(found[4]) if found[4] is not None else 1.0
+
+
+def test_page_shows_the_numbers_of_the_maps(opened):
+    "Colour and opacity of each cell follow from its number; the sign decides the colour."
+    pair = made_up_pair()
+    page = opened(pair, method="gradient")
+    found, most = pair.item.maps["gradient"], np.abs(pair.item.maps["gradient"].values).max()
+    for kind, numbers, strongest in (("cell", found.cells.ravel(), 0.7), ("word", found.words, 0.6)):
+        drawn = colours(page, kind=kind)
+        assert np.allclose([alpha(colour) for colour in drawn], strongest * abs(numbers) / most, atol=0.006)
+        assert [colour.startswith("rgba(213, 94, 0") for colour in drawn] == [bool(number > 0) for number in numbers]
+    assert page.locator("[data-side=item] .m2h-cell").nth(5).get_attribute("aria-label") == f"row 2, column 2: {found.cells[1, 1]:+.3f}".replace("-", "−")
+    assert "better than" in page.locator("[data-side=item] .m2h-trust").inner_text()
+
+
+def test_method_layer_head_and_expert_change_the_map(opened):
+    pair = made_up_pair()
+    page = opened(pair, method="gradient")
+    seen = [colours(page)]
+    control(page, "method").select_option("attention")
+    seen.append(colours(page))
+    slide(page, "layer", "ArrowRight ArrowRight")
+    seen.append(colours(page))
+    slide(page, "head", "ArrowRight ArrowRight")
+    seen.append(colours(page))
+    share = pair.item.pooled[1, 1]
+    assert np.allclose([alpha(colour) for colour in seen[-1]], 0.7 * share[:16] / share.max(), atol=0.006)
+    assert page.locator("[data-control=layer] output").inner_text() == "layer 1" and "layer 1, head 1" in page.locator("[data-side=item] .m2h-legend").inner_text()
+    assert "not for one layer" in page.locator("[data-side=item] .m2h-trust").inner_text()
+    control(page, "expert").select_option("2")
+    slide(page, "MoE layer", "ArrowRight")
+    seen.append(colours(page))
+    weights = pair.item.experts[1, :, 2]
+    assert np.allclose([alpha(colour) for colour in seen[-1]], 0.7 * weights[:16] / weights.max(), atol=0.006)
+    assert "expert 2, layer 1" in page.locator("[data-side=item] .m2h-legend").inner_text()
+    assert len({tuple(map(tuple, [one])) for one in seen}) == 5, "each choice gives another map"
+    slide(page, "opacity", "Home")
+    assert {alpha(colour) for colour in colours(page)} == {0.0}
+    control(page, "show").select_option("query")
+    settle(page)
+    assert page.locator("[data-side=query]").is_visible() and not page.locator("[data-side=item]").is_visible()
+
+
+def test_a_word_lights_its_cells_and_a_cell_its_words(opened):
+    pair = made_up_pair()
+    page = opened(pair, method="gradient")
+    still = colours(page), colours(page, kind="word")
+    page.locator("[data-side=item] .m2h-word").nth(3).hover()
+    row = pair.item.links.mean((0, 1))[3]
+    assert np.allclose([alpha(colour) for colour in colours(page)], 0.7 * row / row.max(), atol=0.01)
+    told = page.locator("[data-side=item] .m2h-told").inner_text()
+    assert told.startswith("“stoneware”") and f"row {row.argmax() // 4 + 1}, column {row.argmax() % 4 + 1}" in told
+    slide(page, "layer", "End")
+    page.locator("[data-side=item] .m2h-cell").nth(6).hover()
+    column = pair.item.links[2].mean(0)[:, 6]
+    assert np.allclose([alpha(colour) for colour in colours(page, kind="word")], 0.6 * column / column.max(), atol=0.01)
+    assert pair.item.words[column.argmax()][0] in page.locator("[data-side=item] .m2h-told").inner_text()
+    page.mouse.move(2, 2)
+    assert (colours(page), colours(page, kind="word")) == still
+
+
+def test_keyboard_alone(opened):
+    "Tab reaches every control in its order; arrows move over words and cells; enter holds; escape lets go."
+    pair = made_up_pair()
+    page = opened(pair)
+    order = []
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        order.append(page.evaluate("() => { const one = document.activeElement; return one.closest('label')?.dataset.control ?? one.closest('section').dataset.side + ' ' + one.getAttribute('role'); }"))
+    assert order == ["method", "show", "layer", "head", "expert", "opacity", "query gridcell", "query option", "item gridcell", "item option"]
+    page.locator("[data-side=item] .m2h-word").first.focus()
+    lit = colours(page)
+    page.keyboard.press("ArrowRight")
+    assert colours(page) != lit and page.evaluate("document.activeElement.textContent") == "quality"
+    assert "quality" in page.locator("[aria-live=polite]").inner_text()
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    page.keyboard.press("End")
+    assert page.evaluate("document.activeElement.textContent") == "handle"
+    page.keyboard.press("Enter")
+    held = colours(page)
+    page.locator("[data-side=item] .m2h-cell").nth(2).hover()
+    assert colours(page) == held
+    page.keyboard.press("Escape")
+    page.locator("[data-side=item] .m2h-cell").first.focus()
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("row 2, column 1")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("row 2, column 1"), "the edge is an edge"
+
+
+def luminance(colour):
+    "Relative luminance of (r, g, b)."
+    parts = [part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def rgb(text):
+    return np.array([float(part) for part in re.findall(r"[\d.]+", text)[:3]])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 400])
+def test_fits_and_can_be_read(opened, scheme, width):
+    "No sideways scrolling; every text, also on a word in full colour, has a contrast of 4.5."
+    pair = edge_pairs()["64 words"]
+    pair.item.faith["gradient"] = Faith(0.5, 0.5, np.linspace(-1, 1, 20))
+    page = opened(pair, width, scheme, "gradient")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    paper = rgb(page.eval_on_selector(".m2h", "one => getComputedStyle(one).backgroundColor"))
+    assert (luminance(paper) < 0.1) == (scheme == "dark")
+    for chosen in (".m2h-score", ".m2h-told", ".m2h-what", ".m2h-ends", ".m2h-trust p:not(.m2h-warning)", ".m2h-note", "label", "h3"):
+        assert contrast(rgb(page.eval_on_selector(chosen, "one => getComputedStyle(one).color")), paper) >= 4.5, chosen
+    warning = page.locator(".m2h-warning")
+    assert warning.is_visible() and "Do not trust" in warning.inner_text()
+    assert contrast(*(rgb(warning.evaluate(f"one => getComputedStyle(one).{name}")) for name in ("color", "backgroundColor"))) >= 4.5
+    ink = rgb(page.eval_on_selector(".m2h-word", "one => getComputedStyle(one).color"))
+    for method in ("gradient", "attention"):
+        control(page, "method").select_option(method)
+        for colour in colours(page, kind="word"):
+            assert contrast(ink, paper + alpha(colour) * (rgb(colour) - paper)) >= 4.5
+    boxes = [page.locator(f"[data-side={side}]").bounding_box() for side in ("query", "item")]
+    assert (boxes[0]["y"] < boxes[1]["y"]) == (width == 400), "side by side, or one under the other"
+
+
+@pytest.mark.parametrize("name", edge_pairs())
+def test_unusual_pairs_in_the_page(opened, name):
+    pair = edge_pairs()[name]
+    page = opened(pair, 400)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert page.evaluate("window.pwned === undefined") and page.locator("main script, main b:text-is('model')").count() == 0
+    words = page.locator("[data-side=item] .m2h-word").all_inner_texts()
+    assert words == [word.replace("\u202e", "") for word, *_ in pair.item.words] or name == "hostile" and "红色杯子" in words and "</script>" in words
+    said = {"without picture": "no picture", "without title": "no title", "all zero": "Every number of this map is zero", "no cells in the map": "no numbers for cells"}
+    if name == "no cells in the map":
+        control(page, "method").select_option("ig")
+        settle(page)
+    assert said.get(name, "") in page.locator("[data-side=item]").inner_text()
+    if name == "all zero":
+        assert "no map of this method" in page.locator("[data-side=query]").inner_text() and {alpha(colour) for colour in colours(page)} == {0.0}
+
+
+def test_the_policy_of_the_page_holds(browser, tmp_path):
+    "What a page asks for is refused by the browser, not by luck."
+    page = browser.new_page()
+    page.goto(write_heat_page(made_up_pair(), tmp_path).as_uri())
+    told = []
+    page.on("console", lambda message: told.append(message.text))
+    refused = page.evaluate("() => fetch('http://127.0.0.1:9/').then(() => 'fetched', (error) => String(error))")
+    assert "TypeError" in refused and "violates the following Content Security Policy" in told[0]
+    policy = page.locator("meta[http-equiv]").get_attribute("content")
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    page.close()
+
+
+# ---------------------------------------------------------------------------------------------- the widget in JupyterLab
+
+CELL = """
+import time
+import numpy as np
+from moon2_lab.heatmaps import HeatmapWidget
+from moon2_lab.maps import Faith, TokenMap, made_up_pair
+
+pair = made_up_pair()
+
+def compute(side, method, progress, cancelled):
+    if method == "occlusion":
+        raise ValueError("this backbone has no cells")
+    for step in range(400 if method == "shapley" else 10):
+        if cancelled():
+            return None
+        progress(step, 400 if method == "shapley" else 10, "samples")
+        time.sleep(0.05)
+    mine = pair.side(side)
+    return TokenMap(method, np.linspace(-1, 1, len(mine.words)), np.eye(4)), Faith(0.5, 0.5, np.linspace(-1, 1, 9))
+
+widget = HeatmapWidget(pair, compute)
+widget.method = "gradient"
+widget
+"""
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "A JupyterLab with the heatmap; its address."
+    with jupyter_lab(tmp_path, [CELL, "print('seen', widget.method, widget.layer, sorted(widget.maps.item.maps))", "widget.layer, widget.method = None, 'attention'"]) as address:
+        yield address
+
+
+def test_widget_in_jupyterlab(lab, browser, tmp_path):
+    "It renders, a slider and Python change the map, pointing links words and cells, methods are computed with progress, cancel and errors; nothing is asked of the outside."
+    page = browser.new_page(viewport={"width": 1300, "height": 1100})
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    open_notebook(page, lab)
+    run_cell(page, 0)
+    page.locator(".jp-OutputArea .m2h-side").first.wait_for(timeout=60_000)
+    first = colours(page)
+    assert page.locator("[data-side=item] img").evaluate("one => one.complete && one.naturalWidth > 0")
+    page.locator("[data-side=item] .m2h-word").nth(3).hover()
+    assert colours(page) != first and "stoneware" in page.locator("[data-side=item] .m2h-told").inner_text()
+    page.locator("[data-side=item] .m2h-word").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.textContent") == "red", "the notebook must not take the arrow keys"
+    control(page, "method").select_option("attention")
+    control(page, "layer").focus()
+    before = colours(page)
+    slide(page, "layer", "ArrowRight ArrowRight")
+    until(page, lambda: colours(page) != before, "another layer")
+    assert control(page, "layer").input_value() == "2"
+    run_cell(page, 1)
+    page.get_by_text("seen attention 1 ['attention', 'gradient']").first.wait_for(timeout=30_000)
+    run_cell(page, 2)
+    until(page, lambda: control(page, "layer").input_value() == "0" and colours(page) == before, "what Python sets")
+
+    control(page, "method").select_option("ig")
+    page.locator(".m2h-progress progress[value]").wait_for(timeout=20_000)
+    assert {alpha(colour) for colour in colours(page, "query")} == {0.0}, "no old map under a new name"
+    until(page, lambda: "Do not trust this map" in page.locator("[data-side=item] .m2h-trust").inner_text(), "the computed map and its warning")
+    assert not page.locator(".m2h-progress").is_visible() and sum(alpha(colour) > 0.6 for colour in colours(page)) == 4
+    control(page, "method").select_option("shapley")
+    page.locator(".m2h-progress button").click(timeout=20_000)
+    until(page, lambda: "Cancelled: there is no map." in page.locator("[data-side=query] .m2h-trust").inner_text(), "the cancel")
+    control(page, "method").select_option("occlusion")
+    until(page, lambda: "this backbone has no cells" in page.locator("[data-side=query] .m2h-warning").all_inner_texts().__str__(), "the error")
+    control(page, "method").select_option("ig")
+    until(page, lambda: sum(alpha(colour) > 0.6 for colour in colours(page)) == 4, "the kept map")
+    assert not page.locator(".m2h-progress").is_visible()
+    assert outside(asked, lab) == []
+    keep_screenshot(page, "lab.png")
+    page.close()
