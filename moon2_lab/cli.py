@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['show', 'explain', 'Parser', 'add_command', 'add_config_options', 'add_data_commands', 'add_augment_command',
-           'add_import_command', 'add_model_commands', 'build_parser', 'messages', 'main']
+           'add_import_command', 'add_model_commands', 'build_parser', 'add_heatmap_command', 'messages', 'main']
 
 # %% ../nbs/80_cli.ipynb #4c98859d
 import argparse
@@ -16,7 +16,7 @@ import shlex
 import sys
 import traceback
 
-from .commands import Outcome, data_augment, data_check, data_import, data_synth, evaluate, report, run, train
+from .commands import Outcome, data_augment, data_check, data_import, data_synth, evaluate, heatmap, report, run, train
 
 # %% ../nbs/80_cli.ipynb #3cdaf0ce
 def show(
@@ -129,7 +129,7 @@ def add_import_command(data) -> None:
 
 
 def add_model_commands(commands) -> None:
-    "moon2 train, moon2 eval, moon2 report, moon2 run."
+    "moon2 train, moon2 eval, moon2 heatmap, moon2 report, moon2 run."
     parser = add_command(commands, "train", train, "moon2 train --catalog path/to/catalogue --out runs/mine --set max_minutes=10 seed=1")
     parser.add_argument("--catalog", required=True, metavar="DIR", help="folder with products.parquet")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder, new or empty")
@@ -144,6 +144,7 @@ def add_model_commands(commands) -> None:
     parser.add_argument("--protocol", default="catalog-v1", choices=["catalog-v1", "triplets-v1"], help="default catalog-v1")
     parser.add_argument("--gallery", metavar="FILE", help="triplets-v1: product ids of the gallery, one per line")
     parser.add_argument("--out", metavar="FILE", help="write the scores here, and per_query.parquet beside it")
+    add_heatmap_command(commands)
     parser = add_command(commands, "report", report, "moon2 report runs/mine --catalog path/to/catalogue")
     parser.add_argument("run_folder", metavar="RUN", help="run folder")
     parser.add_argument("--catalog", required=True, metavar="DIR", help="folder with products.parquet")
@@ -165,6 +166,21 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_commands(commands)
     add_model_commands(commands)
     return parser
+
+# %% ../nbs/80_cli.ipynb #eca40223
+def add_heatmap_command(commands) -> None:
+    "moon2 heatmap."
+    parser = add_command(commands, "heatmap", heatmap, "moon2 heatmap runs/mine --catalog path/to/catalogue --query 'red cotton dress' --item p-1042 --out map.html")
+    parser.add_argument("model", metavar="MODEL", help="run folder, or folder of a saved model")
+    parser.add_argument("--catalog", required=True, metavar="DIR", help="folder with products.parquet")
+    parser.add_argument("--query", metavar="ID_OR_TEXT", help="words; or the id of a product, which is asked for as the evaluation does")
+    parser.add_argument("--query-image", metavar="FILE", help="picture of the query")
+    parser.add_argument("--item", metavar="ID", help="the product that was found")
+    parser.add_argument("--item-text", metavar="T", help="in place of the product's title; or without --item the title of an item of your own")
+    parser.add_argument("--item-image", metavar="FILE", help="in place of the product's picture; or without --item the picture of an item of your own")
+    parser.add_argument("--method", default="gradient,attention", metavar="NAMES", help="attention, gradient, ig, occlusion, shapley, rollout, attention_gradient; the first is shown first (default gradient,attention)")
+    parser.add_argument("--quick", action="store_true", help="do not measure how faithful the maps are")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the page to write, for example map.html")
 
 # %% ../nbs/80_cli.ipynb #e24437ab
 @contextlib.contextmanager

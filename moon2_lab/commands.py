@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Outcome', 'read_config_file', 'parse_assignments', 'typed_settings', 'data_check', 'check_lines', 'data_synth',
-           'data_import', 'data_augment', 'train', 'evaluate', 'report', 'run']
+           'data_import', 'data_augment', 'train', 'evaluate', 'report', 'run', 'heatmap', 'heat_facts', 'heat_lines']
 
 # %% ../nbs/79_commands.ipynb #3ea1086e
 import argparse
@@ -171,3 +171,43 @@ def run(args: argparse.Namespace) -> Outcome:
     done = main_job(args.out, args.catalog, TrainConfig(**given), args.command_line, args.beside_dense)
     dense = f"\n\nthe dense recipe, as many minutes of steps:\n{score_lines(done['dense'])}" if done["dense"] else ""
     return Outcome(f"{score_lines(done['metrics'])}{dense}\n\nreport: {done['report']}", done)
+
+# %% ../nbs/79_commands.ipynb #b899281e
+def heatmap(args: argparse.Namespace) -> Outcome:
+    "Show which words and which parts of the pictures made a score, as one page."
+    from moon2_lab.catalog import Catalog
+    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.explain import Explainer
+    from moon2_lab.heatpage import write_heat_page
+    from moon2_lab.job import model_folder
+    from moon2_lab.shop import named_item, named_query
+
+    folder, methods = model_folder(args.model), list(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
+    catalog = Catalog.load(args.catalog)
+    query, item = named_query(catalog, args.query, args.query_image), named_item(catalog, args.item, args.item_text, args.item_image)
+    explainer = Explainer(Moon2Encoder.from_pretrained(folder), query, item, args.model, redrawn=not args.quick, trials=0 if args.quick else 20)
+    pair = explainer.maps(methods)
+    facts = {"page": str(write_heat_page(pair, args.out, methods[0] if methods else None)), "score": pair.score, "query": query.text, "item": item.text, "maps": heat_facts(pair)}
+    return Outcome("\n".join(heat_lines(pair, facts["page"])), facts)
+
+
+def heat_facts(pair) -> list[dict]:  # PairMaps
+    "Method, side, faithfulness and the words with their numbers, for --json."
+    found = []
+    for side in (pair.query, pair.item):
+        for method, one in side.maps.items():
+            faith = side.faith.get(method)
+            words = [[word, start, end, float(value)] for (word, start, end), value in zip(side.words, one.words)]
+            found.append({"side": side.side, "method": method, "words": words, "cells": None if one.cells is None else one.cells.tolist(), "gain": None if faith is None else faith.gain,
+                          "better_than": None if faith is None else faith.better_than, "redrawn": None if faith is None else faith.redrawn, "warning": "" if faith is None else faith.warning})
+    return found
+
+
+def heat_lines(pair, page: str) -> list[str]:
+    "The strongest words of each map, what to think of it, and where the page is."
+    lines = [f"score {pair.score:.3f}"]
+    for fact in heat_facts(pair):
+        strongest = sorted(fact["words"], key=lambda word: -word[3])[:3]
+        trust = "" if fact["better_than"] is None else f"; better than {fact['better_than']:.0%} of random maps"
+        lines.append(f"  {fact['side']}, {fact['method']}: {', '.join(f'{word} {value:+.3f}' for word, _, _, value in strongest) or 'no words'}{trust}")
+    return [*lines, page]

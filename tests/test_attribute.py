@@ -5,10 +5,12 @@ import torch
 from PIL import Image
 from small import pretrained
 
-from moon2_lab.attribute import attribute_pair, deletion_check, integrate, pair_heatmap, row_score
+from moon2_lab.attribute import attribute_pair, deletion_check, pair_heatmap
+from moon2_lab.cases import integrate
 from moon2_lab.catalog import ImageRef, Item
 from moon2_lab.core import LabError
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.pairscore import row_score
 from moon2_lab.synth import draw_product
 
 pytestmark = [pytest.mark.filterwarnings("ignore:attention=bidirectional"), pytest.mark.usefixtures("own_cache")]

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from browsing import keep_screenshot
 
 pytest.importorskip("gradio")
 
@@ -165,7 +166,7 @@ def test_endpoint(address, demo, picture):
     "/search as the interface promises it, over HTTP."
     client_of = pytest.importorskip("gradio_client")
     client = client_of.Client(address, verbose=False)
-    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/search"]
+    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/search", "/heatmap"]
     photo = client_of.handle_file(str(picture))
     answer = client.predict(text="black bag", image=photo, direction="i", k=3, filter="", model="B", api_name="/search")
     assert answer == demo.shop.search("black bag", str(picture), "i", 3, "", "B")
@@ -175,6 +176,24 @@ def test_endpoint(address, demo, picture):
     only = client.predict("zebra bag", None, "mm", 10, "colour == 'zebra'", "A", api_name="/search")
     assert [hit["product_id"] for hit in only["hits"]] == ["nasty-1"] and only["hits"][0]["title"] == NASTY.title
     assert len(client.predict(text="bag", image=None, api_name="/search")["hits"]) == 10  # the defaults
+
+
+def test_heatmap_endpoint(address, demo):
+    "/heatmap over HTTP: the map over the product, of a layer and head where asked, with how far to trust it."
+    client_of = pytest.importorskip("gradio_client")
+    client, product = client_of.Client(address, verbose=False), demo.shop.catalog.get("nasty-1")
+    ask = {"query_text": "zebra bag", "query_image": None, "item_id": "nasty-1", "method": "gradient", "layer": -1, "head": -1, "model": "B"}
+    answer = client.predict(**ask, api_name="/heatmap")
+    assert [product.title[start:end] for _, start, end, _ in answer["words"]] == [word for word, *_ in answer["words"]] == product.title.split()
+    assert len(answer["cells"]) == 4 and 0 <= answer["faithfulness"]["better_than"] <= 1 and answer["faithfulness"]["random_maps"] == 10
+    encoder = demo.shop.model("B").encoder
+    query, item = encoder.encode([query_item("zebra bag", None), product.item()])
+    assert answer["score"] == pytest.approx(float(query @ item), abs=1e-5)
+    whole, one = (client.predict(**ask | {"method": "attention", "layer": layer, "head": layer}, api_name="/heatmap") for layer in (-1, 0))
+    assert whole["cells"] != one["cells"] and one["faithfulness"] is None
+    for change, message in (({"item_id": "nobody"}, "No such product"), ({"layer": 0}, "has no layers"), ({"method": "attention", "layer": 9}, "There is no layer 9"), ({"query_text": ""}, "Type some words")):
+        with pytest.raises(Exception, match=message):
+            client.predict(**ask | change, api_name="/heatmap")
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -224,7 +243,18 @@ def test_page_in_a_browser(address, browser, picture):
     page.get_by_text("Why was it found?").wait_for(timeout=20_000)
     details = page.locator("#moon2-details").inner_text()
     assert NASTY.title in details and "zebra, black" in details and "Hit 1 of A: first" in details
-    assert page.locator("#moon2-heat .pair img").count() == 1 and "Zebra" in page.locator("#moon2-heat .title").inner_text()
+    heat = page.frame_locator("#moon2-heat iframe")
+    item = heat.locator("[data-side=item]")
+    item.locator(".m2h-cell").first.wait_for(timeout=20_000)
+    assert item.locator("img").evaluate("one => one.naturalWidth > 0") and "Zebra" in item.locator(".m2h-title").inner_text() and "random maps" in item.locator(".m2h-trust").inner_text()
+    before = item.locator(".m2h-told").inner_text()
+    item.locator(".m2h-word").first.hover()
+    assert item.locator(".m2h-told").inner_text() != before, "pointing at a word tells its number"
+    page.get_by_label("Explained by").click()
+    page.get_by_role("option", name="occlusion").click()
+    heat.locator(".m2h-what", has_text="occlusion").first.wait_for(timeout=20_000)
+    page.wait_for_function("(() => { const frame = document.querySelector('iframe.heat'); return frame.clientHeight > 600 && frame.clientHeight === parseInt(frame.style.height) - 2; })()", timeout=20_000)  # as high as what is in it
+    keep_screenshot(page, "demo.png")
 
     page.get_by_label("Only").fill("color == 'red'")
     page.get_by_label("Only").press("Enter")

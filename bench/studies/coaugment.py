@@ -56,6 +56,7 @@ def run_arm(catalog, part, config, out: Path, name: str) -> dict:
 
     trainer = make_trainer(catalog, part, config)
     trainer.train()
+    trainer.encoder.save_pretrained(out / name / "model")
     metrics = evaluate(trainer.encoder, catalog, split="test", out=out / name, baselines=False)
     recalls = {f"{k} {direction}": block[k]["value"] for direction, block in metrics["directions"].items() for k in ("R@1", "R@10")}
     return {"steps": trainer.step, "minutes": trainer.seconds["steps"] / 60, **recalls}
