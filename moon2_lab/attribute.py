@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'parks_on_a_cell', 'shares', 'by_attention', 'by_rollout', 'by_attention_gradient', 'Method',
            'shows_attention', 'fitting_methods', 'fitting_method', 'check_eyes', 'make_case', 'pick_side', 'map_note',
-           'attribute_side', 'token_map', 'upsample', 'PairAttribution', 'attribute_pair', 'heat_note', 'pair_heatmap',
-           'DeletionCheck', 'deletion_check', 'scores_without_words', 'scores_without_cells']
+           'attribute_side', 'token_map', 'upsample']
 
 # %% ../nbs/61_attribute.ipynb #0921143a
 from collections.abc import Callable, Sequence
@@ -16,14 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .backbone import square
-from .cases import SETTINGS, Case, by_gradient, by_ig, by_occlusion, by_shapley, close_enough, give_up, integrate_until_close, piece_of_tokens, run_case
+from .cases import SETTINGS, Case, by_gradient, by_ig, by_occlusion, by_shapley, close_enough, give_up, piece_of_tokens, run_case
 from .catalog import Item
 from .core import DataError, LabError, UsageError
 from .encoder import Moon2Encoder
 from .maps import TokenMap
-from .pairscore import hold_experts, merge_words, row_score
-from .tables import PairHeatmap
+from .pairscore import hold_experts, row_score
 
 # %% ../nbs/61_attribute.ipynb #308d9710
 def parks_on_a_cell(case: Case) -> bool:
@@ -212,136 +209,3 @@ def upsample(
         raise UsageError(f"unknown way to enlarge {how!r}", where="how", advice="nearest or bilinear")
     picture = Image.fromarray(np.asarray(cells, dtype=np.float32))
     return np.asarray(picture.resize((size, size) if isinstance(size, int) else size, Image.Resampling[how.upper()]))
-
-# %% ../nbs/61_attribute.ipynb #5b481a43
-@dataclass
-class PairAttribution:
-    "What each word and each cell of one side adds to the score of a pair."
-    side: str  # which side is explained: query or item
-    words: list[tuple[str, int, int, float]]  # (word, start, end, score): places in the text
-    cells: np.ndarray | None  # (g, g) over the picture padded to a square, row by row
-    score: float  # the dot product of the two embeddings
-    blank_score: float  # the same with this side blank (and the experts held)
-    delta: float  # sum of all parts - (score - blank_score): 0 when the integral is exact
-    steps: int  # points on the line
-    words_unread: int = 0  # words behind the last token that the model reads
-
-    @property
-    def total(self) -> float:
-        "Sum over words and cells."
-        return sum(score for *_, score in self.words) + (0.0 if self.cells is None else float(self.cells.sum()))
-
-    @property
-    def adds_up(self) -> bool:
-        "Whether delta is small, see `close_enough`."
-        return close_enough(self.delta, self.score - self.blank_score)
-
-
-def attribute_pair(
-    encoder: Moon2Encoder,
-    query: Item,
-    item: Item,
-    side: str = "item",  # the side to explain: item or query
-    steps: int = 32,  # points on the line to begin with
-    most_steps: int = 512,  # more are taken, up to this, as long as the parts do not add up
-) -> PairAttribution:
-    "Integrated gradients of query . item. Raises `UsageError` for a wrong side or number of steps, `DataError` when there is nothing to explain."
-    if steps < 2:
-        raise UsageError(f"steps={steps}", where="steps", advice="at least 2; 32 are usual")
-    mine, other = pick_side(query, item, side)
-    case = make_case(encoder, mine, other)
-    tokens, delta, steps = integrate_until_close(case.score, case.real, case.blank, case.rise, steps, most_steps)
-    found = dict(zip(case.score.parts, tokens, strict=True))
-    words = merge_words(mine.text, encoder.backbone.tokenize(mine.text)[1], found["words"]) if "words" in found else []
-    grid = int(encoder.config.visual_tokens**0.5)
-    cells = found["cells"].reshape(grid, grid) if "cells" in found else None
-    return PairAttribution(side, words, cells, *case.ends, delta, steps, len((mine.text or "").split()) - len(words))
-
-# %% ../nbs/61_attribute.ipynb #694e8149
-def heat_note(found: PairAttribution) -> str:
-    "What to keep in mind when reading the numbers."
-    parts = [f"With the {found.side} blank the score is {found.blank_score:.3f}; its words and cells add {found.total:+.3f}."]
-    if found.cells is not None:
-        parts.append("A cell has seen its surroundings, too.")
-    if found.words_unread:
-        parts.append(f"The last {found.words_unread} words were not read.")
-    if not found.adds_up:
-        parts.append(f"The parts miss the score by {abs(found.delta):.3f}: take more steps.")
-    return " ".join(parts)
-
-
-def pair_heatmap(
-    encoder: Moon2Encoder,
-    query: Item,
-    item: Item,
-    side: str = "item",  # the side to explain: item or query
-    steps: int = 32,
-    most_steps: int = 512,
-    picture_side: int = 384,  # pixels of the picture that is drawn
-) -> PairHeatmap:
-    "The heatmap of a pair, for `figures.pair_figure` or a report."
-    found = attribute_pair(encoder, query, item, side, steps, most_steps)
-    mine = item if side == "item" else query
-    picture = square(mine.image.load(), picture_side) if mine.image is not None else None
-    words = [(word, part) for word, _, _, part in found.words]
-    return PairHeatmap(words, picture, found.cells, found.score, f"integrated gradients, {found.steps} steps, {side} side", heat_note(found), found)
-
-# %% ../nbs/61_attribute.ipynb #e6fb27c2
-@dataclass
-class DeletionCheck:
-    "How far the score falls without the strongest words (or cells), against random ones."
-    part: str  # words or cells
-    removed: list  # the strongest words, or (row, column) of cells
-    top_fall: float  # score - score without them
-    random_falls: np.ndarray  # (trials,) the same without as many random ones
-
-    @property
-    def random_fall(self) -> float:
-        "Mean over the random removals."
-        return float(self.random_falls.mean())
-
-    @property
-    def better_than(self) -> float:
-        "Share of random removals that fall less; 0.5 is no better than chance."
-        return float((self.random_falls < self.top_fall).mean() + (self.random_falls == self.top_fall).mean() / 2)
-
-
-def deletion_check(
-    encoder: Moon2Encoder,
-    query: Item,
-    item: Item,
-    found: PairAttribution,  # of this pair
-    part: str = "words",  # words or cells
-    share: float = 0.25,  # of the words or cells that are removed, at least one
-    trials: int = 20,  # random removals
-    seed: int = 0,
-) -> DeletionCheck:
-    "Remove the strongest parts and, for comparison, random ones; routing is free again. `DataError` when fewer than two are there."
-    strength = np.array([score for *_, score in found.words]) if part == "words" else np.ravel([] if found.cells is None else found.cells)
-    if len(strength) < 2:
-        raise DataError(f"{len(strength)} {part}: nothing to compare", where=found.side, advice="a deletion check needs at least two")
-    count, random = max(1, round(share * len(strength))), np.random.default_rng(seed)
-    count = min(count, len(strength) - 1)
-    choices = [np.argsort(-strength, kind="stable")[:count], *(random.choice(len(strength), count, replace=False) for _ in range(trials))]
-    mine, other = (item, query) if found.side == "item" else (query, item)
-    scores = (scores_without_words if part == "words" else scores_without_cells)(encoder, mine, other, found, choices)
-    names = [found.words[place][0] for place in choices[0]] if part == "words" else [divmod(int(place), found.cells.shape[1]) for place in choices[0]]
-    falls = found.score - scores
-    return DeletionCheck(part, names, float(falls[0]), falls[1:])
-
-
-def scores_without_words(encoder: Moon2Encoder, mine: Item, other: Item, found: PairAttribution, choices: Sequence[np.ndarray]) -> np.ndarray:
-    "(len(choices),) scores after taking words out of the text."
-    texts = [" ".join(word for place, (word, *_) in enumerate(found.words) if place not in gone) for gone in choices]
-    vectors = encoder.encode([other, *(Item(text, mine.image, mine.item_id) for text in texts)])
-    return vectors[1:] @ vectors[0]
-
-
-@torch.no_grad()
-def scores_without_cells(encoder: Moon2Encoder, mine: Item, other: Item, found: PairAttribution, choices: Sequence[np.ndarray]) -> np.ndarray:
-    "(len(choices),) scores after making cells white, as the vision encoder sees white."
-    score, real, blank = row_score(encoder, mine, other)
-    rows = [part.repeat(len(choices), *[1] * (part.dim() - 1)) for part in real]
-    for row, gone in enumerate(choices):
-        rows[0][row, gone] = blank[0][0, gone]
-    return score(*rows).cpu().numpy()

@@ -6,13 +6,10 @@
 __all__ = ['INK', 'GRID', 'SERIES_COLORS', 'DASHES', 'SYMBOLS', 'FOR', 'AGAINST', 'blank_figure', 'in_style', 'refuse_empty',
            'score_trace', 'score_figure', 'balance_figure', 'curve_figure', 'loss_figure', 'omega_figure',
            'gradient_figure', 'load_figure', 'filter_figure', 'preference_figure', 'similarity_figure',
-           'routing_figure', 'loss_term_figure', 'strengths', 'word_html', 'heat_overlay', 'fitted', 'fitted_size',
-           'heat_png', 'pair_figure']
+           'routing_figure', 'loss_term_figure', 'strengths', 'word_html', 'heat_overlay', 'fitted', 'fitted_size']
 
 # %% ../nbs/62_figures.ipynb #3a9d6a0a
-import base64
 import html
-import io
 import math
 
 import numpy as np
@@ -20,7 +17,7 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from .core import DIRECTIONS, LabError
-from .tables import BASELINE_WORDS, VIEW_WORDS, PairHeatmap, columns_like, load_series, objective_series, printable, score_table, thin
+from .tables import BASELINE_WORDS, VIEW_WORDS, columns_like, load_series, objective_series, printable, score_table, thin
 
 # %% ../nbs/62_figures.ipynb #ee9653b5
 INK, GRID = "#1c2430", "#dfe3ea"
@@ -282,28 +279,3 @@ def fitted_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     "Width and height with the longest at `side`, none under one pixel."
     return tuple(max(1, round(length * side / max(size))) for length in size)
 
-
-def heat_png(image: Image.Image, cells: np.ndarray, scale: float | None = None) -> bytes:
-    "The overlay as PNG bytes."
-    buffer = io.BytesIO()
-    heat_overlay(image, cells, scale).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-# %% ../nbs/62_figures.ipynb #e8844102
-def pair_figure(
-    heatmap: PairHeatmap,
-):
-    "Picture with heat on the left, the words with their scores on the right."
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(1, 2, column_widths=[0.42, 0.58], horizontal_spacing=0.16)
-    if heatmap.image is not None and heatmap.cells is not None:
-        small = fitted(heatmap.image, 320)
-        source = "data:image/png;base64," + base64.b64encode(heat_png(small, heatmap.cells)).decode()
-        figure.add_image(source=source, row=1, col=1)
-    scores = [score for _, score in heatmap.words]
-    colors = [f"rgb{FOR if score > 0 else AGAINST}" for score in scores]
-    named = [f"{place}. {html.escape(printable(word, 40))}" for place, (word, _) in enumerate(heatmap.words, 1)]
-    figure.add_bar(x=scores, y=named, orientation="h", marker={"color": colors}, showlegend=False, row=1, col=2)
-    in_style(figure, f"Why this match? score {heatmap.score:.3f} ({html.escape(heatmap.method) or 'method not named'})", height=max(320, 130 + 24 * len(scores)))
-    return figure.update_xaxes(visible=False, row=1, col=1).update_yaxes(visible=False, row=1, col=1).update_yaxes(autorange="reversed", row=1, col=2)

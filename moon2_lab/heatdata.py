@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'LIMITS', 'check_map', 'check_side', 'faith_line', 'trust_words', 'map_json', 'averaged', 'block',
-           'small_jpeg', 'words_json', 'side_json', 'remarks', 'pair_payload', 'maps_json', 'first_method']
+           'small_jpeg', 'words_json', 'side_json', 'remarks', 'pair_payload', 'maps_json', 'first_method',
+           'page_heatmap']
 
 # %% ../nbs/62_heatdata.ipynb #a78e146f
 import io
@@ -15,7 +16,7 @@ from PIL import Image
 
 from .core import DataError, UsageError
 from .maps import Faith, PairMaps, SideMaps, TokenMap
-from .tables import printable
+from .tables import PairHeatmap, printable
 
 # %% ../nbs/62_heatdata.ipynb #9c892e29
 def check_map(
@@ -181,3 +182,18 @@ def first_method(maps: PairMaps) -> str:
     if maps.item.pooled is None and maps.query.pooled is None:
         raise UsageError("no map to show", where="maps", advice="make one first; see moon2_lab.explain")
     return "attention"
+
+# %% ../nbs/62_heatdata.ipynb #72adc5d0
+def page_heatmap(
+    maps: PairMaps,
+    side: str = "item",  # or query
+    method: str | None = None,  # the first that was made
+) -> PairHeatmap:
+    "One map of one side. `UsageError` when it was not made."
+    mine, method = maps.side(side), method or first_method(maps)
+    if method not in mine.maps:
+        raise UsageError(f"no map of {method!r}", where=side, advice=", ".join(mine.maps) or "make a map first")
+    found = check_map(mine.maps[method], mine)
+    told = [found.note, "A cell has seen its surroundings, too." if found.cells is not None else "", f"The last {mine.unread} words were not read." if mine.unread else "", trust_words(mine.faith.get(method))]
+    words = [(word, float(value)) for (word, *_), value in zip(mine.words, found.words)]
+    return PairHeatmap(words, mine.image, found.cells, maps.score, f"{NAMES.get(method, method)}, {side} side", " ".join(filter(None, told)))

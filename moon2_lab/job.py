@@ -272,17 +272,14 @@ def explain_match(
     asked: dict,  # of asked_items
 ):
     "The heatmap of one query's right product; None where no product has words and a picture."
-    from moon2_lab.attribute import deletion_check, pair_heatmap
     from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.explain import Explainer
+    from moon2_lab.heatdata import page_heatmap
 
     for row in pick_queries(per_query, 10).itertuples():
         query, product = asked[row.direction, row.query_id], catalog.get(row.hit_ids[0]) if len(row.hit_ids) else None
         if product is not None and product.has_image and len((product.title or "").split()) > 2:
-            encoder = Moon2Encoder.from_pretrained(model_folder(model))
-            heat = pair_heatmap(encoder, query, product.item("mm"))
-            check = deletion_check(encoder, query, product.item("mm"), heat.attribution)
-            heat.note += f" Without its strongest words ({', '.join(check.removed)}) the score falls by {check.top_fall:.3f}, without as many random ones by {check.random_fall:.3f} on average."
-            return heat
+            return page_heatmap(Explainer(Moon2Encoder.from_pretrained(model_folder(model)), query, product.item("mm")).maps(["ig"]))
     return None
 
 # %% ../nbs/67_job.ipynb #53f3f644

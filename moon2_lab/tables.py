@@ -13,8 +13,7 @@ __all__ = ['VIEW_WORDS', 'DIRECTION_WORDS', 'OBJECTIVE_WORDS', 'BASELINE_WORDS',
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -294,7 +293,6 @@ class PairHeatmap:
     score: float  # the similarity that is explained
     method: str = ""  # how the numbers were made
     note: str = ""  # what to keep in mind when reading them
-    attribution: Any = field(default=None, repr=False)  # where the numbers come from
 
 # %% ../nbs/58_tables.ipynb #6788d4d6
 PAPER_COLUMNS = (*DIRECTIONS, "class", "attribute")  # R@10 of the five directions, then two accuracies, in percent
