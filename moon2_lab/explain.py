@@ -6,12 +6,13 @@
 __all__ = ['PIXELS', 'LINKED', 'read_side', 'Explainer', 'quick_methods', 'heatmap', 'follow', 'ComparedHeatmaps',
            'compare_heatmaps', 'ExplainerShelf']
 
-# %% ../nbs/65_explain.ipynb #a343f1c2
+# %% ../nbs/65_explain.ipynb #39a5d47c
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from fastcore.basics import patch
 
 from .attention import word_attention
 from .attribute import METHODS, attribute_side, check_eyes, fitting_method, fitting_methods, make_case, pick_side
@@ -90,10 +91,7 @@ class Explainer:
                 self._kept[key] = make()
             return self._kept[key]
 
-# %% ../nbs/65_explain.ipynb #f92363da
-from fastcore.basics import patch
-
-
+# %% ../nbs/65_explain.ipynb #03f03525
 @patch
 def map(
     self: Explainer,

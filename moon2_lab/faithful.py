@@ -108,10 +108,12 @@ def faithfulness(
     **asking,  # rows_at_once, progress, cancelled
 ) -> Faith:
     "How faithful a map is. `UsageError` for a map of another size, `DataError` for numbers that are none."
-    values, count = np.asarray(values, dtype=float), int(pieces[-1].max()) + 1
-    if values.shape != (count,):
-        raise UsageError(f"{values.size} values for {count} pieces", where="faithfulness", advice="one value for each cell, row by row, then one for each word")
-    maps = [values] if redrawn is None else [values, np.asarray(redrawn, dtype=float)]
+    maps, count = [np.asarray(one, dtype=float) for one in (values, redrawn) if one is not None], int(pieces[-1].max()) + 1
+    wrong = [one.size for one in maps if one.shape != (count,)]
+    if wrong:
+        raise UsageError(f"{wrong[0]} values for {count} pieces", where="faithfulness", advice="one value for each cell, row by row, then one for each word")
+    if steps < 1:
+        raise UsageError(f"steps={steps}", where="faithfulness", advice="at least 1; 10 are usual")
     if not np.isfinite(maps).all():
         raise DataError("the map holds NaN or infinite numbers", where="faithfulness", advice="look for the cause in the model or the method")
     wanted = random if isinstance(random, int) and count > 1 else 0

@@ -3,7 +3,8 @@
     python bench/studies/focus.py --catalog path/to/catalogue --out study --minutes 8 --products 4000
 
 Trains the full objective and "w/o dual-level alignment" from the same start, on the same triplets, for the same number of steps (found once, or given by --steps), and keeps the models in OUT.
-Then the attention of each model, and of the untrained one, over the same products of the test split (all that have a picture, a title with a content word and a title with a filler word: chosen by that rule alone).
+Then the attention of each model, and of the untrained one, over the products of the test split: words in the views t and mm, cells of the subject and the split between title and picture in view mm, without the first position.
+What has nothing to compare (no content word, no filler word, no subject on a plain backdrop) is left out by rule, and counted. In OUT: focus.parquet (each product), compared.parquet (means and paired differences) and focus.html.
 """
 import argparse
 import json
@@ -61,7 +62,8 @@ def main() -> None:
         train_arm(catalog, part, arm, config, out / "steps.json", out / arm)
     if args.train_only:
         return
-    from moon2_lab.focus import compare_focus, focus_table
+    from moon2_lab.focus import compare_focus, focus_table, left_out_counts
+    from moon2_lab.focusfigure import focus_figure
 
     fields = config.encoder_fields()
     models = {"untrained": Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields).eval(), **{arm: Moon2Encoder.from_pretrained(out / arm) for arm in args.arms}}
@@ -71,10 +73,12 @@ def main() -> None:
         tables.append(table.assign(model=name))
         print(f"{name}: {table.product_id.nunique()} products", flush=True)
     whole = pd.concat(tables)
-    whole.to_parquet(out / "focus.parquet")
+    whole.to_parquet(out / "focus.parquet", index=False)
     compared = compare_focus(whole)
-    compared.to_parquet(out / "compared.parquet")
-    print(compared.to_string(index=False, float_format="%.3f"))
+    compared.to_parquet(out / "compared.parquet", index=False)
+    focus_figure(compared).write_html(out / "focus.html", include_plotlyjs=True)
+    print(left_out_counts(whole).to_string(index=False))
+    print(compared.drop(columns="layer").to_string(index=False, float_format="%.3f", na_rep=""))
 
 
 if __name__ == "__main__":
