@@ -207,7 +207,7 @@ def test_a_training_with_verdicts(trained):
     seen, low = set(), set()
     for event in again:
         if event.phase == "loss":
-            ids = [one.query_id for one in event.data["terms"] and again.current_batch()]
+            ids = [one.query_id for one in again.current_batch()]
             seen |= set(ids)
             low |= {query_id for query_id, column in zip(ids, event.data["terms"]["phi"].T.tolist()) if any(value < 0.6 for value in column)}
     kinds = {kind: {query_id for query_id, entry in verdicts.entries.items() if entry.kind == kind} for kind in ("put_back", "drop")}
