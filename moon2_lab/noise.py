@@ -89,17 +89,17 @@ def triplet_gaps(
     seed: int = 0,  # of the random negatives
 ) -> pd.DataFrame:  # query_id, noise, gap_<view>, random_<view>; NaN where the query lacks the view
     "How far each positive is ahead of its negatives, under the weights as they are."
-    products = list({product.product_id: product for triplet in triplets for product in (triplet.positive, *triplet.negatives)}.values())
-    place = {product.product_id: number for number, product in enumerate(products)}
-    items = encoder.encode([product.item() for product in products], "mm")
+    items = {item.content: item for triplet in triplets for item in (product.item() for product in (triplet.positive, *triplet.negatives))}  # not by id: second looks of one product share it
+    vectors = dict(zip(items, encoder.encode(list(items.values()), "mm"), strict=True))
+    seen = lambda product: vectors[product.item().content]
     queries = _query_views(encoder, [triplet.query for triplet in triplets])
     rng, pool = random.Random(f"{seed}:random negatives"), [triplet.positive for triplet in triplets]
-    positive = items[[place[triplet.positive.product_id] for triplet in triplets]]
+    positive = np.stack([seen(triplet.positive) for triplet in triplets])
     others = [[triplet.negatives[0]] if triplet.noise == "pseudo_negative" else [_another(triplet, pool, rng)] for triplet in triplets]
     table = {"query_id": [triplet.query_id for triplet in triplets], "noise": [triplet.noise for triplet in triplets]}
     for name, negatives in (("gap", [triplet.negatives for triplet in triplets]), ("random", others)):
         for view in VIEWS:
-            hardest = [max((float(query @ items[place[other.product_id]]) for other in some), default=np.nan) for query, some in zip(queries[view], negatives)]
+            hardest = [max((float(query @ seen(other)) for other in some), default=np.nan) for query, some in zip(queries[view], negatives)]
             table[f"{name}_{view}"] = (queries[view] * positive).sum(1) - np.array(hardest)
     return pd.DataFrame(table)
 

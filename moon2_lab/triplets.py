@@ -303,7 +303,7 @@ def spoil(
         for noise, make in order if done < wanted else ():
             changed = make(triplets[place], finder, rng)
             if changed:
-                spoilt[place] = replace(changed, noise=noise)
+                spoilt[place] = replace(changed, noise=noise, trusted=False)  # whoever trusted it saw another triplet
                 spoilt.counts[noise] += 1
                 break
     return spoilt

@@ -98,6 +98,21 @@ def test_gaps_are_what_the_loss_compares(catalog, clean):
     assert triplet_gaps(encoder, triplets).equals(gaps)
 
 
+def test_second_looks_of_one_product_are_measured_each_with_its_own_picture(catalog, clean):
+    "They share an id; alone and together they must have the same gap."
+    noisy = [triplet for triplet in inject_noise(clean, 1.0, Lexicon(catalog)) if triplet.noise == "pseudo_negative"]
+    shared = [triplet for triplet in noisy if sum(other.negatives[0].product_id == triplet.negatives[0].product_id for other in noisy) == 2]
+    assert len(shared) >= 4
+    encoder = tiny(perturbed=True).eval()
+    together, alone = triplet_gaps(encoder, shared).gap_mm, [triplet_gaps(encoder, [triplet]).gap_mm[0] for triplet in shared]
+    assert together.to_list() == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_spoilt_triplet_is_no_longer_trusted(catalog, clean):
+    noisy = inject_noise([dataclasses.replace(triplet, trusted=True) for triplet in clean], 0.3, Lexicon(catalog))
+    assert {triplet.trusted for triplet in noisy if triplet.noise} == {False} and all(triplet.trusted for triplet in noisy if not triplet.noise)
+
+
 def test_a_perfect_encoder_finds_all(catalog, clean):
     "An encoder that knows the product behind every text and picture: the gap of a pseudo positive is negative, that of a pseudo negative 0."
     noisy = inject_noise(clean, 0.4, Lexicon(catalog), seed=1)
