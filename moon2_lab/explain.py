@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from fastcore.basics import patch
 
-from .attention import word_attention
+from .attention import side_tokens, word_attention
 from .attribute import METHODS, attribute_side, check_eyes, fitting_method, fitting_methods, make_case, pick_side
 from .backbone import square
 from .cases import give_up
@@ -41,18 +41,12 @@ def read_side(
     item, seen = plain_item(item), "attention" in fitting_methods(encoder)
     found = word_attention(encoder, item) if seen else None
     routed = token_routing(encoder, item) if encoder.moe_blocks else None
-    side = found.side if seen else _tokens(encoder, item)
+    side = found.side if seen else side_tokens(encoder, item)
     image = square(item.image.load(), PIXELS) if side.cells else None
     return SideMaps(
         name, side.text, side.words, image, int(side.cells**0.5), links=found.links if seen else None, pooled=found.pooled if seen else None, experts=routed.experts if routed else None,
         layer_names=found.layer_names if seen else [], expert_layers=routed.layers if routed else [], unread=side.unread,
     )
-
-
-def _tokens(encoder: Moon2Encoder, item: Item):
-    from moon2_lab.attention import side_tokens
-
-    return side_tokens(encoder, item)
 
 # %% ../nbs/65_explain.ipynb #b5428902
 class Explainer:
