@@ -178,7 +178,7 @@ def add_heatmap_command(commands) -> None:
     parser.add_argument("--item", metavar="ID", help="the product that was found")
     parser.add_argument("--item-text", metavar="T", help="in place of the product's title; or without --item the title of an item of your own")
     parser.add_argument("--item-image", metavar="FILE", help="in place of the product's picture; or without --item the picture of an item of your own")
-    parser.add_argument("--method", default="gradient,attention", metavar="NAMES", help="attention, gradient, ig, occlusion, shapley, rollout, attention_gradient; the first is shown first (default gradient,attention)")
+    parser.add_argument("--method", default="ig,attention", metavar="NAMES", help="ig, shapley, occlusion, attention_gradient, rollout, attention, gradient; the first is shown first (default ig,attention)")
     parser.add_argument("--quick", action="store_true", help="do not measure how faithful the maps are")
     parser.add_argument("--out", required=True, metavar="FILE", help="the page to write, for example map.html")
 

@@ -168,7 +168,7 @@ def build_demo(
                 with gr.Row():
                     galleries = {letter: result_panel(shop, letter) for letter in shop.models}
                 details = gr.HTML(elem_id="moon2-details", elem_classes="moon2")
-                boxes["method"] = gr.Dropdown(method_choices(shop), value="gradient", label="Explained by", visible=False)
+                boxes["method"] = gr.Dropdown(method_choices(shop), value="ig", label="Explained by", visible=False)
                 shown = [details, gr.HTML(elem_id="moon2-heat", elem_classes="moon2")]
         connect(shop, demo, boxes, galleries, shown)
         add_endpoints(shop)
@@ -196,7 +196,7 @@ def connect(
         return product_html(product, score, title_of(shop, letter), event.index + 1), ASKING, {"letter": letter, "product": product}
 
     def explain(asked, clicked, method):
-        methods = list(dict.fromkeys([method, "gradient", *(["attention"] if "attention" in dict(map(reversed, method_choices(shop))) else [])]))
+        methods = [method] + [key for _, key in method_choices(shop) if key == "attention" != method]
         return heat_html(shop.model(clicked["letter"]).explain(asked["query"], clicked["product"], asked["direction"], methods), method), gr.Dropdown(visible=True)
 
     def explain_again(asked, clicked, method):
@@ -228,7 +228,7 @@ def add_endpoints(shop: Shop) -> None:
         inputs = [gr.Textbox(""), PictureFile(type="filepath"), gr.Radio([view for _, view in VIEW_LABELS], value="mm"), gr.Number(10, precision=0), gr.Textbox(""), gr.Radio(list(shop.models), value="A")]
         gr.Button().click(told(shop.search), inputs, gr.JSON(), api_name="search", api_description="Hits for words, a picture, or both; best first.")
         methods = [key for _, key in method_choices(shop)]
-        inputs = [gr.Textbox(""), PictureFile(type="filepath"), gr.Textbox(""), gr.Radio(methods, value="gradient"), gr.Number(-1, precision=0), gr.Number(-1, precision=0), gr.Radio(list(shop.models), value="A")]
+        inputs = [gr.Textbox(""), PictureFile(type="filepath"), gr.Textbox(""), gr.Radio(methods, value="ig"), gr.Number(-1, precision=0), gr.Number(-1, precision=0), gr.Radio(list(shop.models), value="A")]
         gr.Button().click(told(shop.heatmap), inputs, gr.JSON(), api_name="heatmap", api_description="What each word and each cell of a product adds to its score; layer and head of the attention, -1 for all.")
 
 # %% ../nbs/75_demo.ipynb #a463846c

@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .attention import side_tokens, word_attention
-from .attribute import METHODS, attribute_side, check_eyes, fitting_method, fitting_methods, make_case, pick_side
+from .attribute import attribute_side, check_eyes, fitting_method, fitting_methods, make_case, pick_side
 from .backbone import square
 from .cases import give_up
 from .catalog import Item
@@ -76,8 +76,8 @@ class Explainer:
 
     @property
     def methods(self) -> list[str]:
-        "Methods that fit the model, those first that take one pass."
-        return sorted(fitting_methods(self.encoder), key=lambda name: (METHODS[name].slow, name not in ("gradient", "attention"), name))
+        "Methods that fit the model, in the order of the registry: integrated gradients first."
+        return fitting_methods(self.encoder)
 
     def _once(self, key: tuple, make: Callable):
         with self._lock:

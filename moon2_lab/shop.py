@@ -127,7 +127,7 @@ class SearchModel:
         order = np.argsort(np.where(usable, -scores, np.inf), kind="stable")[: min(k, int(usable.sum()))]
         return [Found(self.catalog[place], float(scores[place])) for place in order.tolist()]
 
-    def explain(self, query: Item, product: Product, view: str = "mm", methods: Sequence[str] = ("gradient", "attention")) -> PairMaps:
+    def explain(self, query: Item, product: Product, view: str = "mm", methods: Sequence[str] = ("ig", "attention")) -> PairMaps:
         "The maps of a query and a product, measured. `UsageError` for a method that does not fit the model."
         with self.lock:
             return self.shelf.of(query, product.item(view)).maps(methods)
@@ -189,7 +189,7 @@ class Shop:
         found = self.find(query_item(text, image), direction, k, filter, model)
         return {"hits": [{"product_id": product.product_id, "score": score, "title": product.title} for product, score in found]}
 
-    def heatmap(self, query_text: str, query_image: str | None, item_id: str, method: str = "gradient", layer: int | None = None, head: int | None = None, model: str = "A") -> dict:
+    def heatmap(self, query_text: str, query_image: str | None, item_id: str, method: str = "ig", layer: int | None = None, head: int | None = None, model: str = "A") -> dict:
         "The answer of the endpoint /heatmap: the map over the product. A layer or head below 0 means all."
         layer, head = (None if place is None or place < 0 else int(place) for place in (layer, head))
         product = self.catalog.get(item_id)

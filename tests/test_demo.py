@@ -182,7 +182,7 @@ def test_heatmap_endpoint(address, demo):
     "/heatmap over HTTP: the map over the product, of a layer and head where asked, with how far to trust it."
     client_of = pytest.importorskip("gradio_client")
     client, product = client_of.Client(address, verbose=False), demo.shop.catalog.get("nasty-1")
-    ask = {"query_text": "zebra bag", "query_image": None, "item_id": "nasty-1", "method": "gradient", "layer": -1, "head": -1, "model": "B"}
+    ask = {"query_text": "zebra bag", "query_image": None, "item_id": "nasty-1", "method": "ig", "layer": -1, "head": -1, "model": "B"}
     answer = client.predict(**ask, api_name="/heatmap")
     assert [product.title[start:end] for _, start, end, _ in answer["words"]] == [word for word, *_ in answer["words"]] == product.title.split()
     assert len(answer["cells"]) == 4 and 0 <= answer["faithfulness"]["better_than"] <= 1 and answer["faithfulness"]["random_maps"] == 10
