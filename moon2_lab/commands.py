@@ -197,8 +197,7 @@ def heat_facts(pair) -> list[dict]:  # PairMaps
     for side in (pair.query, pair.item):
         for method, one in side.maps.items():
             faith = side.faith.get(method)
-            words = [[word, start, end, float(value)] for (word, start, end), value in zip(side.words, one.words)]
-            found.append({"side": side.side, "method": method, "words": words, "cells": None if one.cells is None else one.cells.tolist(), "gain": None if faith is None else faith.gain,
+            found.append({"side": side.side, "method": method, "words": side.scored(one), "cells": None if one.cells is None else one.cells.tolist(), "gain": None if faith is None else faith.gain,
                           "better_than": None if faith is None else faith.better_than, "redrawn": None if faith is None else faith.redrawn, "warning": "" if faith is None else faith.warning})
     return found
 

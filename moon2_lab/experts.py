@@ -22,7 +22,7 @@ from .core import OBJECTIVES, UsageError
 from .figures import fitted
 from .mapfigures import in_theme, pale, theme_of, word_names
 from .routingmaps import RoutingMaps, routing_payload
-from .stillmap import INK, SHARE, SOFT, WIDTH, write_lines
+from .stillmap import INK, SHARE, SOFT, WIDTH, small_png, write_lines
 from .tables import VIEW_WORDS, printable
 
 # %% ../nbs/65_experts.ipynb #df80248d
@@ -184,13 +184,7 @@ def routing_png(
     limit: int = 100_000,  # bytes
 ) -> bytes:
     "The still picture as PNG, with fewer colours where it would be too large."
-    picture = routing_picture(maps, layer, step)
-    for colours in (None, 256, 64, 16):
-        buffer = io.BytesIO()
-        (picture if colours is None else picture.quantize(colours)).save(buffer, "PNG", optimize=True)
-        if buffer.tell() <= limit:
-            break
-    return buffer.getvalue()
+    return small_png(routing_picture(maps, layer, step), limit)
 
 
 def show_routing(

@@ -90,6 +90,10 @@ class SideMaps:
         "What the side is made of: cells, words, or both."
         return (("cells",) if self.grid else ()) + (("words",) if self.words else ())
 
+    def scored(self, found: TokenMap) -> list[list]:
+        "[word, start, end, score] of each word that is read, as answers to programs give it."
+        return [[word, start, end, float(score)] for (word, start, end), score in zip(self.words, found.words)]
+
 
 @dataclass
 class PairMaps:

@@ -10,6 +10,7 @@ import difflib
 import threading
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ def named_item(
 ) -> Item:
     "A product, changed where asked, or without an id an item of one's own. `UsageError` for an unknown id, which names the nearest ones."
     if product_id is None:
-        return Item(*(lambda found: (found.text, found.image))(query_item(text, image)), "item")
+        return replace(query_item(text, image), item_id="item")
     product = catalog.get(product_id)
     if product is None:
         near = difflib.get_close_matches(product_id, [product.product_id for product in catalog], 3, 0.6)
@@ -198,8 +199,7 @@ class Shop:
         pair, found = self.model(model).explain_place(query_item(query_text, query_image), product, method, layer, head)
         faith = pair.item.faith.get(method) if layer is None and head is None else None
         told = None if faith is None else {"gain": faith.gain, "better_than": faith.better_than, "random_maps": len(faith.random), "warning": faith.warning}
-        words = [[word, start, end, float(value)] for (word, start, end), value in zip(pair.item.words, found.words)]
-        return {"words": words, "cells": None if found.cells is None else found.cells.tolist(), "score": pair.score, "faithfulness": told, "note": found.note}
+        return {"words": pair.item.scored(found), "cells": None if found.cells is None else found.cells.tolist(), "score": pair.score, "faithfulness": told, "note": found.note}
 
     def categories(self) -> list[tuple[str, str]]:
         "(label, filter) for each category of the first two levels, with its number of products."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'DARK_SHARE', 'DARK_AGAINST', 'INK', 'SOFT', 'WARN', 'WIDTH', 'heat_colour', 'cells_over', 'most_of',
-           'write_lines', 'draw_side', 'static_picture', 'static_png', 'show_static']
+           'write_lines', 'draw_side', 'static_picture', 'small_png', 'static_png', 'show_static']
 
 # %% ../nbs/63_stillmap.ipynb #dbce3c93
 import io
@@ -110,19 +110,26 @@ def static_picture(
     return canvas.crop((0, 0, WIDTH, min(3000, max(ends) + 6)))
 
 # %% ../nbs/63_stillmap.ipynb #8e623889
-def static_png(
-    maps: PairMaps,
-    method: str | None = None,
+def small_png(
+    picture: Image.Image,
     limit: int = 100_000,  # bytes
 ) -> bytes:
-    "The still picture as PNG, with fewer colours where it would be too large."
-    picture = static_picture(maps, method)
+    "PNG, with fewer colours where it would be too large."
     for colours in (None, 256, 64, 16):
         buffer = io.BytesIO()
         (picture if colours is None else picture.quantize(colours)).save(buffer, "PNG", optimize=True)
         if buffer.tell() <= limit:
             break
     return buffer.getvalue()
+
+
+def static_png(
+    maps: PairMaps,
+    method: str | None = None,
+    limit: int = 100_000,  # bytes
+) -> bytes:
+    "The still picture as PNG, with fewer colours where it would be too large."
+    return small_png(static_picture(maps, method), limit)
 
 
 def show_static(

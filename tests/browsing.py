@@ -95,3 +95,15 @@ def keep_screenshot(page, name):
 def outside(urls, address):
     "The requests that went to another place than `address`."
     return [url for url in urls if not url.startswith((address, address.replace("http", "ws"), "blob:", "data:"))]
+
+
+def luminance(colour):
+    "Relative luminance of (r, g, b)."
+    linear = [part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    "Contrast ratio of two colours, 1 to 21."
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)

@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from browsing import jupyter_lab, keep_screenshot, open_notebook, outside, run_cell, settle, until
+from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_notebook, outside, run_cell, settle, until
 from PIL import Image
 
 from moon2_lab.core import DataError, LabError, UsageError
@@ -440,17 +440,6 @@ def test_keyboard_alone(opened):
     assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("row 2, column 1")
     page.keyboard.press("ArrowLeft")
     assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("row 2, column 1"), "the edge is an edge"
-
-
-def luminance(colour):
-    "Relative luminance of (r, g, b)."
-    parts = [part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
-    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
-
-
-def contrast(one, other):
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def rgb(text):

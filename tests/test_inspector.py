@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from browsing import jupyter_lab, keep_screenshot, open_notebook, outside, run_cell, settle, until
+from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_notebook, outside, run_cell, settle, until
 from small import picture, product, settings, shop, tiny
 
 from moon2_lab.catalog import ImageRef, Item
@@ -506,16 +506,6 @@ def test_every_control_can_be_reached_by_keyboard(opened):
     assert order == ["query view", "order", "label", "verdict", "search", "listbox", "‹ Back", "Next ›", "put_back", "drop", "undo", "note"]
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
     assert page.locator("button, input, select, [role=listbox], .m2i").evaluate_all("all => all.every((one) => one.hasAttribute('data-lm-suppress-shortcuts'))"), "JupyterLab must not take d d"
-
-
-def luminance(colour):
-    parts = [part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
-    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
-
-
-def contrast(one, other):
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def rgb(text):
