@@ -373,6 +373,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'moon2_lab.core.set_threads': ('core.html#set_threads', 'moon2_lab/core.py'),
                                 'moon2_lab.core.settings_file': ('core.html#settings_file', 'moon2_lab/core.py'),
                                 'moon2_lab.core.sha256_hex': ('core.html#sha256_hex', 'moon2_lab/core.py'),
+                                'moon2_lab.core.static_text': ('core.html#static_text', 'moon2_lab/core.py'),
                                 'moon2_lab.core.usable_cores': ('core.html#usable_cores', 'moon2_lab/core.py'),
                                 'moon2_lab.core.versions': ('core.html#versions', 'moon2_lab/core.py'),
                                 'moon2_lab.core.write_json': ('core.html#write_json', 'moon2_lab/core.py'),

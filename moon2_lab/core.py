@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['VIEWS', 'OBJECTIVES', 'DIRECTIONS', 'PRESETS', 'CHOICES', 'METHOD_FIELDS', 'LabError', 'DataError', 'UsageError',
            'DriftError', 'CheckFailed', 'disk_is_full', 'atomic_path', 'plain', 'write_json', 'read_json',
-           'write_parquet', 'cache_dir', 'sha256_hex', 'progress', 'settings_file', 'lab_settings', 'parse_value',
-           'LiveConfig', 'EncoderConfig', 'TrainConfig', 'preset_differences', 'seed_everything', 'pick_device',
-           'pick_dtype', 'usable_cores', 'set_threads', 'NumericChoices', 'git_state', 'versions', 'run_settings']
+           'write_parquet', 'static_text', 'cache_dir', 'sha256_hex', 'progress', 'settings_file', 'lab_settings',
+           'parse_value', 'LiveConfig', 'EncoderConfig', 'TrainConfig', 'preset_differences', 'seed_everything',
+           'pick_device', 'pick_dtype', 'usable_cores', 'set_threads', 'NumericChoices', 'git_state', 'versions',
+           'run_settings']
 
 # %% ../nbs/00_core.ipynb #7d28b2ad
 import configparser
@@ -25,6 +26,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,14 @@ def write_parquet(path: str | Path, table) -> None:
     "Write a pandas table as parquet (zstd), whole or not at all."
     with atomic_path(path) as temporary:
         table.to_parquet(temporary, index=False, compression="zstd")
+
+# %% ../nbs/00_core.ipynb #ce626845
+def static_text(
+    *names: str,  # files of `moon2_lab/static`, in order
+) -> str:
+    "The text of files that come with the package, one after the other."
+    folder = files("moon2_lab") / "static"
+    return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 # %% ../nbs/00_core.ipynb #130c0686
 def cache_dir(

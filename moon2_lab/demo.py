@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
 import gradio as gr
@@ -27,7 +26,7 @@ from PIL import Image, ImageDraw
 from .attribute import fitting_methods
 from .backbone import square
 from .catalog import Catalog, ImageRef, Product
-from .core import LabError, TrainConfig, UsageError, cache_dir
+from .core import LabError, TrainConfig, UsageError, cache_dir, static_text
 from .encoder import Moon2Encoder
 from .heatdata import NAMES
 from .heatpage import heat_page
@@ -236,7 +235,7 @@ def launch_options() -> dict:
     "Options of `gr.Blocks.launch` that make the page ours: system fonts, our style, no links to elsewhere."
     theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=["ui-monospace", "DejaVu Sans Mono", "monospace"])
     theme.set(body_text_color_subdued="*neutral_500", button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")  # the usual ones are too pale to read
-    style = files("moon2_lab").joinpath("static/demo.css").read_text(encoding="utf-8")
+    style = static_text("demo.css")
     return {"theme": theme, "css": style, "js": FRAMES, "footer_links": ["api"], "ssr_mode": False, "max_file_size": "30mb", "show_error": True}
 
 

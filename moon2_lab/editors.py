@@ -16,7 +16,6 @@ import os
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.resources import files
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -24,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from .chat import Busy, Refused, pause, retry_after
-from .core import DataError, LabError, UsageError, pick_device
+from .core import DataError, LabError, UsageError, pick_device, static_text
 from .images import decode_image
 from .retouch import RETOUCHES
 from .subjects import Subject
@@ -64,7 +63,7 @@ MAX_TITLE = 200  # characters of a title in a prompt
 @lru_cache(maxsize=1)
 def edit_prompts() -> dict[str, str]:
     "Kind -> prompt with a place for the title."
-    return json.loads(files("moon2_lab").joinpath("static/edit_prompts.json").read_text(encoding="utf-8"))
+    return json.loads(static_text("edit_prompts.json"))
 
 
 def edit_prompt(

@@ -10,10 +10,9 @@ import base64
 import hashlib
 import html
 import json
-from importlib.resources import files
 from pathlib import Path
 
-from .core import LabError, UsageError, atomic_path
+from .core import LabError, UsageError, atomic_path, static_text
 from .heatdata import first_method, maps_json, pair_payload
 from .maps import PairMaps
 from .tables import printable
@@ -64,8 +63,7 @@ def heat_page(
     method = method or first_method(maps)
     if method not in {*maps.methods, first_method(maps)}:
         raise UsageError(f"no map of {method!r}", where="method", advice=", ".join(maps.methods) or "make a map first")
-    static = files("moon2_lab") / "static"
-    script, style = (static / "heatmap.js").read_text(encoding="utf-8") + START, FRAME + (static / "heatmap.css").read_text(encoding="utf-8")
+    script, style = static_text("parts.js", "heatmap.js") + START, FRAME + static_text("heatmap.css")
     policy = f"default-src 'none'; img-src blob:; script-src {fingerprint(script)}; style-src {fingerprint(style)}; base-uri 'none'; form-action 'none'"
     title = html.escape(f"Heatmap: {printable(maps.ids[0], 60)} and {printable(maps.ids[1], 60)}")
     return (

@@ -13,11 +13,11 @@ import html
 import io
 import math
 from dataclasses import dataclass, field
-from importlib.resources import files
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .core import static_text
 from .figures import fitted, fitted_size, heat_overlay, word_html
 from .tables import DIRECTION_WORDS, PairHeatmap, number, printable
 
@@ -233,7 +233,7 @@ def page(
 ) -> str:
     "A whole self-contained page."
     sections = [part for part in sections if part[2]]
-    style = files("moon2_lab").joinpath("static/page.css").read_text(encoding="utf-8")
+    style = static_text("page.css")
     contents = tag("nav", tag("ul", [tag("li", tag("a", heading, href=f"#{name}")) for name, heading, _ in sections]), aria_label="Contents")
     named = {"viewport": "width=device-width, initial-scale=1", "color-scheme": "light dark", "referrer": "no-referrer"}
     meta = [tag("meta", charset="utf-8"), tag("meta", http_equiv="Content-Security-Policy", content=POLICY), *[tag("meta", name=name, content=content) for name, content in named.items()]]

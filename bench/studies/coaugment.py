@@ -14,23 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from noise import chosen_products
+from common import chosen_products, make_trainer
 
 ARMS = {"without": {"enriched_titles": False, "expanded_images": "none"}, "titles": {"expanded_images": "none"}, "pictures": {"enriched_titles": False}, "with": {}}
-
-
-def make_trainer(catalog, part, config):
-    "A trainer on fresh triplets of `part`, its vision features ready."
-    from moon2_lab.encoder import Moon2Encoder
-    from moon2_lab.text import Lexicon
-    from moon2_lab.train import Trainer
-    from moon2_lab.triplets import build_triplets
-
-    triplets = build_triplets(part, Lexicon(catalog), config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)
-    fields = config.encoder_fields()
-    trainer = Trainer(Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields), catalog, config, triplets=triplets)
-    trainer.prepare_features()
-    return trainer
 
 
 def steps_of_arms(catalog, part, configs: dict, out: Path, first_steps: int, turns: int = 3) -> dict[str, int]:

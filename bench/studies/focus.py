@@ -12,24 +12,17 @@ import logging
 from pathlib import Path
 
 import pandas as pd
-from noise import chosen_products
+from common import chosen_products, make_trainer
 
 def train_arm(catalog, part, arm: str, config, steps_file: Path, folder: Path) -> None:
     "Train one arm, unless its model is there."
-    from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.filtering import Moon2Objective
     from moon2_lab.recipes import UnalignedObjective
-    from moon2_lab.text import Lexicon
-    from moon2_lab.train import Trainer
-    from moon2_lab.triplets import build_triplets
 
     if (folder / "config.json").is_file():
         return
     objective = {"full": Moon2Objective, "unaligned": UnalignedObjective}[arm]
-    triplets = build_triplets(part, Lexicon(catalog), config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)
-    fields = config.encoder_fields()
-    trainer = Trainer(Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields), catalog, config, objective=objective(config), triplets=triplets)
-    trainer.prepare_features()
+    trainer = make_trainer(catalog, part, config, objective(config))
     if not steps_file.is_file():
         steps_file.write_text(json.dumps(config.max_steps or trainer.calibrate()))
     trainer.max_steps = json.loads(steps_file.read_text())

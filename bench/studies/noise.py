@@ -6,12 +6,12 @@ An arm is SHARE:START:END (noise, margin at the start and at the end of training
 is found once; each arm's result stands in OUT as soon as it is there, and a second call makes the arms that are missing.
 """
 import argparse
-import hashlib
 import json
 import logging
 from pathlib import Path
 
 import pandas as pd
+from common import chosen_products, make_trainer
 
 
 def arm_settings(arm: str) -> dict:
@@ -23,36 +23,15 @@ def arm_settings(arm: str) -> dict:
     return {"noise": float(share), "filter_margin_start": start, "filter_margin_end": end}
 
 
-def chosen_products(catalog, count: int):
-    "The train products of the study, the first by a hash of the id."
-    from moon2_lab.catalog import Catalog
-
-    train = catalog.split("train")
-    if count >= len(train):
-        return train
-    order = sorted(train, key=lambda product: hashlib.sha256(f"study:{product.product_id}".encode()).digest())
-    return Catalog(order[:count], folder=catalog.folder, whole=catalog)
-
-
 def run_arm(catalog, part, arm: str, config, out: Path, most: int) -> dict:
     "Train one arm; writes its tables; its row."
-    from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.evaluate import evaluate
-    from moon2_lab.noise import FilterWatch, filter_auc, inject_noise, triplet_gaps
-    from moon2_lab.text import Lexicon
-    from moon2_lab.train import Trainer
-    from moon2_lab.triplets import build_triplets
+    from moon2_lab.noise import FilterWatch, filter_auc, triplet_gaps
 
-    config = config.replace(**arm_settings(arm))
-    lexicon = Lexicon(catalog)
-    clean = build_triplets(part, lexicon, config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)
-    triplets = inject_noise(clean, config.noise, lexicon, config.seed)
-    fields = config.encoder_fields()
-    encoder = Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields)
-    trainer = Trainer(encoder, catalog, config.replace(noise=0.0), triplets=triplets)
+    trainer = make_trainer(catalog, part, config.replace(**arm_settings(arm)))
+    encoder, triplets = trainer.encoder, trainer.triplets
     watch = FilterWatch(trainer, most=most)
     trainer.callbacks.append(watch)
-    trainer.prepare_features()
     history = trainer.train()
     name = arm.replace(":", "_")
     gaps = triplet_gaps(encoder, triplets)
@@ -79,10 +58,6 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from moon2_lab.catalog import Catalog
     from moon2_lab.core import TrainConfig
-    from moon2_lab.encoder import Moon2Encoder
-    from moon2_lab.text import Lexicon
-    from moon2_lab.train import Trainer
-    from moon2_lab.triplets import build_triplets
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -91,11 +66,7 @@ def main() -> None:
     config = TrainConfig(**dict(pair.split("=", 1) for pair in args.set) | {"query_variants": 1, "max_minutes": args.minutes})
     steps_file = out / "steps.json"
     if not steps_file.is_file():
-        fields = config.encoder_fields()
-        trainer = Trainer(Moon2Encoder.from_backbone(fields.pop("backbone"), **fields), catalog, config, triplets=build_triplets(part, Lexicon(catalog), 1, 1, config.seed, config.paired_negatives))
-        trainer.prepare_features()
-        steps_file.write_text(json.dumps(args.steps or trainer.calibrate()))
-        del trainer
+        steps_file.write_text(json.dumps(args.steps or make_trainer(catalog, part, config).calibrate()))
     config = config.replace(max_steps=json.loads(steps_file.read_text()))
     rows = out / "arms.jsonl"
     done = {json.loads(line)["arm"] for line in rows.read_text().splitlines()} if rows.is_file() else set()

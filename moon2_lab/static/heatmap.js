@@ -4,31 +4,12 @@
 const SIDES = ["query", "item"];
 const TRAITS = ["payload", "data", "found", "offered", "method", "side", "layer", "head", "expert", "moe_layer", "opacity", "job"];
 
-const KEYED = ["input", "select", "button", "gridcell", "option"]; // what takes keys; JupyterLab looks for this mark on the element itself before it takes them
-
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  if (KEYED.includes(tag) || KEYED.includes(attributes.role)) element.setAttribute("data-lm-suppress-shortcuts", "true");
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined || value === false) continue;
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else element.setAttribute(name, value === true ? "" : value);
-  }
-  element.append(...children);
-  return element;
-}
-
-const range = (count) => Array.from({ length: count }, (_, place) => place);
 const largest = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
 
 function written(value, signed, most) {
   if (!signed) return `${(100 * value).toFixed(most >= 0.1 ? 1 : 2)} %`;
   const digits = most > 0 ? Math.min(8, Math.max(3, 2 - Math.floor(Math.log10(most)))) : 3;
   return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
-}
-
-function bytesOf(view) {
-  return view instanceof Uint8Array ? view : new Uint8Array(view.buffer ?? view, view.byteOffset ?? 0, view.byteLength);
 }
 
 // Every step-th number of a block from start on, averaged over the chosen layers and heads (null: all of them).
@@ -86,19 +67,18 @@ function paint(element, value, most, signed, strongest) {
 }
 
 // One side: its picture with cells, its title as words, a legend, a line of numbers and the line about faithfulness.
-class Side {
+class Side extends Pointing {
   constructor(model, name, say) {
-    Object.assign(this, { model, name, say, active: null, pinned: false });
+    super({ model, name, say });
     this.part = model.get("payload").sides[name];
-    this.cells = []; this.words = [];
     this.told = make("p", { class: "m2h-told" });
     this.legend = make("div", { class: "m2h-legend" });
     this.trust = make("div", { class: "m2h-trust" });
-    this.root = make("section", { class: "m2h-side", "data-side": name, "aria-label": `${name} of the pair` },
-      make("h3", {}, make("span", {}, name), make("bdi", { class: "m2h-id" }, this.part.id)), this.picture(), this.title(), this.legend, this.told, this.trust);
-    this.root.addEventListener("pointerleave", () => this.leave());
-    this.root.addEventListener("keydown", (event) => this.key(event));
+    this.root = this.hear(make("section", { class: "m2h-side", "data-side": name, "aria-label": `${name} of the pair` },
+      make("h3", {}, make("span", {}, name), make("bdi", { class: "m2h-id" }, this.part.id)), this.picture(), this.title(), this.legend, this.told, this.trust));
   }
+
+  announce() { this.say(`${this.name}: ${this.told.textContent}`); }
 
   picture() {
     if (!this.part.grid) return make("p", { class: "m2h-none" }, "This side has no picture.");
@@ -127,37 +107,6 @@ class Side {
     return list;
   }
 
-  target(kind, place, element) {
-    const all = kind === "cell" ? this.cells : this.words;
-    element.tabIndex = place ? -1 : 0;
-    element.addEventListener("pointerenter", () => this.pinned || this.activate(kind, place));
-    element.addEventListener("focus", () => this.activate(kind, place));
-    element.addEventListener("blur", () => this.leave());
-    element.addEventListener("click", () => { const same = this.pinned && this.is(kind, place); this.activate(kind, place); this.pinned = !same; this.draw(); });
-    all.push(element);
-    return element;
-  }
-
-  is(kind, place) { return this.active !== null && this.active.kind === kind && this.active.place === place; }
-
-  activate(kind, place) { this.active = { kind, place }; this.draw(); this.say(`${this.name}: ${this.told.textContent}`); }
-
-  leave() { if (!this.pinned && this.active) { this.active = null; this.draw(); } }
-
-  key(event) {
-    const all = [this.words, this.cells].find((some) => some.includes(event.target));
-    if (!all) return;
-    const now = all.indexOf(event.target), wide = all === this.cells ? this.part.grid : 1;
-    const column = now % wide, moves = { ArrowLeft: wide > 1 && !column ? 0 : -1, ArrowRight: wide > 1 && column === wide - 1 ? 0 : 1, ArrowUp: -wide, ArrowDown: wide };
-    const next = event.key === "Home" ? 0 : event.key === "End" ? all.length - 1 : event.key in moves ? now + moves[event.key] : null;
-    if (event.key === "Escape") { this.pinned = false; this.active = null; this.draw(); }
-    else if (event.key === "Enter" || event.key === " ") event.target.click();
-    else if (next === null) return;
-    else if (all[next]) { this.pinned = false; all[next].focus(); }
-    event.preventDefault();
-    event.stopPropagation();
-  }
-
   draw() {
     const map = chosenMap(this.model, this.name), links = this.active ? linksOf(this.model, this.name, this.active.kind, this.active.place) : null;
     this.root.style.setProperty("--grey", map?.cells || links ? Math.min(1, 2 * this.model.get("opacity")) : 0);
@@ -180,10 +129,6 @@ class Side {
     this.tell(map, links);
     this.scale(map, links);
     this.judge(map);
-  }
-
-  nameOf(kind, place) {
-    return kind === "word" ? `“${this.part.words[place][1]}”` : `row ${Math.floor(place / this.part.grid) + 1}, column ${(place % this.part.grid) + 1}`;
   }
 
   tell(map, links) {

@@ -6,24 +6,6 @@ const VIEWS = [["mm", "picture + text"], ["t", "text"], ["i", "picture"]], PLACE
 const ORDERS = [["low", "lowest phi first"], ["high", "highest phi first"], ["often", "most often doubted first"]];
 const VERDICTS = [["all", "all"], ["none", "none yet"], ["put_back", "put back"], ["drop", "dropped"]], NAMES = { put_back: "put back", drop: "dropped", "": "no verdict" };
 const KEYS = { p: "put_back", d: "drop" }, PAGE = 12;
-const KEYED = ["input", "select", "button", "listbox", "root"]; // what takes keys; JupyterLab looks for this mark on the element itself before it takes them
-
-function put(element, attributes, children) {
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined || value === false) continue;
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else element.setAttribute(name, value === true ? "" : value);
-  }
-  element.append(...children);
-  return element;
-}
-
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  if (KEYED.includes(tag) || KEYED.includes(attributes.role)) element.setAttribute("data-lm-suppress-shortcuts", "true");
-  return put(element, attributes, children);
-}
-
 const draw = (tag, attributes = {}, ...children) => put(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 const written = (value) => (value === null || value === undefined ? "–" : value.toFixed(2));
 const counted = (number, one, many) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;

@@ -3,28 +3,9 @@
 
 const TRAITS = ["layer", "expert", "step"];
 const COLOURS = 8; // --e0 to --e7 of the style; the number of the expert stands beside its colour, always
-const KEYED = ["input", "select", "gridcell", "option"]; // what takes keys; JupyterLab looks for this mark on the element itself before it takes them
-
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  if (KEYED.includes(tag) || KEYED.includes(attributes.role)) element.setAttribute("data-lm-suppress-shortcuts", "true");
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined || value === false) continue;
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else element.setAttribute(name, value === true ? "" : value);
-  }
-  element.append(...children);
-  return element;
-}
-
-const range = (count) => Array.from({ length: count }, (_, place) => place);
 const percent = (value, digits = 0) => (value === null ? "–" : `${(100 * value).toFixed(digits)} %`);
 const largest = (values) => values.flat(Infinity).reduce((most, value) => Math.max(most, value ?? 0), 0);
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
-
-function bytesOf(view) {
-  return view instanceof Uint8Array ? view : new Uint8Array(view.buffer ?? view, view.byteOffset ?? 0, view.byteLength);
-}
 
 // The colour of an expert and the ink that can be read on it.
 function inColour(element, expert) {
@@ -58,9 +39,9 @@ function table(caption, columns, rows, most, digits) {
 }
 
 // The item: its picture with cells, its title as words, and the weights of what is pointed at.
-class Item {
+class Item extends Pointing {
   constructor(model, say) {
-    Object.assign(this, { model, say, active: null, pinned: false, cells: [], words: [] });
+    super({ model, say });
     this.part = model.get("payload").side;
     const bytes = bytesOf(model.get("data"));
     [this.layers, this.places, this.experts] = this.part.experts.shape;
@@ -70,10 +51,10 @@ class Item {
     this.whose = make("h4");
     this.legend = make("p", { class: "m2r-note" });
     const side = make("div", { class: "m2r-weights" }, this.whose, this.list, this.legend);
-    this.root = make("section", { class: "m2r-item", "aria-label": "the item, its cells and words" }, make("div", { class: "m2r-seen" }, this.picture(bytes), this.title(), this.told), side);
-    this.root.addEventListener("pointerleave", () => this.leave());
-    this.root.addEventListener("keydown", (event) => this.key(event));
+    this.root = this.hear(make("section", { class: "m2r-item", "aria-label": "the item, its cells and words" }, make("div", { class: "m2r-seen" }, this.picture(bytes), this.title(), this.told), side));
   }
+
+  announce() { this.say(this.told.textContent); }
 
   picture(bytes) {
     if (!this.part.grid) return make("p", { class: "m2r-none" }, "This item has no picture.");
@@ -101,37 +82,6 @@ class Item {
     return list;
   }
 
-  target(kind, place, element) {
-    const all = kind === "cell" ? this.cells : this.words;
-    element.tabIndex = place ? -1 : 0;
-    element.addEventListener("pointerenter", () => this.pinned || this.activate(kind, place));
-    element.addEventListener("focus", () => this.activate(kind, place));
-    element.addEventListener("blur", () => this.leave());
-    element.addEventListener("click", () => { const same = this.pinned && this.is(kind, place); this.activate(kind, place); this.pinned = !same; this.draw(); });
-    all.push(element);
-    return element;
-  }
-
-  is(kind, place) { return this.active !== null && this.active.kind === kind && this.active.place === place; }
-
-  activate(kind, place) { this.active = { kind, place }; this.draw(); this.say(this.told.textContent); }
-
-  leave() { if (!this.pinned && this.active) { this.active = null; this.draw(); } }
-
-  key(event) {
-    const all = [this.words, this.cells].find((some) => some.includes(event.target));
-    if (!all) return;
-    const now = all.indexOf(event.target), wide = all === this.cells ? this.part.grid : 1;
-    const column = now % wide, moves = { ArrowLeft: wide > 1 && !column ? 0 : -1, ArrowRight: wide > 1 && column === wide - 1 ? 0 : 1, ArrowUp: -wide, ArrowDown: wide };
-    const next = event.key === "Home" ? 0 : event.key === "End" ? all.length - 1 : event.key in moves ? now + moves[event.key] : null;
-    if (event.key === "Escape") { this.pinned = false; this.active = null; this.draw(); }
-    else if (event.key === "Enter" || event.key === " ") event.target.click();
-    else if (next === null) return;
-    else if (all[next]) { this.pinned = false; all[next].focus(); }
-    event.preventDefault();
-    event.stopPropagation();
-  }
-
   // Z weights of a place in the chosen layer; cells come first.
   weights(place) {
     const from = (this.model.get("layer") * this.places + place) * this.experts;
@@ -139,10 +89,6 @@ class Item {
   }
 
   placeOf(kind, place) { return kind === "cell" ? place : this.part.grid ** 2 + place; }
-
-  nameOf(kind, place) {
-    return kind === "word" ? `“${this.part.words[place][1]}”` : `row ${Math.floor(place / this.part.grid) + 1}, column ${(place % this.part.grid) + 1}`;
-  }
 
   draw() {
     const expert = this.model.get("expert"), layer = this.model.get("layer"), all = range(this.places).map((place) => this.weights(place));
