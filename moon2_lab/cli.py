@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['show', 'explain', 'Parser', 'add_command', 'add_config_options', 'add_data_commands', 'add_augment_command',
-           'add_import_command', 'add_model_commands', 'build_parser', 'add_heatmap_command', 'messages', 'main']
+           'add_import_command', 'add_model_commands', 'build_parser', 'add_heatmap_command', 'add_search_commands',
+           'messages', 'main']
 
 # %% ../nbs/80_cli.ipynb #4c98859d
 import argparse
@@ -16,7 +17,7 @@ import shlex
 import sys
 import traceback
 
-from .commands import Outcome, data_augment, data_check, data_import, data_synth, evaluate, heatmap, report, run, train
+from .commands import Outcome, data_augment, data_check, data_import, data_synth, embed, evaluate, heatmap, index, report, run, search, train
 
 # %% ../nbs/80_cli.ipynb #3cdaf0ce
 def show(
@@ -129,7 +130,7 @@ def add_import_command(data) -> None:
 
 
 def add_model_commands(commands) -> None:
-    "moon2 train, moon2 eval, moon2 heatmap, moon2 report, moon2 run."
+    "moon2 train, moon2 eval, moon2 heatmap, moon2 embed, moon2 index, moon2 search, moon2 report, moon2 run."
     parser = add_command(commands, "train", train, "moon2 train --catalog path/to/catalogue --out runs/mine --set max_minutes=10 seed=1")
     parser.add_argument("--catalog", required=True, metavar="DIR", help="folder with products.parquet")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder, new or empty")
@@ -145,6 +146,7 @@ def add_model_commands(commands) -> None:
     parser.add_argument("--gallery", metavar="FILE", help="triplets-v1: product ids of the gallery, one per line")
     parser.add_argument("--out", metavar="FILE", help="write the scores here, and per_query.parquet beside it")
     add_heatmap_command(commands)
+    add_search_commands(commands)
     parser = add_command(commands, "report", report, "moon2 report runs/mine --catalog path/to/catalogue")
     parser.add_argument("run_folder", metavar="RUN", help="run folder")
     parser.add_argument("--catalog", required=True, metavar="DIR", help="folder with products.parquet")
@@ -181,6 +183,32 @@ def add_heatmap_command(commands) -> None:
     parser.add_argument("--method", default="ig,attention", metavar="NAMES", help="ig, shapley, occlusion, attention_gradient, rollout, attention, gradient; the first is shown first (default ig,attention)")
     parser.add_argument("--quick", action="store_true", help="do not measure how faithful the maps are")
     parser.add_argument("--out", required=True, metavar="FILE", help="the page to write, for example map.html")
+
+# %% ../nbs/80_cli.ipynb #1d929637
+def add_search_commands(commands) -> None:
+    "moon2 embed, moon2 index, moon2 search."
+    parser = add_command(commands, "embed", embed, "moon2 embed runs/mine --catalog path/to/catalogue --out vectors.parquet --view mm --dtype float16")
+    parser.add_argument("model", metavar="MODEL", help="run folder, or folder of a saved model")
+    parser.add_argument("--catalog", required=True, metavar="DIR", help="folder with products.parquet")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the parquet file to write")
+    parser.add_argument("--split", default="all", metavar="NAME", help="all (default), test, valid or train")
+    parser.add_argument("--view", default="mm", choices=["t", "i", "mm"], help="title, picture, or both (default mm)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "int8", "binary"], help="how a number is stored (default float32)")
+    parser.add_argument("--dim", type=int, metavar="D", help="cut the vectors to their first D numbers; train with --set matryoshka_dims=D for that")
+    parser.add_argument("--piece", type=int, default=2048, metavar="N", help="products between two points from which a stopped run can go on (default 2048)")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    parser = add_command(commands, "index", index, "moon2 index vectors.parquet --uri vectors.db")
+    parser.add_argument("vectors", metavar="VECTORS", help="file of moon2 embed, or any parquet with product_id, view and vector")
+    parser.add_argument("--uri", required=True, metavar="FILE_OR_SERVER", help="a file such as vectors.db, or http://host:19530 (its password in the environment: MOON2_MILVUS_TOKEN)")
+    parser.add_argument("--replace", action="store_true", help="drop what the store holds of these views first; without it products are added or replaced one by one")
+    parser = add_command(commands, "search", search, "moon2 search runs/mine --uri vectors.db --text 'red cotton dress' --filter \"category_l1 == 'Fashion'\"")
+    parser.add_argument("model", metavar="MODEL", help="the run or model folder that the vectors were made with")
+    parser.add_argument("--uri", required=True, metavar="FILE_OR_SERVER", help="the store")
+    parser.add_argument("--text", metavar="T", help="words")
+    parser.add_argument("--image", metavar="FILE", help="a picture, alone or with the words")
+    parser.add_argument("--view", choices=["t", "i", "mm"], help="which vectors of the products (default: mm, else the only ones there)")
+    parser.add_argument("--k", type=int, default=10, metavar="N", help="how many hits (default 10)")
+    parser.add_argument("--filter", default="", metavar="EXPR", help="which products may be found, for example \"colour in ('red', 'blue') and not category_l1 == 'Fashion'\"")
 
 # %% ../nbs/80_cli.ipynb #e24437ab
 @contextlib.contextmanager

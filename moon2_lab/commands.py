@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Outcome', 'read_config_file', 'parse_assignments', 'typed_settings', 'data_check', 'check_lines', 'data_synth',
-           'data_import', 'data_augment', 'train', 'evaluate', 'report', 'run', 'heatmap', 'heat_facts', 'heat_lines']
+           'data_import', 'data_augment', 'train', 'evaluate', 'report', 'run', 'heatmap', 'heat_facts', 'heat_lines',
+           'embed', 'index', 'search']
 
 # %% ../nbs/79_commands.ipynb #3ea1086e
 import argparse
@@ -210,3 +211,49 @@ def heat_lines(pair, page: str) -> list[str]:
         trust = "" if fact["better_than"] is None else f"; better than {fact['better_than']:.0%} of random maps"
         lines.append(f"  {fact['side']}, {fact['method']}: {', '.join(f'{word} {value:+.3f}' for word, _, _, value in strongest) or 'no words'}{trust}")
     return [*lines, page]
+
+# %% ../nbs/79_commands.ipynb #0fd3ba5b
+def embed(args: argparse.Namespace) -> Outcome:
+    "Embed a catalogue into one file of vectors."
+    from moon2_lab.catalog import Catalog
+    from moon2_lab.embed import embed_catalog
+    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.job import model_folder
+
+    folder = model_folder(args.model)
+    catalog = Catalog.load(args.catalog)
+    done = embed_catalog(Moon2Encoder.from_pretrained(folder), catalog, args.out, split=args.split, view=args.view, dtype=args.dtype, dim=args.dim, resume=args.resume, piece=args.piece, model=str(args.model))
+    lines = [f"{done.path}: {done.rows:,} products; next: moon2 index {done.path} --uri vectors.db"]
+    if done.kept is not None:
+        lines.append(f"of the 10 nearest neighbours of a product, {done.kept:.1%} are still found in this form")
+    lines += [f"left out {entry['product_id']}: {entry['reason']}" for entry in done.left_out[:20]]
+    lines += [f"and {len(done.left_out) - 20:,} more, all listed with --json"] if len(done.left_out) > 20 else []
+    rates = {"items_per_second": done.encoded / done.seconds, "tokens_per_second": done.tokens / done.seconds} if done.encoded else {}
+    return Outcome("\n".join(lines), {"vectors": str(done.path), "rows": done.rows, "left_out": done.left_out, "neighbours_kept": done.kept, "encoded": done.encoded, "seconds": done.seconds, **rates})
+
+
+def index(args: argparse.Namespace) -> Outcome:
+    "Put a file of vectors into a store: a file of Milvus Lite, or a Milvus server."
+    from dataclasses import asdict
+
+    from moon2_lab.index import index_vectors
+
+    done = index_vectors(args.vectors, args.uri, args.replace)
+    lines = [f"{one.uri}, {one.collection}: {one.rows:,} products put in, {one.total:,} there now; index {one.index} ({one.reason})" for one in done]
+    return Outcome("\n".join(lines), {"collections": [asdict(one) for one in done]})
+
+
+def search(args: argparse.Namespace) -> Outcome:
+    "Search a store by words, by a picture, or by both."
+    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.index import VectorStore
+    from moon2_lab.job import model_folder
+    from moon2_lab.shop import query_item
+
+    folder, query = model_folder(args.model), query_item(args.text, args.image)
+    with VectorStore(args.uri, args.view) as store:
+        encoder = Moon2Encoder.from_pretrained(folder)
+        store.check(encoder.fingerprint)
+        hits = store.search(encoder.encode([query]), args.k, args.filter)[0]
+    lines = [f"{place:3} {hit.score:.3f}  {hit.product_id}  {hit.title or '(no title)'}" for place, hit in enumerate(hits, 1)] or ["no product fits the filter"]
+    return Outcome("\n".join(lines), {"hits": [{"product_id": hit.product_id, "score": hit.score, "title": hit.title} for hit in hits]})

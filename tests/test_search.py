@@ -1,0 +1,301 @@
+"Embed, index, search: the three commands on a drawn catalogue, a run that is killed, a store behind a server, and what goes wrong."
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from browsing import free_port
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moon2_lab.catalog import Catalog
+from moon2_lab.cli import main
+from moon2_lab.embed import Reduced, embed_catalog, parts_folder
+from moon2_lab.evaluate import evaluate
+from moon2_lab.filters import field_values, parse_filter
+from moon2_lab.index import VectorStore, connect, disconnect, index_vectors
+from moon2_lab.vectors import VectorFile, nearest
+from small import shop, tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def moon2(capsys):
+    "Run a command in this process: (exit code, stdout, stderr)."
+    def run(*words):
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    "A folder with a tiny encoder."
+    folder = tmp_path_factory.mktemp("models") / "model"
+    tiny().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stored(model, drawn_catalogue, tmp_path_factory):
+    "The catalogue embedded and indexed: (vectors, store)."
+    folder = tmp_path_factory.mktemp("stores")
+    assert main(["embed", str(model), "--catalog", str(drawn_catalogue), "--out", str(folder / "v.parquet")]) == 0
+    assert main(["index", str(folder / "v.parquet"), "--uri", str(folder / "v.db")]) == 0
+    return folder / "v.parquet", folder / "v.db"
+
+
+# ---------------------------------------------------------------------------------------------- the three commands
+
+
+def test_search_finds_what_a_matrix_product_finds(moon2, model, stored, drawn_catalogue):
+    "Ids, scores and titles of `moon2 search --json` are those of exact search over the encoder's own vectors."
+    catalog = Catalog.load(drawn_catalogue)
+    encoder = tiny()
+    vectors, query = encoder.encode(catalog.products), "red summer dress"
+    code, out, err = moon2("search", model, "--uri", stored[1], "--text", query, "--k", 5, "--json")
+    assert code == 0, err
+    hits = json.loads(out)["hits"]
+    assert list(hits[0]) == ["product_id", "score", "title"] and len(hits) == 5
+    from moon2_lab.shop import query_item
+    scores = vectors @ encoder.encode([query_item(query, None)])[0]
+    order = np.argsort(-scores, kind="stable")[:5]
+    assert [hit["product_id"] for hit in hits] == [catalog[int(place)].product_id for place in order]
+    assert np.allclose([hit["score"] for hit in hits], scores[order], atol=1e-5)
+    assert [hit["title"] for hit in hits] == [catalog[int(place)].title for place in order]
+
+
+def test_picture_and_filter(moon2, model, stored, drawn_catalogue):
+    "A product's own picture and title find it; a filter keeps what fits, and one that nothing fits is no error."
+    catalog = Catalog.load(drawn_catalogue)
+    wanted = next(product for product in catalog if product.has_image and product.has_text)
+    picture = drawn_catalogue / wanted.image_paths[0]
+    code, out, _ = moon2("search", model, "--uri", stored[1], "--text", wanted.title, "--image", picture, "--k", 1, "--json")
+    assert code == 0 and json.loads(out)["hits"][0]["product_id"] == wanted.product_id
+    other = next(product.category_l1 for product in catalog if product.category_l1 != wanted.category_l1)
+    code, out, _ = moon2("search", model, "--uri", stored[1], "--image", picture, "--filter", f"category_l1 == '{other.upper()}'", "--json")
+    assert code == 0 and {catalog.get(hit["product_id"]).category_l1 for hit in json.loads(out)["hits"]} == {other}
+    code, out, _ = moon2("search", model, "--uri", stored[1], "--image", picture, "--filter", "product_id == 'nobody'", "--json")
+    assert code == 0 and json.loads(out) == {"hits": []}
+
+
+def test_the_file_says_what_it_is(stored, drawn_catalogue, model):
+    "Columns, type and metadata of interface.md, section 3."
+    import pyarrow as pa
+    file = VectorFile(stored[0])
+    schema = file.file.schema_arrow
+    assert schema.names == ["product_id", "view", "vector", "title", "category_l1", "category_l2", "category_l3", "attributes", "image"]
+    assert schema.field("vector").type == pa.list_(pa.float32(), tiny().embedding_dim)
+    assert file.about["model_fingerprint"] == tiny().fingerprint and file.about["catalog"] == str(drawn_catalogue)
+    assert np.allclose(np.linalg.norm(file.read().rows, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (["search", "MODEL", "--uri", "STORE"], 2, "nothing to search for"),
+    (["search", "MODEL", "--uri", "STORE", "--text", "x", "--filter", "colr == 'red'"], 2, "no product has a field 'colr'"),
+    (["search", "MODEL", "--uri", "STORE", "--text", "x", "--filter", "colour ="], 2, "the filter cannot be read"),
+    (["search", "MODEL", "--uri", "STORE", "--text", "x", "--k", "0"], 2, "k=0"),
+    (["search", "MODEL", "--uri", "STORE", "--text", "x", "--view", "t"], 2, "no vectors of the view t"),
+    (["search", "MODEL", "--uri", "nowhere.db", "--text", "x"], 2, "no such store"),
+    (["search", "MODEL", "--uri", "http://127.0.0.1:9", "--text", "x"], 2, "the store cannot be opened"),
+    (["search", "MODEL", "--uri", "STORE", "--image", "settings.ini"], 2, "the picture cannot be used"),
+    (["search", "OTHER", "--uri", "STORE", "--text", "x"], 2, "the store was filled by another model"),
+    (["embed", "MODEL", "--catalog", "CATALOG", "--out", "x.parquet", "--dim", "5000"], 2, "dim=5000"),
+    (["embed", "MODEL", "--catalog", "CATALOG", "--out", "x.parquet", "--split", "none"], 2, "none"),
+    (["embed", "MODEL", "--catalog", "nowhere", "--out", "x.parquet"], 2, "nowhere"),
+    (["index", "settings.ini", "--uri", "x.db"], 2, "not a parquet file"),
+    (["index", "PRODUCTS", "--uri", "x.db"], 2, "no column"),
+])
+def test_what_goes_wrong_is_one_line(moon2, model, stored, drawn_catalogue, tmp_path, words, code, said):
+    "Each with exit code 2 and what to do."
+    other = tmp_path / "other"
+    if "OTHER" in words:
+        tiny(seed=1).save_pretrained(other)
+    there = {"MODEL": model, "STORE": stored[1], "CATALOG": drawn_catalogue, "OTHER": other, "PRODUCTS": drawn_catalogue / "products.parquet", "settings.ini": ROOT / "settings.ini",
+             "x.db": tmp_path / "x.db", "x.parquet": tmp_path / "x.parquet", "nowhere": tmp_path / "nowhere", "nowhere.db": tmp_path / "nowhere.db"}
+    got, out, err = moon2(*(there.get(word, word) for word in words))
+    lines = [line for line in err.splitlines() if line.startswith("moon2: ")]
+    assert got == code and out == "" and len(lines) == 1 and said in lines[0] and " -> " in lines[0] and "Traceback" not in err, err
+
+
+# ---------------------------------------------------------------------------------------------- killed and gone on with
+
+
+def test_a_killed_run_goes_on(model, drawn_catalogue, tmp_path):
+    "kill -9 between two pieces, at a random one; then --resume gives the file of a run that was never stopped, byte for byte."
+    words = [sys.executable, "-m", "moon2_lab.cli"] if (ROOT / "moon2_lab" / "__main__.py").exists() else [sys.executable, "-c", "import sys; from moon2_lab.cli import main; sys.exit(main())"]
+    options = ["embed", str(model), "--catalog", str(drawn_catalogue), "--piece", "8"]
+    whole, out = tmp_path / "whole.parquet", tmp_path / "killed.parquet"
+    assert main([*options, "--out", str(whole)]) == 0
+    pieces = -(-len(Catalog.load(drawn_catalogue)) // 8)
+    process = subprocess.Popen([*words, *options, "--out", str(out)], cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    enough, until = random.Random(os.getpid()).randrange(1, pieces), time.monotonic() + 60
+    while len(list(parts_folder(out).glob("*.parquet"))) < enough and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if out.exists():
+        pytest.skip("the run was over before it could be killed")
+    left = len(list(parts_folder(out).glob("*.parquet")))
+    assert left >= enough
+    assert main([*options, "--out", str(out)]) == 2  # not without --resume
+    assert main([*options, "--out", str(out), "--resume"]) == 0
+    assert out.read_bytes() == whole.read_bytes() and not parts_folder(out).exists()
+    ids = VectorFile(out).read().ids
+    assert len(ids) == len(set(ids)) == len(Catalog.load(drawn_catalogue))
+
+
+def test_quarantined_products_are_not_embedded(tmp_path):
+    "A catalogue with a broken picture and an empty record: what is set aside is not in the file, everything else is."
+    from moon2_lab.synth import make_catalog
+    folder = make_catalog(tmp_path / "shop", 20, seed=3, image_size=64)
+    table = pd.read_parquet(folder / "products.parquet")
+    broken = json.loads(table.image_paths[2])
+    for path in broken:
+        (folder / path).write_bytes(b"not a picture")
+    table.loc[2, "title"] = None
+    table.to_parquet(folder / "products.parquet", index=False)
+    catalog = Catalog.load(folder)
+    assert table.product_id[2] not in catalog
+    done = embed_catalog(tiny(), catalog, tmp_path / "v.parquet")
+    assert set(VectorFile(done.path).read().ids) == set(table.product_id) - {table.product_id[2]}
+
+
+# ---------------------------------------------------------------------------------------------- smaller vectors
+
+
+def test_smaller_forms_are_scored_by_the_protocol():
+    "`Reduced` gives `evaluate` an encoder; float32 in full length changes nothing, one sign a number loses something."
+    encoder, catalog = tiny(), shop(60)
+    whole = evaluate(encoder, catalog, split="all", baselines=False, labels=False, resamples=0)
+    same = evaluate(Reduced(encoder), catalog, split="all", baselines=False, labels=False, resamples=0)
+    assert whole["directions"] == same["directions"]
+    small = evaluate(Reduced(encoder, "binary", 8), catalog, split="all", baselines=False, labels=False, resamples=0)
+    assert small["directions"]["mm->mm"]["R@1"]["value"] < whole["directions"]["mm->mm"]["R@1"]["value"]
+
+
+def test_cutting_without_training_for_it_warns(moon2, model, drawn_catalogue, tmp_path):
+    "On stderr; the share of neighbours that are kept is told too, and a full-length file says nothing of the kind."
+    code, out, err = moon2("embed", model, "--catalog", drawn_catalogue, "--out", tmp_path / "v.parquet", "--dim", 16, "--dtype", "int8", "--json")
+    facts = json.loads(out)
+    assert code == 0 and "trained without matryoshka_dims" in err and 0 < facts["neighbours_kept"] < 1
+    code, out, err = moon2("embed", model, "--catalog", drawn_catalogue, "--out", tmp_path / "w.parquet", "--json")
+    assert code == 0 and "matryoshka" not in err and json.loads(out)["neighbours_kept"] is None
+
+
+# ---------------------------------------------------------------------------------------------- stores
+
+
+def test_the_same_through_a_server(stored, tmp_path):
+    "The address of a server in place of a file: Milvus Lite's own server, a process of its own, gives the same hits."
+    port, log = free_port(), tmp_path / "server.log"
+    code = f"from milvus_lite.adapter.grpc.server import start_server_in_thread\nimport time\nkept = start_server_in_thread(data_dir={str(tmp_path / 'served')!r}, host='127.0.0.1', port={port})\ntime.sleep(600)"
+    with open(log, "w") as file:
+        server = subprocess.Popen([sys.executable, "-c", code], stdout=file, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
+        address = f"http://127.0.0.1:{port}"
+        done, = index_vectors(stored[0], address)
+        rows = VectorFile(stored[0]).read().rows
+        with VectorStore(address) as there, VectorStore(stored[1]) as here:
+            assert len(there) == done.total == len(here)
+            one, other = there.search(rows[:10], 5), here.search(rows[:10], 5)
+        assert [[hit.product_id for hit in hits] for hits in one] == [[hit.product_id for hit in hits] for hits in other]
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_locked_store_says_so(stored, moon2, model):
+    "While another process has it open."
+    code = f"from moon2_lab.index import connect\nclient = connect({str(stored[1])!r})\nprint('open', flush=True)\ninput()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert holder.stdout.readline() == b"open\n"
+        code, out, err = moon2("search", model, "--uri", stored[1], "--text", "x")
+        assert code == 2 and out == "" and "another process holds this store" in err and "Traceback" not in err
+    finally:
+        holder.communicate(b"\n")
+    assert moon2("search", model, "--uri", stored[1], "--text", "x")[0] == 0
+
+
+def test_exact_search_up_to_the_limit(tmp_path):
+    "Just below 20,000 vectors: the ids of matrix product and sort, for 200 queries."
+    import pyarrow.parquet as pq
+
+    from moon2_lab.vectors import VectorBlock, normalised, payload_of, vector_schema, vector_table
+    rng, count = np.random.default_rng(0), 19_999
+    rows = normalised(rng.normal(size=(count, 32)))
+    ids = [f"p{place}" for place in range(count)]
+    payload = pd.DataFrame([[None] * 6] * count, columns=payload_of([]).columns, dtype=object)
+    pq.write_table(vector_table(VectorBlock(ids, ["mm"] * count, rows, payload), vector_schema("float32", 32, {})), tmp_path / "v.parquet")
+    done, = index_vectors(tmp_path / "v.parquet", tmp_path / "v.db")
+    assert done.index == "FLAT" and done.total == count
+    queries = normalised(rng.normal(size=(200, 32)))
+    with VectorStore(tmp_path / "v.db") as store:
+        found = store.search(queries, 10)
+    assert [[hit.product_id for hit in hits] for hits in found] == [[ids[place] for place in row] for row in nearest(queries, rows, 10)]
+
+
+VALUES = ("red", "Navy Blue", "O'Neill", 'a "b"', "back\\slash", "日本", "50% [x]", "a=b", "red  x")
+
+
+@pytest.fixture(scope="module")
+def odd_store(tmp_path_factory):
+    "Products with odd field names and values, indexed."
+    import dataclasses
+    folder = tmp_path_factory.mktemp("odd")
+
+    def odd(place, product):
+        attributes = {"colour": VALUES[place % 9], "Neck Type": "|".join(VALUES[place % 3 : place % 3 + 2])}
+        return dataclasses.replace(product, category_l1=VALUES[place % 4], attributes=attributes if place % 5 else {})
+
+    products = [odd(place, product) for place, product in enumerate(shop(45).products)]
+    catalog = Catalog.from_products(products)
+    embed_catalog(tiny(), catalog, folder / "v.parquet")
+    index_vectors(folder / "v.parquet", folder / "v.db")
+    with VectorStore(folder / "v.db") as store:
+        yield catalog, store
+
+
+COMPARISONS = st.one_of(
+    st.tuples(st.sampled_from(("category_l1", "colour", "'neck TYPE'")), st.sampled_from(("==", "!=")), st.sampled_from(VALUES).map(repr)).map(" ".join),
+    st.tuples(st.sampled_from(("category_l1", "colour", "'neck TYPE'")), st.sampled_from(("in", "not in")), st.lists(st.sampled_from(VALUES), min_size=1, max_size=3).map(repr)).map(" ".join),
+)
+FILTERS = st.recursive(COMPARISONS, lambda inner: st.one_of(st.tuples(inner, st.sampled_from((" and ", " or ")), inner).map(lambda parts: f"({''.join(parts)})"), inner.map("not ({})".format)), max_leaves=5)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(expression=FILTERS)
+def test_a_filter_means_the_same_everywhere(odd_store, expression):
+    "The store keeps exactly the products that the test in Python keeps."
+    catalog, store = odd_store
+    values = [field_values(product) for product in catalog]
+    fits = parse_filter(expression, {"category_l1", "colour", "neck type"})
+    wanted = {product.product_id for product, one in zip(catalog, values, strict=True) if fits(one)}
+    found = store.search(np.eye(1, store.about["dim"], dtype=np.float32), 1000, expression)[0]
+    assert {hit.product_id for hit in found} == wanted, expression
+
+
+def test_indexing_leaves_nothing_behind(stored):
+    "No trial collections; the folder holds what belongs there."
+    client = connect(stored[1])
+    assert sorted(client.list_collections()) == ["moon2_about", "moon2_mm"]
+    disconnect(client, stored[1])
