@@ -22,9 +22,10 @@ from .core import VIEWS, DataError, UsageError, atomic_path, progress, read_json
 from .encoder import Moon2Encoder
 from .vectors import DTYPES, VectorBlock, VectorFile, neighbours_kept, payload_of, reduced, shortened, vector_schema, vector_table
 
+# %% ../nbs/51_embed.ipynb #c06b7b17
 log = logging.getLogger(__name__)
 
-# %% ../nbs/51_embed.ipynb #c06b7b17
+
 @dataclass(frozen=True)
 class EmbedJob:
     "What decides the content of a file of vectors."

@@ -28,9 +28,8 @@ from .filters import facets, field_values, milvus_filter
 from .products import Product
 from .vectors import PAYLOAD, VectorBlock, VectorFile, shortened
 
-log = logging.getLogger(__name__)
-
 # %% ../nbs/52_index.ipynb #b60be6d5
+log = logging.getLogger(__name__)
 TOKEN = "MOON2_MILVUS_TOKEN"  # environment variable: user:password or API key of a server
 
 
