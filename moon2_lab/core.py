@@ -205,7 +205,7 @@ def lab_settings() -> dict[str, str]:
 def parse_value(
     name: str,  # the field, for the message
     value: Any,  # text or a Python value
-    kind: type,  # bool, int, float or str
+    kind: type,  # bool, int, float, str, or tuple: whole numbers, which are sorted
 ) -> Any:
     "`value` as `kind`; raises `UsageError` naming the field."
     try:
@@ -218,6 +218,9 @@ def parse_value(
             if number != int(number):
                 raise ValueError
             return int(number)
+        if kind is tuple:
+            parts = value if isinstance(value, (list, tuple)) else str(value).strip("[]() ").split(",")
+            return tuple(sorted(parse_value(name, part, int) for part in parts if str(part).strip()))
         return kind(value) if kind is float else str(value).strip()
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise UsageError(f"{value!r} is no {kind.__name__}", where=name, advice=f"give a {kind.__name__}") from error
@@ -314,6 +317,7 @@ class TrainConfig(EncoderConfig):
     aux_weight: float = 0.01  # rho, weight of the load-balance loss
     sparsity_weight: float = 0.01  # varsigma, weight of the sparsity loss
     balance_temperature: float = 0.5  # balanced: tau of the target softmax(relative loss / tau); smaller follows the hard objectives more
+    matryoshka_dims: tuple = ()  # the inter losses train these prefixes of an embedding too, such as 32,64; the full length is always trained
     # dynamic sample filter
     filter: bool = True  # down-weight unreliable triplets
     filter_threshold: float = 0.6  # reliability under which a triplet is weighted by phi
@@ -363,6 +367,7 @@ class TrainConfig(EncoderConfig):
         for name in ("omega_floor", "filter_threshold", "filter_warmup_ratio", "warmup_ratio", "quarantine_limit", "noise"):
             self.require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self.require(self.per_device_train_batch_size >= 2, "per_device_train_batch_size", "at least 2: the other triplets are the negatives")
+        self.require(all(dim >= 1 for dim in self.matryoshka_dims) and len(set(self.matryoshka_dims)) == len(self.matryoshka_dims), "matryoshka_dims", "each at least 1, and named once")
         self.require(self.negatives_per_query >= 1, "negatives_per_query", "at least 1")
         self.require(self.query_variants >= 1, "query_variants", "at least 1")
         self.require(self.max_steps > 0 or self.max_minutes > 0, "max_steps", "give max_steps or max_minutes")
@@ -391,7 +396,7 @@ def preset_differences(
 
 METHOD_FIELDS = tuple(
     "num_experts top_k moe_layers attention omega_mode omega_routing omega_floor omega_times_m intra_omega intra_negatives intra_symmetric temperature intra_temperature "
-    "balance_temperature aux_weight sparsity_weight filter filter_threshold filter_kappa filter_margin_start filter_margin_end filter_warmup_ratio filter_on_intra in_batch_negatives".split()
+    "matryoshka_dims balance_temperature aux_weight sparsity_weight filter filter_threshold filter_kappa filter_margin_start filter_margin_end filter_warmup_ratio filter_on_intra in_batch_negatives".split()
 )
 
 # %% ../nbs/00_core.ipynb #92c85d6b

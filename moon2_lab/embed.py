@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from .catalog import Catalog, Product
 from .core import VIEWS, DataError, UsageError, atomic_path, progress, read_json, write_json
 from .encoder import Moon2Encoder
+from .losses import fits_dim
 from .vectors import DTYPES, VectorBlock, VectorFile, neighbours_kept, payload_of, reduced, shortened, vector_schema, vector_table
 
 # %% ../nbs/51_embed.ipynb #c06b7b17
@@ -230,8 +231,8 @@ def already_there(job: EmbedJob, out: str | Path) -> Embedded | None:
 
 def warn_of_prefix(encoder: Moon2Encoder, dim: int) -> None:
     "Say so when vectors are cut shorter than the model was trained for."
-    trained = [int(x) for x in encoder.info.get("matryoshka_dims") or ()]
-    if dim != encoder.embedding_dim and dim not in trained:
+    if not fits_dim(encoder.info, dim, encoder.embedding_dim):
+        trained = encoder.info.get("matryoshka_dims")
         told = f"it was trained for {', '.join(map(str, trained))}" if trained else "it was trained without matryoshka_dims"
         log.warning("vectors cut to %d of %d numbers, but this model was not trained for that: %s; expect to lose more", dim, encoder.embedding_dim, told)
 

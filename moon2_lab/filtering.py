@@ -205,6 +205,7 @@ def _inter_problem(view: str, views: TripletViews, keys: TripletKeys, samples: d
     options = {
         "keys": keys.positive, "negative_keys": keys.negative, "query_keys": keys.query, "in_batch": config.in_batch_negatives, "weight": weight, "unique": True,
         "mask": samples[f"inter_{view}"], "positive_mask": views.present["p"]["mm"], "negative_mask": views.present["n"]["mm"] & keys.negative_mask,
+        "dims": config.matryoshka_dims,
     }
     return inter_product_loss, vectors, config.temperature, options
 
@@ -234,6 +235,7 @@ class Moon2Objective:
         config: TrainConfig,
     ):
         self.config = config
+        self.matryoshka_dims = config.matryoshka_dims  # the prefixes it trains: the trainer writes them into the model's info
 
     def __call__(
         self,
@@ -276,7 +278,7 @@ class Moon2Objective:
             if samples[name].any():
                 function, vectors, temperature, options = problems[name]
                 losses[name] = function(*vectors, temperature, **options)
-                blind = {key: _blind(value) if key == "other_image" else value for key, value in options.items()}
+                blind = {key: _blind(value) if key == "other_image" else value for key, value in options.items() if key != "dims"}  # chance is the same at every length
                 relative[m] = losses[name].detach() / function(*map(_blind, vectors), temperature, **blind).clamp(min=1e-9)
         return losses, relative
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'TOKEN', 'USERS', 'HOLD', 'EXACT_BELOW', 'GRAPH_BELOW', 'HNSW', 'CHOICES', 'ABOUT', 'MAX_TEXT', 'MAX_ID',
-           'MAX_FACETS', 'BATCH', 'store_address', 'is_locked', 'Heard', 'quiet', 'unbuilt', 'connect', 'IndexChoice',
-           'suited', 'works_here', 'choose_index', 'disconnect', 'cut', 'stored_rows', 'make_collection', 'read_about',
-           'write_about', 'Indexed', 'index_vectors', 'count_rows', 'StoredHit', 'VectorStore']
+           'MAX_FACETS', 'BATCH', 'store_address', 'is_locked', 'Heard', 'quiet', 'connect', 'IndexChoice', 'suited',
+           'build_index', 'works_here', 'choose_index', 'disconnect', 'cut', 'stored_rows', 'make_collection',
+           'read_about', 'write_about', 'Indexed', 'index_vectors', 'count_rows', 'StoredHit', 'VectorStore']
 
 # %% ../nbs/52_index.ipynb #a0f8bb9c
 import contextlib
@@ -91,11 +91,6 @@ def quiet() -> Iterator[list[str]]:
             one.propagate, one.handlers = propagate, handlers
 
 
-def unbuilt(heard: list[str]) -> str:
-    "What Milvus Lite logged about an index it could not build; it then searches without one, and says nothing."
-    return next((line[:160] for line in heard if "index build failed" in line), "")
-
-
 def connect(
     uri: str | Path,
     create: bool = False,  # make the file if it is not there
@@ -156,6 +151,13 @@ def suited(
     return CHOICES["small"], f"{count:,} vectors: eight bits a number, to save memory"
 
 
+def build_index(client, name: str) -> None:
+    "Write out a collection that was released before it was written to, and build its index. While it is loaded, Milvus Lite builds in the background and only logs an error; loading builds at once, and raises."
+    with quiet():
+        client.flush(name)
+        client.load_collection(name)
+
+
 def works_here(
     client,  # MilvusClient
     choice: IndexChoice,
@@ -171,15 +173,14 @@ def works_here(
     schema.add_field("vector", DataType.FLOAT_VECTOR, dim=8)
     params.add_index("vector", index_type=choice.kind, metric_type="IP", params=build)
     try:
-        with quiet() as heard:
+        with quiet():
             client.create_collection(name, schema=schema, index_params=params)
+            client.release_collection(name)
             client.insert(name, [{"id": place, "vector": row} for place, row in enumerate(rows)])
-            client.flush(name)
-            client.load_collection(name)
+            build_index(client, name)
             found = client.search(name, data=list(rows[:8]), limit=1, search_params={"metric_type": "IP", "params": choice.search}, consistency_level="Strong")
-            time.sleep(0.2)  # Milvus Lite builds in the background
         right = np.argmax(rows[:8] @ rows.T, axis=1).tolist()
-        return unbuilt(heard) or ("" if [hits[0]["id"] for hits in found] == right else "it finds other vectors than the nearest ones")
+        return "" if [hits[0]["id"] for hits in found] == right else "it finds other vectors than the nearest ones"
     except (MilvusException, IndexError) as error:
         return " ".join(str(getattr(error, "message", error)).split())[:120] or type(error).__name__
     finally:
@@ -332,14 +333,12 @@ def _index_view(client, file: VectorFile, view: str, uri: str, replace: bool) ->
             if not there:
                 make_collection(client, name, about["dim"], choice)
                 write_about(client, name, about | {"index": choice.kind, "search": choice.search, "fields": []})
+            if not there or "://" not in uri:  # on a server others may be searching it
+                client.release_collection(name)
         made, seen = zip(*stored_rows(part), strict=True)
         client.upsert(name, list(made))
         fields, rows = fields.union(*seen), rows + len(made)
-    with quiet() as heard:
-        client.flush(name)
-        client.load_collection(name)
-    if unbuilt(heard):
-        log.warning("%s searches without an index: %s", uri, unbuilt(heard))
+    build_index(client, name)
     write_about(client, name, about | {"index": choice.kind, "search": choice.search, "fields": sorted(fields)[:2000]})
     return Indexed(uri, name, rows, count_rows(client, name), choice.kind, reason, time.perf_counter() - begun)
 

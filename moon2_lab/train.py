@@ -94,6 +94,7 @@ class Trainer:
     ):
         self.config = (config or TrainConfig()).replace(**dataclasses.asdict(encoder.config))
         self.encoder, self.catalog, self.callbacks, self.evaluate_fn, self.command = encoder, catalog, list(callbacks), evaluate_fn, command
+        self.config.require(all(dim < encoder.embedding_dim for dim in self.config.matryoshka_dims), "matryoshka_dims", f"each shorter than the embedding, which has {encoder.embedding_dim} numbers and is always trained")
         self.out = Path(out) if out else None
         if self.out and not resume and self.out.exists() and any(self.out.iterdir()):
             raise UsageError("the run folder is not empty", where=str(self.out), advice="give another --out, or continue it with --resume")
@@ -131,7 +132,7 @@ class Trainer:
             raise UsageError(f"{self.config.report_to} is not installed", where="report_to", advice=f"pip install {self.config.report_to}, or report_to=none")
         self.model, self.optimizer = self.accelerator.prepare(self.encoder, make_optimizer(self.encoder, self.config))
         if self.config.report_to != "none":
-            self.accelerator.init_trackers("moon2_lab", config=dataclasses.asdict(self.config))
+            self.accelerator.init_trackers("moon2_lab", config={name: str(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self.config).items()})
 
     def current_batch(self) -> list[Triplet]:
         "The batch of the step that is due; the same one until the step is taken."
@@ -306,8 +307,9 @@ def _tell(self: Trainer, event: Event) -> None:
 
 @patch
 def _begin(self: Trainer) -> None:
-    "Before the first step: features, number of steps."
+    "Before a step: features and number of steps where they are missing; what the model is trained for."
     self._closed = False
+    self.encoder.info["matryoshka_dims"] = list(getattr(self.objective, "matryoshka_dims", ()))
     if self.max_steps == 0:
         self.prepare_features()
         self.max_steps = self.calibrate()

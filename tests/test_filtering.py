@@ -10,9 +10,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moon2_lab.core import OBJECTIVES, VIEWS, TrainConfig
+from moon2_lab.core import OBJECTIVES, VIEWS, TrainConfig, UsageError, read_json
+from moon2_lab.encoder import Moon2Encoder
 from moon2_lab.filtering import FilterLedger, Moon2Objective, batch_masks, filter_weights, loss_receipt, margin_schedule, phi_quantiles, reliability, triplet_reliability
-from moon2_lab.losses import OMEGA_MODES, TripletKeys, TripletRouting, TripletViews, inter_product_loss, load_balance_loss
+from moon2_lab.losses import OMEGA_MODES, TripletKeys, TripletRouting, TripletViews, fits_dim, inter_product_loss, load_balance_loss, truncated
+from moon2_lab.recipes import DenseObjective, UnalignedObjective
+from moon2_lab.train import Trainer
+from small import settings as small_run
+from small import shop, tiny
 
 
 @dataclass
@@ -210,8 +215,8 @@ def test_one_product_everywhere_leaves_nothing_to_learn():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 100_000), st.sampled_from(OMEGA_MODES), st.sampled_from(("lab", "paper")), st.integers(0, 2), st.booleans())
-def test_any_mix_of_views_is_finite(seed, mode, preset, per_row, shared):
+@given(st.integers(0, 100_000), st.sampled_from(OMEGA_MODES), st.sampled_from(("lab", "paper")), st.integers(0, 2), st.booleans(), st.sampled_from(((), (2, 8))))
+def test_any_mix_of_views_is_finite(seed, mode, preset, per_row, shared, dims):
     "Items without text, without image, without anything; missing negatives; NaN in every hole."
     step = views, routing, keys = make_step(batch=4, per_row=per_row, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -227,7 +232,7 @@ def test_any_mix_of_views_is_finite(seed, mode, preset, per_row, shared):
             hole = ~views.present[role][view] | (~keys.negative_mask if role == "n" else False)
             views.embedding[role][view][hole] = math.nan
             routing.weights[role][view][hole] = math.nan
-    terms = Moon2Objective(TrainConfig(preset=preset, omega_mode=mode, omega_routing="shared" if shared else "per_view", filter_on_intra=True))(*step)
+    terms = Moon2Objective(TrainConfig(preset=preset, omega_mode=mode, omega_routing="shared" if shared else "per_view", filter_on_intra=True, matryoshka_dims=dims))(*step)
     terms["loss"].backward()
     there = [name for name in OBJECTIVES if name in terms]
     assert terms["loss"].isfinite() and all(t.grad is None or t.grad.isfinite().all() for t in [*leaves(step), routing.alignment])
@@ -293,6 +298,107 @@ def test_objective_on_a_gpu():
     moved_routing = TripletRouting(there(routing.weights), routing.alignment.detach().cuda().requires_grad_(), layers)
     terms = Moon2Objective(TrainConfig())(TripletViews(there(views.embedding), there(views.present)), moved_routing, moved)
     assert terms["loss"].item() == pytest.approx(expected, rel=1e-4)
+
+
+# ---- prefixes
+
+
+@pytest.mark.parametrize("preset,mode", itertools.product(("lab", "paper"), OMEGA_MODES))
+def test_prefixes_are_in_the_inter_losses_and_nowhere_else(preset, mode):
+    "Same terms, same filter, same masks; each inter loss is the mean over the lengths."
+    step = views, _, keys = make_step(per_row=2)
+    keys.negative[0, 1] = keys.positive[2]  # a product twice, and one masked
+    keys.negative_mask[4, 0] = False
+    config = TrainConfig(preset=preset, omega_mode=mode)
+    plain, nested = Moon2Objective(config)(*step), Moon2Objective(config.replace(matryoshka_dims=(4, 9)))(*step)
+    assert list(plain) == list(nested)
+    assert all(torch.equal(plain[name], nested[name]) for name in ("phi", "filter_weight", "intra_p", "intra_n", "aux", "sparsity", "masked_pairs", "repeated_pairs", "share_down_weighted"))
+    options = {"keys": keys.positive, "negative_keys": keys.negative, "query_keys": keys.query, "negative_mask": keys.negative_mask, "unique": True}
+    for row, view in enumerate(VIEWS):
+        lengths = [inter_product_loss(*(F.normalize(views.embedding[r][v][..., :d], dim=-1) for r, v in (("q", view), ("p", "mm"), ("n", "mm"))), config.temperature, weight=plain["filter_weight"][row], **options) for d in (16, 4, 9)]
+        assert plain[f"inter_{view}"].item() == pytest.approx(lengths[0].item(), abs=1e-12)
+        assert nested[f"inter_{view}"].item() == pytest.approx(sum(lengths).item() / 3, abs=1e-12)
+        ratio = nested[f"inter_{view}"] / plain[f"inter_{view}"]  # chance is the same
+        assert (nested["relative"][row] / plain["relative"][row]).item() == pytest.approx(ratio.item(), abs=1e-9)
+    total = sum(omega * nested[name] for omega, name in zip(nested["omega"], OBJECTIVES)) + 0.01 * nested["aux"] + 0.01 * nested["sparsity"] + nested.get("balance", 0.0)
+    assert nested["loss"].item() == pytest.approx(total.item(), abs=1e-12)
+
+
+def test_without_prefixes_the_objective_is_unchanged_bit_for_bit():
+    "Against the loss without the argument, value and gradient."
+    views, routing, keys = make_step(dtype=torch.float32)
+    terms = Moon2Objective(TrainConfig())(views, routing, keys)
+    vectors = [views.embedding["q"]["t"], views.embedding["p"]["mm"], views.embedding["n"]["mm"]]
+    plain = inter_product_loss(*vectors, 0.05, keys=keys.positive, negative_keys=keys.negative, query_keys=keys.query, weight=terms["filter_weight"][0], unique=True)
+    assert torch.equal(terms["inter_t"], plain)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(terms["inter_t"], vectors), torch.autograd.grad(plain, vectors)))
+
+
+def test_prefixes_of_the_ablation_without_alignment():
+    step = make_step()
+    plain, nested = (UnalignedObjective(TrainConfig(matryoshka_dims=dims)) for dims in ((), (4,)))
+    assert (plain.matryoshka_dims, nested.matryoshka_dims) == ((), (4,)) and not hasattr(DenseObjective(), "matryoshka_dims")
+    assert nested(*step)["inter_mm"].item() == Moon2Objective(TrainConfig(matryoshka_dims=(4,)))(*step)["inter_mm"].item() != plain(*step)["inter_mm"].item()
+
+
+def test_prefixes_longer_than_the_vectors_are_refused():
+    with pytest.raises(UsageError, match=r"a prefix of 17 numbers from vectors of 16 \[matryoshka_dims\]"):
+        Moon2Objective(TrainConfig(matryoshka_dims=(4, 17)))(*make_step())
+    for value, told in (("0,4", "at least 1"), ("4,4", "named once"), ("-4", "at least 1"), ("four", "'four' is no int"), ([4, 2.5], "2.5 is no int"), ({"a": 1}, "is no int")):
+        with pytest.raises(UsageError, match=rf"{told}.*\[matryoshka_dims\]"):
+            TrainConfig(matryoshka_dims=value)
+    assert TrainConfig(matryoshka_dims="[8, 4]").matryoshka_dims == TrainConfig(matryoshka_dims=(4, 8)).matryoshka_dims == (4, 8) and TrainConfig().matryoshka_dims == ()
+
+
+@pytest.fixture
+def small_runs(own_cache):
+    "A cache of their own, and the threads as they were."
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def trained_shop(folder, dims, steps=80, **options):
+    "A trainer of the tiny encoder, after its run."
+    config = small_run(max_steps=steps, per_device_train_batch_size=16, learning_rate=3e-3, connector_learning_rate=3e-3, filter=False, matryoshka_dims=dims)
+    trainer = Trainer(tiny(), shop(96), config, out=folder, **options)
+    trainer.train()
+    return trainer
+
+
+def test_an_encoder_trained_with_prefixes_has_better_ones(small_runs, tmp_path):
+    "Same seed, same steps, the same columns of history; the loss of the first 4 of 64 numbers over the products trained on. And the saved model says what it was trained for."
+    found = {}
+    for dims in ((), (4, 8)):
+        trainer = trained_shop(tmp_path / f"run-{len(dims)}", dims)
+        own = {triplet.positive.product_id: triplet for triplet in trainer.triplets}.values()
+        query, item = (torch.from_numpy(trainer.encoder.encode(rows, view=view)) for rows, view in (([t.query for t in own], "t"), ([t.positive for t in own], "mm")))
+        found[dims] = inter_product_loss(truncated(query, 4), truncated(item, 4), None, 0.05).item(), list(trainer.table().columns)
+        loaded = Moon2Encoder.from_pretrained(tmp_path / f"run-{len(dims)}" / "model")
+        assert loaded.info["matryoshka_dims"] == list(dims) and [fits_dim(loaded.info, dim, 64) for dim in (4, 5, 64)] == [bool(dims), False, True]
+    assert found[4, 8][0] < 0.7 * found[()][0], found  # seen: 1.14 and 2.39
+    assert found[4, 8][1] == found[()][1]
+
+
+def test_the_trainer_refuses_prefixes_that_are_none_and_notes_what_the_objective_trains(small_runs, tmp_path):
+    with pytest.raises(UsageError, match=r"each shorter than the embedding, which has 64 numbers.*\[matryoshka_dims\]"):
+        trained_shop(tmp_path / "run", (8, 64))
+    assert not (tmp_path / "run").exists()
+    own = lambda views, routing, keys: {"loss": views.embedding["q"]["mm"].pow(4).sum()}
+    assert trained_shop(None, (8,), steps=1, objective=own).encoder.info["matryoshka_dims"] == []  # it trains none
+    own.matryoshka_dims = (16,)
+    assert trained_shop(None, (8,), steps=1, objective=own).encoder.info["matryoshka_dims"] == [16]
+
+
+def test_prefixes_in_the_best_model_after_a_resume_and_with_tensorboard(small_runs, tmp_path):
+    config = small_run(max_steps=2, matryoshka_dims=(8, 16), report_to="tensorboard", eval_steps=1)
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    Trainer(tiny(), shop(60), config, out=tmp_path / "run", evaluate_fn=lambda encoder: {"score": 0.5}).train()
+    told = [read_json(tmp_path / "run" / folder / "config.json")["info"]["matryoshka_dims"] for folder in ("checkpoints/best", "model")]
+    assert told == [[8, 16]] * 2 and read_json(tmp_path / "run" / "run_settings.json")["differs_from_paper"]["matryoshka_dims"] == {"paper": [], "here": [8, 16]}
+    (tmp_path / "run" / "model" / "config.json").unlink()
+    Trainer(tiny(), shop(60), config.replace(report_to="none"), out=tmp_path / "run", resume=True).train()  # no step is left
+    assert read_json(tmp_path / "run" / "model" / "config.json")["info"]["matryoshka_dims"] == [8, 16]
 
 
 # ---- the ledger

@@ -18,12 +18,15 @@ from moon2_lab.losses import (
     candidate_masks,
     collective_support,
     contrastive_loss,
+    fits_dim,
     inter_product_loss,
     intra_product_loss,
     load_balance_loss,
     objective_weights,
     preference,
+    prefix_loss,
     sparsity_loss,
+    truncated,
 )
 
 
@@ -207,6 +210,115 @@ def test_low_precision_vectors_are_scored_in_float32():
     loss = inter_product_loss(query, positive, None, 0.05)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, inter_product_loss(query.float(), positive.float(), None, 0.05))
+
+
+# ---- prefixes
+
+
+def prefixes(dim, *tensors):
+    "The first `dim` numbers of each, normalised, without the function under test."
+    return [tensor[..., :dim] / tensor[..., :dim].pow(2).sum(-1, keepdim=True).sqrt() for tensor in tensors]
+
+
+@pytest.mark.parametrize("per_row,in_batch,unique", itertools.product((1, 3), (True, False), (True, False)))
+def test_prefixes_equal_brute_force(per_row, in_batch, unique):
+    "The mean over the lengths, each with the same candidates."
+    generator = torch.Generator().manual_seed(per_row)
+    keys, negative_keys = torch.randint(0, 7, (6,), generator=generator), torch.randint(0, 7, (6, per_row), generator=generator)
+    vectors = unit(6, 8, seed=1), unit(6, 8, seed=2), unit(6, per_row, 8, seed=3)
+    expected = sum(brute_force(*prefixes(d, *vectors), keys, negative_keys, 0.3, in_batch, unique) for d in (8, 3, 5)) / 3
+    loss = inter_product_loss(*vectors, 0.3, keys=keys, negative_keys=negative_keys, in_batch=in_batch, unique=unique, reduction="none", dims=(3, 5))
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    assert (loss - brute_force(*vectors, keys, negative_keys, 0.3, in_batch, unique)).abs().max() > 1e-3  # they do count
+
+
+@pytest.mark.parametrize("dims", ((1,), (2, 4), (1, 2, 3, 4, 5, 6, 7)))
+def test_prefixes_that_know_nothing_give_the_log_of_the_number_of_candidates(dims):
+    for value in (0.0, 1.0):
+        vector = F.normalize(torch.full((1, 8), value, dtype=torch.float64), dim=-1)
+        loss = inter_product_loss(vector.expand(5, 8), vector.expand(5, 8), vector.expand(5, 2, 8), 0.05, dims=dims)
+        assert loss.item() == pytest.approx(math.log(15), abs=1e-9)
+    assert inter_product_loss(unit(4, 8, seed=1), unit(4, 8, seed=2), None, 0.05, in_batch=False, dims=dims).item() == 0.0  # without negatives
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+def test_no_prefixes_is_the_plain_loss_bit_for_bit(dtype):
+    query, positive = (unit(6, 8, seed=seed).to(dtype).requires_grad_() for seed in (1, 2))
+    allowed = candidate_masks(6, 0, keys=torch.tensor([1, 1, 2, 3, 4, 5])).allowed
+    plain = contrastive_loss(query, positive, allowed, 0.05)
+    assert torch.equal(prefix_loss(query, positive, allowed, 0.05), plain)
+    slopes = [torch.autograd.grad(loss, (query, positive)) for loss in (plain.sum() / 6, inter_product_loss(query, positive, None, 0.05, keys=torch.tensor([1, 1, 2, 3, 4, 5]), dims=()))]
+    assert all(torch.equal(a, b) for a, b in zip(*slopes))
+
+
+def test_gradcheck_of_prefixes():
+    query, positive, negatives = (unit(*shape, seed=i).requires_grad_() for i, shape in enumerate(((3, 5), (3, 5), (3, 2, 5))))
+    options = {"keys": torch.tensor([1, 2, 2]), "negative_keys": torch.tensor([[3, 1], [4, 4], [5, 6]]), "weight": torch.tensor([0.3, 1.0, 0.9], dtype=torch.float64), "dims": (2, 3)}
+    assert torch.autograd.gradcheck(lambda *v: inter_product_loss(*v, 0.5, **options), (query, positive, negatives))
+    (slope,) = torch.autograd.grad(truncated(query, 2).pow(3).sum(), query)
+    assert (slope[:, 2:] == 0).all() and (slope[:, :2] != 0).any()
+
+
+def test_a_prefix_of_zeros_stays_zero_and_its_gradient_is_small():
+    rows = unit(3, 6, seed=1)
+    rows[1, :2], rows[2, :2] = 0.0, 1e-9
+    rows.requires_grad_()
+    short = truncated(rows, 2)
+    assert (short[1] == 0).all() and short[2].abs().max() < 1e-6 and short[0].norm().item() == pytest.approx(1)
+    (slope,) = torch.autograd.grad(inter_product_loss(rows, unit(3, 6, seed=2), None, 0.05, dims=(2,)), rows)
+    assert slope.isfinite().all() and slope.abs().max() < 100
+
+
+def test_masked_rows_may_hold_nan_with_prefixes():
+    rows, some = torch.tensor([True, False, True, True]), torch.tensor([[True, True], [False, True], [True, False], [False, False]])
+    tensors = [unit(4, 8, seed=1), unit(4, 8, seed=2), unit(4, 2, 8, seed=3)]
+    options = {"mask": rows, "positive_mask": rows, "negative_mask": some, "dims": (2, 4)}
+    expected = inter_product_loss(*tensors, 0.1, **options).item()
+    tensors[0][~rows], tensors[1][~rows], tensors[2][~some] = math.nan, math.nan, math.nan
+    loss = inter_product_loss(*(tensor.requires_grad_() for tensor in tensors), 0.1, **options)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, abs=1e-12) and all(tensor.grad.isfinite().all() for tensor in tensors)
+
+
+def test_prefixes_of_low_precision_vectors_are_scored_in_float32():
+    query, positive = unit(8, 64, seed=1).bfloat16(), unit(8, 64, seed=2).bfloat16()
+    assert truncated(query, 16).dtype == torch.float32
+    torch.testing.assert_close(inter_product_loss(query, positive, None, 0.05, dims=(16,)), inter_product_loss(query.float(), positive.float(), None, 0.05, dims=(16,)))
+
+
+def test_prefixes_that_cannot_be_are_refused():
+    for dim in (0, -1, 9):
+        with pytest.raises(LabError, match=rf"a prefix of {dim} numbers from vectors of 8 \[matryoshka_dims\] -> 1 to 8"):
+            inter_product_loss(unit(4, 8, seed=1), unit(4, 8, seed=2), None, 0.1, dims=(4, dim))
+    assert [fits_dim({"matryoshka_dims": [4, 8]}, dim, 64) for dim in (4, 8, 16, 64)] == [True, True, False, True]
+    assert [fits_dim(info, 4, 64) for info in ({}, {"matryoshka_dims": None}, {"matryoshka_dims": []})] == [False] * 3
+
+
+def recall_of_a_linear_encoder(dims, seed):
+    "R@1 at the lengths 4, 8, 32, of products it never saw; a query repeats the first 8 of 32 numbers of its product well, the others badly."
+    generator = torch.Generator().manual_seed(seed)
+    products, noise = torch.randn(512, 32, generator=generator), torch.tensor([0.1] * 8 + [1.0] * 24)
+    matrix = (torch.randn(32, 32, generator=generator) / 32**0.5).requires_grad_()
+    encode = lambda rows: F.normalize((rows + noise * torch.randn(rows.shape, generator=generator)) @ matrix, dim=1)
+    optimizer = torch.optim.Adam([matrix], lr=0.03)
+    for _ in range(100):
+        batch = products[torch.randperm(256, generator=generator)[:32]]
+        optimizer.zero_grad()
+        inter_product_loss(encode(batch), encode(batch), None, 0.05, dims=dims).backward()
+        optimizer.step()
+    with torch.no_grad():
+        query, item = encode(products[256:]), encode(products[256:])
+        return [((truncated(query, d) @ truncated(item, d).T).argmax(1) == torch.arange(256)).float().mean().item() for d in (4, 8, 32)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_trained_prefixes_find_more(seed):
+    plain, nested = recall_of_a_linear_encoder((), seed), recall_of_a_linear_encoder((4, 8), seed)
+    gain = [after - before for before, after in zip(plain, nested)]
+    assert gain[0] > 0.3 and gain[1] > 0.2 and gain[2] > -0.05, (plain, nested)  # seen: +0.5, +0.4, +0.01
+
+
+# ---- experts and objective weights
 
 
 def test_permuting_the_experts_changes_nothing():
