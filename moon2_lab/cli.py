@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['show', 'explain', 'Parser', 'add_command', 'add_config_options', 'add_data_commands', 'add_augment_command',
            'add_import_command', 'add_model_commands', 'build_parser', 'add_heatmap_command', 'add_search_commands',
-           'messages', 'main']
+           'add_page_commands', 'messages', 'main']
 
 # %% ../nbs/80_cli.ipynb #4c98859d
 import argparse
@@ -17,7 +17,7 @@ import shlex
 import sys
 import traceback
 
-from .commands import Outcome, data_augment, data_check, data_import, data_synth, embed, evaluate, heatmap, index, report, run, search, train
+from .commands import Outcome, compare, data_augment, data_check, data_import, data_synth, demo, embed, evaluate, heatmap, index, report, run, search, train
 
 # %% ../nbs/80_cli.ipynb #3cdaf0ce
 def show(
@@ -130,7 +130,7 @@ def add_import_command(data) -> None:
 
 
 def add_model_commands(commands) -> None:
-    "moon2 train, moon2 eval, moon2 heatmap, moon2 embed, moon2 index, moon2 search, moon2 report, moon2 run."
+    "moon2 train, moon2 eval, moon2 heatmap, moon2 embed, moon2 index, moon2 search, moon2 compare, moon2 demo, moon2 report, moon2 run."
     parser = add_command(commands, "train", train, "moon2 train --catalog path/to/catalogue --out runs/mine --set max_minutes=10 seed=1")
     parser.add_argument("--catalog", required=True, metavar="DIR", help="folder with products.parquet")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder, new or empty")
@@ -147,6 +147,7 @@ def add_model_commands(commands) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the scores here, and per_query.parquet beside it")
     add_heatmap_command(commands)
     add_search_commands(commands)
+    add_page_commands(commands)
     parser = add_command(commands, "report", report, "moon2 report runs/mine --catalog path/to/catalogue")
     parser.add_argument("run_folder", metavar="RUN", help="run folder")
     parser.add_argument("--catalog", required=True, metavar="DIR", help="folder with products.parquet")
@@ -209,6 +210,30 @@ def add_search_commands(commands) -> None:
     parser.add_argument("--view", choices=["t", "i", "mm"], help="which vectors of the products (default: mm, else the only ones there)")
     parser.add_argument("--k", type=int, default=10, metavar="N", help="how many hits (default 10)")
     parser.add_argument("--filter", default="", metavar="EXPR", help="which products may be found, for example \"colour in ('red', 'blue') and not category_l1 == 'Fashion'\"")
+
+# %% ../nbs/80_cli.ipynb #a46b629b
+def add_page_commands(commands) -> None:
+    "moon2 compare, moon2 demo."
+    parser = add_command(commands, "compare", compare, "moon2 compare runs/before runs/after --catalog path/to/catalogue --out diff.html")
+    parser.add_argument("model_a", metavar="MODEL_A", help="the model there is: run folder, or folder of a saved model")
+    parser.add_argument("model_b", metavar="MODEL_B", help="the candidate")
+    parser.add_argument("--catalog", required=True, metavar="DIR", help="folder with products.parquet")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the page to write, for example diff.html")
+    parser.add_argument("--split", default="test", metavar="NAME", help="test (default), all, valid or train")
+    parser.add_argument("--protocol", default="catalog-v1", choices=["catalog-v1", "triplets-v1"], help="default catalog-v1")
+    parser.add_argument("--k", type=int, default=10, metavar="N", help="won and lost are counted at R@N (default 10)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N products (catalog-v1) or queries (triplets-v1)")
+    parser.add_argument("--most", type=int, default=500, metavar="N", help="queries shown on the page, the most changed first (default 500); all are counted")
+    parser.add_argument("--explain", type=int, default=6, metavar="N", help="heatmaps and experts for the N most changed queries (default 6; 0: none)")
+    parser = add_command(commands, "demo", demo, "moon2 demo runs/mine --catalog path/to/catalogue --port 7860")
+    parser.add_argument("model", metavar="MODEL", help="run folder, or folder of a saved model")
+    parser.add_argument("model_b", metavar="MODEL_B", nargs="?", help="a second one, shown beside the first")
+    parser.add_argument("--catalog", required=True, metavar="DIR", help="folder with products.parquet")
+    parser.add_argument("--split", default="auto", metavar="NAME", help="train, valid, test or all (default: test where it is large enough)")
+    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to serve on (default 127.0.0.1; 0.0.0.0 shows it to the network)")
+    parser.add_argument("--port", type=int, default=7860, metavar="P", help="default 7860")
+    parser.add_argument("--share", action="store_true", help="open a public tunnel through Gradio's servers: anyone with the address sees pictures, titles and answers")
+    parser.add_argument("--export-space", metavar="DIR", help="instead of serving, write a folder with app, model and products that a Gradio Space or any machine can serve")
 
 # %% ../nbs/80_cli.ipynb #e24437ab
 @contextlib.contextmanager

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Outcome', 'read_config_file', 'parse_assignments', 'typed_settings', 'data_check', 'check_lines', 'data_synth',
            'data_import', 'data_augment', 'train', 'evaluate', 'report', 'run', 'heatmap', 'heat_facts', 'heat_lines',
-           'embed', 'index', 'search']
+           'embed', 'index', 'search', 'compare', 'compare_lines', 'demo']
 
 # %% ../nbs/79_commands.ipynb #3ea1086e
 import argparse
@@ -257,3 +257,44 @@ def search(args: argparse.Namespace) -> Outcome:
         hits = store.search(encoder.encode([query]), args.k, args.filter)[0]
     lines = [f"{place:3} {hit.score:.3f}  {hit.product_id}  {hit.title or '(no title)'}" for place, hit in enumerate(hits, 1)] or ["no product fits the filter"]
     return Outcome("\n".join(lines), {"hits": [{"product_id": hit.product_id, "score": hit.score, "title": hit.title} for hit in hits]})
+
+# %% ../nbs/79_commands.ipynb #f178307f
+def compare(args: argparse.Namespace) -> Outcome:
+    "Compare two models on the same queries: won, lost, moved, as one page."
+    from moon2_lab.catalog import Catalog
+    from moon2_lab.changes import explain_changes
+    from moon2_lab.compare import compare_encoders
+    from moon2_lab.diffpage import write_diff_page
+    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.job import model_folder
+
+    folders = [model_folder(args.model_a), model_folder(args.model_b)]
+    catalog = Catalog.load(args.catalog)
+    a, b = (Moon2Encoder.from_pretrained(folder) for folder in folders)
+    found = compare_encoders(a, b, catalog, args.split, args.k, (args.model_a, args.model_b), protocol=args.protocol, limit=args.limit)
+    path = write_diff_page(found, args.out, explain_changes(found, a, b, first=args.explain) if args.explain else None, most=args.most)
+    facts = found.summary()
+    return Outcome("\n".join([*compare_lines(facts), str(path)]), facts | {"page": str(path)})
+
+
+def compare_lines(facts: dict) -> list[str]:  # of Comparison.summary
+    "One line a direction: both values, the difference with its interval, and the counts."
+    metric, lines = f"R@{facts['k']}", []
+    for name, row in facts["directions"].items():
+        test, counted = row[metric], ", ".join(f"{kind} {row[kind]}" for kind in ("won", "lost", "moved", "same"))
+        low, high = test["ci95"]
+        lines.append(f"{name:7} {metric} {test['a']:.3f} -> {test['b']:.3f}  {test['difference']:+.3f} [{low:+.3f}, {high:+.3f}]  p {test['p_holm']:.3f}  {counted}")
+    return lines
+
+# %% ../nbs/79_commands.ipynb #57496084
+def demo(args: argparse.Namespace) -> Outcome:
+    "Search a catalogue in the browser, with one model or two; or write a folder that serves the same elsewhere."
+    from moon2_lab.demo import prepare, serve
+
+    if args.export_space:
+        from moon2_lab.space import export_space
+
+        path = export_space(args.model, args.catalog, args.export_space, model_b=args.model_b, split=args.split)
+        return Outcome(str(path), {"space": str(path)})
+    address = serve(prepare(args.model, args.model_b, args.catalog, args.split), args.host, args.port, args.share)
+    return Outcome(f"{address} was stopped", {"address": address})

@@ -238,7 +238,7 @@ def test_apps_see_the_demo_only():
 TORCH_FREE = (  # useful without a model
     "core", "chat", "localmodel", "fetch", "cells", "rows", "layouts", "images", "store", "parts", "intake", "sources", "catalog", "text",
     "batching", "triplets", "surfaces", "drawing", "synth", "retouch", "subjects", "editors", "entities", "enrichers", "protocol", "metrics",
-    "evaluate", "filters", "vectors", "index", "tables", "alarms", "figures", "page", "charts", "report", "commands", "cli",
+    "evaluate", "filters", "vectors", "index", "tables", "alarms", "figures", "page", "charts", "report", "compare", "diffpage", "commands", "cli",
 )
 HEAVY = ("torch", "transformers", "peft", "accelerate", "captum", "gradio", "plotly", "matplotlib", "sklearn", "ipywidgets", "anywidget", "nbdev", "IPython", "cv2", "diffusers", "pymilvus", "milvus_lite", "faiss")
 MAY_IMPORT = {  # heavy packages, and the modules that may import them when they are imported themselves
