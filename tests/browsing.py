@@ -53,8 +53,15 @@ def wait_for(address, server, log):
     raise AssertionError(f"no answer from JupyterLab\n{log.read_text()[-2000:]}")
 
 
+def close_dialog(dialog):
+    "Accept what JupyterLab asks (on a busy machine it may ask for the kernel or report a late save); its words go into the test's output."
+    print("JupyterLab asked:", " ".join(dialog.inner_text().split()))
+    dialog.locator(".jp-Dialog-button.jp-mod-accept").last.click()
+
+
 def open_notebook(page, address, name="test.ipynb"):
     "The notebook in JupyterLab, its kernel ready."
+    page.add_locator_handler(page.locator("dialog.jp-Dialog").first, close_dialog)
     page.goto(f"{address}/lab/tree/{name}?reset", wait_until="domcontentloaded")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=90_000)
     page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(state="attached", timeout=60_000)
