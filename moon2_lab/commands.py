@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Outcome', 'read_config_file', 'parse_assignments', 'typed_settings', 'data_check', 'check_lines', 'data_synth',
            'data_import', 'data_augment', 'train', 'evaluate', 'report', 'run', 'heatmap', 'heat_facts', 'heat_lines',
-           'embed', 'index', 'search', 'compare', 'compare_lines', 'demo']
+           'embed', 'index', 'search', 'compare', 'run_names', 'compare_lines', 'demo']
 
 # %% ../nbs/79_commands.ipynb #3ea1086e
 import argparse
@@ -271,10 +271,17 @@ def compare(args: argparse.Namespace) -> Outcome:
     folders = [model_folder(args.model_a), model_folder(args.model_b)]
     catalog = Catalog.load(args.catalog)
     a, b = (Moon2Encoder.from_pretrained(folder) for folder in folders)
-    found = compare_encoders(a, b, catalog, args.split, args.k, (args.model_a, args.model_b), protocol=args.protocol, limit=args.limit)
+    found = compare_encoders(a, b, catalog, args.split, args.k, run_names(args.model_a, args.model_b), protocol=args.protocol, limit=args.limit)
     path = write_diff_page(found, args.out, explain_changes(found, a, b, first=args.explain) if args.explain else None, most=args.most)
     facts = found.summary()
     return Outcome("\n".join([*compare_lines(facts), str(path)]), facts | {"page": str(path)})
+
+
+def run_names(*models: str) -> tuple[str, ...]:
+    "The names of the runs; the paths as given where names are alike."
+    folders = [Path(model).resolve() for model in models]
+    names = tuple(folder.parent.name if folder.name == "model" else folder.name for folder in folders)
+    return names if len(set(names)) == len(names) else models
 
 
 def compare_lines(facts: dict) -> list[str]:  # of Comparison.summary

@@ -476,3 +476,23 @@ def test_without_script_the_numbers_stand(browser, page_path, made):
     assert page.locator("#directions tbody tr").count() == 5 and "needs JavaScript" in page.locator("#list").inner_text()
     assert [int(words) for words in page.locator("#directions tbody tr td:nth-child(9)").all_inner_texts()] == made.counts("direction")["won"].tolist()
     context.close()
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_writes_the_page(drawn_catalogue, tmp_path, capsys):
+    "`moon2 compare A B`: page, one JSON object, the names of the runs; a model against itself wins and loses nothing."
+    from moon2_lab.cli import main
+    for name, seed in (("before", 0), ("after", 1)):
+        tiny(seed=seed).save_pretrained(tmp_path / name / "model")
+    words = ["--catalog", str(drawn_catalogue), "--split", "all", "--limit", "30", "--explain", "1", "--json"]
+    assert main(["compare", str(tmp_path / "before"), str(tmp_path / "after"), "--out", str(tmp_path / "diff.html"), *words]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["names"] == ["before", "after"] and facts["won"] + facts["lost"] + facts["moved"] + facts["same"] == facts["n"]
+    assert facts["page"] == str(tmp_path / "diff.html") and "after against before" in (tmp_path / "diff.html").read_text()
+    assert main(["compare", str(tmp_path / "before"), str(tmp_path / "before"), "--out", str(tmp_path / "same.html"), *words[:-1]]) == 0
+    out = capsys.readouterr().out
+    assert out.count("won 0, lost 0, moved 0") == 5 and "p 1.000" in out
+    assert main(["compare", str(tmp_path / "before"), str(tmp_path / "gone"), "--out", str(tmp_path / "x.html"), *words]) == 2
+    assert "no such folder" in capsys.readouterr().err
