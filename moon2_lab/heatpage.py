@@ -42,8 +42,7 @@ const model = {
 render({ model, el: document.getElementById("heatmap") });
 if (parent !== window) new ResizeObserver(() => parent.postMessage({ moon2Height: document.body.scrollHeight }, "*")).observe(document.body); // in a frame: its height
 """
-FRAME = ":root { color-scheme: light dark; } :root[data-jp-theme-light='false'] { color-scheme: dark; } :root[data-jp-theme-light='true'] { color-scheme: light; }\n"
-FRAME += "body { margin: 0; background: light-dark(#fdfdfc, #12161d); } main { max-width: 70rem; margin: 0 auto; } noscript { font: 16px system-ui, sans-serif; }\n"
+FRAME = ":root { color-scheme: light dark; } body { margin: 0; background: light-dark(#fdfdfc, #12161d); } main { max-width: 70rem; margin: 0 auto; } noscript { font: 16px system-ui, sans-serif; }\n"
 
 
 def page_state(
