@@ -233,7 +233,6 @@ def add_page_commands(commands) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to serve on (default 127.0.0.1; 0.0.0.0 shows it to the network)")
     parser.add_argument("--port", type=int, default=7860, metavar="P", help="default 7860")
     parser.add_argument("--share", action="store_true", help="open a public tunnel through Gradio's servers: anyone with the address sees pictures, titles and answers")
-    parser.add_argument("--export-space", metavar="DIR", help="instead of serving, write a folder with app, model and products that a Gradio Space or any machine can serve")
 
 # %% ../nbs/80_cli.ipynb #e24437ab
 @contextlib.contextmanager

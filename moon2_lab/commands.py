@@ -295,13 +295,8 @@ def compare_lines(facts: dict) -> list[str]:  # of Comparison.summary
 
 # %% ../nbs/79_commands.ipynb #57496084
 def demo(args: argparse.Namespace) -> Outcome:
-    "Search a catalogue in the browser, with one model or two; or write a folder that serves the same elsewhere."
+    "Search a catalogue in the browser, with one model or two."
     from moon2_lab.demo import prepare, serve
 
-    if args.export_space:
-        from moon2_lab.space import export_space
-
-        path = export_space(args.model, args.catalog, args.export_space, model_b=args.model_b, split=args.split)
-        return Outcome(str(path), {"space": str(path)})
     address = serve(prepare(args.model, args.model_b, args.catalog, args.split), args.host, args.port, args.share)
     return Outcome(f"{address} was stopped", {"address": address})
