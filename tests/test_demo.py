@@ -1,10 +1,12 @@
 """The retrieval demo: filters, the search behind it, the endpoint, the page in a real browser, the launcher."""
 import dataclasses
+import json
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -176,6 +178,29 @@ def test_endpoint(address, demo, picture):
     only = client.predict("zebra bag", None, "mm", 10, "colour == 'zebra'", "A", api_name="/search")
     assert [hit["product_id"] for hit in only["hits"]] == ["nasty-1"] and only["hits"][0]["title"] == NASTY.title
     assert len(client.predict(text="bag", image=None, api_name="/search")["hits"]) == 10  # the defaults
+
+
+def raw_answer(address, name, data):
+    "What an endpoint answers to a request made by hand, past every check that a client does."
+    headers = {"Content-Type": "application/json"}
+    ask = urllib.request.Request(f"{address.rstrip('/')}/gradio_api/call/{name}", json.dumps({"data": data}).encode(), headers)
+    with urllib.request.urlopen(ask, timeout=20) as reply:
+        event = json.load(reply)["event_id"]
+    with urllib.request.urlopen(f"{address.rstrip('/')}/gradio_api/call/{name}/{event}", timeout=20) as reply:
+        return reply.read().decode()
+
+
+@pytest.mark.parametrize("what", ["picture", "text", "absent", "link", "address"])
+def test_only_uploaded_pictures_are_opened(address, tmp_path, picture, what):
+    "A path of the server, a link to one, and an address of the network are refused alike: the answer does not tell whether a file is there."
+    (tmp_path / "words.txt").write_text("not for others")
+    (tmp_path / "link.png").symlink_to(picture)
+    paths = {"picture": picture, "text": tmp_path / "words.txt", "absent": tmp_path / "absent.png", "link": tmp_path / "link.png", "address": f"{address.rstrip('/')}/theme.css"}
+    for name, rest in (("search", ["mm", 2, "", "A"]), ("heatmap", ["nasty-1", "gradient", -1, -1, "A"])):
+        told = raw_answer(address, name, ["red bag", {"path": str(paths[what])}, *rest])
+        assert told.startswith("event: error") and "was not uploaded to this page" in told, told
+        assert str(tmp_path) not in told and str(picture) not in told and "not for others" not in told
+    assert "product_id" in raw_answer(address, "search", ["red bag", None, "mm", 2, "", "A"])  # such a request without a picture is answered
 
 
 def test_heatmap_endpoint(address, demo):
