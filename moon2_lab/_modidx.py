@@ -426,6 +426,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'moon2_lab.core.write_json': ('core.html#write_json', 'moon2_lab/core.py'),
                                 'moon2_lab.core.write_parquet': ('core.html#write_parquet', 'moon2_lab/core.py')},
             'moon2_lab.demo': { 'moon2_lab.demo.PictureFile': ('demo.html#picturefile', 'moon2_lab/demo.py'),
+                                'moon2_lab.demo.PictureFile.async_move_resource_to_block_cache': ( 'demo.html#picturefile.async_move_resource_to_block_cache',
+                                                                                                   'moon2_lab/demo.py'),
                                 'moon2_lab.demo.PictureFile.preprocess': ('demo.html#picturefile.preprocess', 'moon2_lab/demo.py'),
                                 'moon2_lab.demo.add_endpoints': ('demo.html#add_endpoints', 'moon2_lab/demo.py'),
                                 'moon2_lab.demo.build_demo': ('demo.html#build_demo', 'moon2_lab/demo.py'),
