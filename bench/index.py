@@ -76,29 +76,23 @@ class Milvus:
     name = "milvus_lite"
 
     def __init__(self, kind: str, rows: np.ndarray, nlist: int, folder: Path):
-        from moon2_lab.index import build_index, connect, quiet
+        from moon2_lab.index import IndexChoice, build_index, connect, make_collection, quiet
 
         self.client, begun = connect(folder / f"{kind}.db", create=True), time.perf_counter()
         self.kind = kind
-        schema, params = self.client.create_schema(auto_id=False), self.client.prepare_index_params()
-        from pymilvus import DataType
-
-        schema.add_field("id", DataType.INT64, is_primary=True)
-        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=rows.shape[1])
-        build = {"HNSW": {"M": 16, "efConstruction": 200}, "IVF_FLAT": {"nlist": nlist}}.get(kind, {})
-        params.add_index("vector", index_type=kind, metric_type="IP", params=build)
+        choice = IndexChoice(kind, {"HNSW": {"M": 16, "efConstruction": 200}, "IVF_FLAT": {"nlist": nlist}}.get(kind, {}), {})
         with quiet():
-            self.client.create_collection("bench", schema=schema, index_params=params)
+            make_collection(self.client, "bench", rows.shape[1], choice, key="id")
             self.client.release_collection("bench")
             for place in range(0, len(rows), 2000):
-                self.client.insert("bench", [{"id": place + n, "vector": row} for n, row in enumerate(rows[place : place + 2000])])
+                self.client.insert("bench", [{"id": str(place + n), "vector": row} for n, row in enumerate(rows[place : place + 2000])])
         build_index(self.client, "bench")
         self.build = time.perf_counter() - begun
         self.bytes = sum(path.stat().st_size for path in folder.glob(f"{kind}.db/**/*") if path.is_file())
 
     def asker(self, parameter: int | None):
         params = {"metric_type": "IP", "params": {"ef": parameter} if self.kind == "HNSW" else {"nprobe": parameter} if self.kind == "IVF_FLAT" else {}}
-        return lambda queries: [[hit["id"] for hit in hits] for hits in self.client.search("bench", data=list(queries), limit=K, search_params=params)]
+        return lambda queries: [[int(hit["id"]) for hit in hits] for hits in self.client.search("bench", data=list(queries), limit=K, search_params=params)]
 
 
 def curve(arm, kind: str, queries: np.ndarray, exact: np.ndarray, repeats: int) -> list[dict]:
