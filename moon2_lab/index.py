@@ -296,45 +296,44 @@ def index_vectors(
     replace: bool = False,  # drop what the store held of these views
 ) -> list[Indexed]:
     "Put the vectors into the store, one collection a view; products that are there are replaced. `UsageError` when it holds vectors of another model or length."
-    file = VectorFile(path)
-    views = sorted({view for block in file.blocks() for view in block.view})
+    file, views, dim = VectorFile(path), Counter(), 0
+    for block in file.blocks():  # a wrong row is told before the store is touched
+        views.update(block.view)
+        dim = block.rows.shape[1]
     if not views:
         raise DataError("no rows", where=str(path), advice="embed a catalogue first")
     client = connect(uri, create=True)
     try:
-        return [_index_view(client, file, view, store_address(uri), replace) for view in views]
+        return [_index_view(client, file, view, views[view], dim, store_address(uri), replace) for view in sorted(views)]
     finally:
         disconnect(client, uri)
 
 
-def _index_view(client, file: VectorFile, view: str, uri: str, replace: bool) -> Indexed:
-    "One view of the file."
-    begun, name, count = time.perf_counter(), f"moon2_{view}", len(file)
-    about = {key: file.about.get(key, "") for key in ("model_fingerprint", "model", "catalog", "catalog_hash", "split", "dtype")} | {"view": view}
+def _index_view(client, file: VectorFile, view: str, count: int, dim: int, uri: str, replace: bool) -> Indexed:
+    "The `count` rows of one view."
+    begun, name = time.perf_counter(), f"moon2_{view}"
+    about = {key: file.about.get(key, "") for key in ("model_fingerprint", "model", "catalog", "catalog_hash", "split", "dtype")} | {"view": view, "dim": dim}
     if replace and client.has_collection(name):
         client.drop_collection(name)
     there = read_about(client).get(name) if client.has_collection(name) else None
-    choice, fields, rows = None, set(there["fields"]) if there else set(), 0
+    _same_model(there, about, uri)
+    choice, reason = (IndexChoice(there["index"], {}, there["search"]), "the store has it already") if there else choose_index(client, count)
+    about |= {"index": choice.kind, "search": choice.search, "fields": there["fields"] if there else []}
+    if not there:
+        make_collection(client, name, dim, choice, texts=PAYLOAD, lists=["facets"])
+        write_about(client, name, about)
+    if not there or store_folder(uri):  # on a server others may be searching it
+        client.release_collection(name)
+    fields = set(about["fields"])
     for block in file.blocks(BATCH):
         picked = [place for place, seen in enumerate(block.view) if seen == view]
-        if not picked:
-            continue
         part = VectorBlock([block.ids[place] for place in picked], [view] * len(picked), block.rows[picked], block.payload.iloc[picked])
-        if choice is None:
-            about["dim"] = part.rows.shape[1]
-            choice, reason = (IndexChoice(there["index"], {}, there["search"]), "the store has it already") if there else choose_index(client, count)
-            _same_model(there, about, uri)
-            if not there:
-                make_collection(client, name, about["dim"], choice, texts=PAYLOAD, lists=["facets"])
-                write_about(client, name, about | {"index": choice.kind, "search": choice.search, "fields": []})
-            if not there or "://" not in uri:  # on a server others may be searching it
-                client.release_collection(name)
-        made, seen = zip(*stored_rows(part), strict=True)
-        client.upsert(name, list(made))
-        fields, rows = fields.union(*seen), rows + len(made)
+        if made := list(stored_rows(part)):
+            client.upsert(name, [row for row, _ in made])
+            fields = fields.union(*(seen for _, seen in made))
     build_index(client, name)
-    write_about(client, name, about | {"index": choice.kind, "search": choice.search, "fields": sorted(fields)[:2000]})
-    return Indexed(uri, name, rows, count_rows(client, name), choice.kind, reason, time.perf_counter() - begun)
+    write_about(client, name, about | {"fields": sorted(fields)[:2000]})
+    return Indexed(uri, name, count, count_rows(client, name), choice.kind, reason, time.perf_counter() - begun)
 
 
 def _same_model(there: dict | None, now: dict, uri: str) -> None:

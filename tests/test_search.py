@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from moon2_lab.catalog import Catalog
 from moon2_lab.cli import main
+from moon2_lab.core import DataError
 from moon2_lab.embed import Reduced, embed_catalog, parts_folder
 from moon2_lab.evaluate import evaluate
 from moon2_lab.filters import field_values, parse_filter
@@ -299,3 +300,23 @@ def test_indexing_leaves_nothing_behind(stored):
     client = connect(stored[1])
     assert sorted(client.list_collections()) == ["moon2_about", "moon2_mm"]
     disconnect(client, stored[1])
+
+
+def test_the_index_goes_by_the_rows_of_its_view(tmp_path, monkeypatch):
+    "A file of three views with 40 products each, and exact search below 50: each view is searched exactly, though the file has 120 rows."
+    monkeypatch.setattr("moon2_lab.index.EXACT_BELOW", 50)
+    rows = np.random.default_rng(0).normal(size=(120, 8)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    views = np.array(["t", "i", "mm"] * 40)
+    pd.DataFrame({"product_id": [f"p{place // 3}" for place in range(120)], "view": views, "vector": list(rows)}).to_parquet(tmp_path / "v.parquet")
+    assert {(one.collection, one.index, one.rows, one.total) for one in index_vectors(tmp_path / "v.parquet", tmp_path / "v.db")} == {(f"moon2_{view}", "FLAT", 40, 40) for view in ("t", "i", "mm")}
+
+
+def test_a_wrong_row_is_told_before_the_store_is_touched(tmp_path):
+    "The last row of 1,500 is not of length one: nothing is stored, not even the good rows before it."
+    rows = np.tile(np.array([[0.6, 0.8]], dtype=np.float32), (1500, 1))
+    rows[-1] = [3, 4]
+    pd.DataFrame({"product_id": [f"p{place}" for place in range(1500)], "view": "mm", "vector": list(rows)}).to_parquet(tmp_path / "v.parquet")
+    with pytest.raises(DataError, match="p1499"):
+        index_vectors(tmp_path / "v.parquet", tmp_path / "v.db")
+    assert not (tmp_path / "v.db").exists()
