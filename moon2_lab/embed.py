@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'PROBES', 'EmbedJob', 'plan_job', 'parts_folder', 'open_parts', 'Piece', 'has_view', 'embed_piece',
-           'one_by_one', 'write_piece', 'join_pieces', 'Embedded', 'embed_catalog', 'already_there', 'warn_of_prefix',
-           'Reduced']
+           'one_by_one', 'piece_file', 'write_piece', 'join_pieces', 'Embedded', 'embed_catalog', 'already_there',
+           'warn_of_prefix', 'Reduced']
 
 # %% ../nbs/51_embed.ipynb #0d7a386a
 import logging
@@ -21,7 +21,7 @@ from .catalog import Catalog, Product
 from .core import VIEWS, DataError, UsageError, atomic_path, progress, read_json, write_json
 from .encoder import Moon2Encoder
 from .losses import fits_dim
-from .vectors import DTYPES, VectorBlock, VectorFile, neighbours_kept, payload_of, reduced, shortened, vector_schema, vector_table
+from .vectors import DTYPES, VectorBlock, VectorFile, length_kept, neighbours_kept, payload_of, reduced, shortened, vector_schema, vector_table
 
 # %% ../nbs/51_embed.ipynb #c06b7b17
 log = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ def plan_job(
             raise UsageError(f"unknown {name} {value!r}", where=name, advice=f"one of {', '.join(known)}")
     if piece < 1:
         raise UsageError(f"piece={piece}", where="piece", advice="1 or more products")
-    dim = shortened(np.ones((1, encoder.embedding_dim), dtype=np.float32), dim).shape[1]
-    return EmbedJob(encoder.fingerprint, catalog.whole.data_hash, split, view, dtype, dim, piece)
+    return EmbedJob(encoder.fingerprint, catalog.whole.data_hash, split, view, dtype, length_kept(dim, encoder.embedding_dim), piece)
 
 
 def parts_folder(out: str | Path) -> Path:
@@ -131,6 +130,11 @@ def one_by_one(encoder: Moon2Encoder, products: list[Product], view: str) -> tup
 PROBES = 1000  # vectors kept in full until the end
 
 
+def piece_file(folder: Path, start: int, ending: str) -> Path:
+    "A file of the piece whose first product has this place: parquet (its vectors), json (what was left out) or npy (vectors in full)."
+    return folder / f"{start:09d}.{ending}"
+
+
 def write_piece(
     folder: Path,  # of the pieces
     start: int,  # place of its first product
@@ -141,10 +145,10 @@ def write_piece(
     "The piece as files; the one that counts is the last to be written."
     schema = vector_schema(job.dtype, job.dim, {})
     block = VectorBlock([p.product_id for p in piece.products], [job.view] * len(piece.products), shortened(piece.rows, job.dim), payload_of(piece.products))
-    with atomic_path(folder / f"{start:09d}.npy") as temporary, open(temporary, "wb") as file:
+    with atomic_path(piece_file(folder, start, "npy")) as temporary, open(temporary, "wb") as file:
         np.save(file, piece.rows[:: max(1, len(piece.rows) // max(1, probes))][:probes])
-    write_json(folder / f"{start:09d}.json", {"left_out": piece.left_out})
-    with atomic_path(folder / f"{start:09d}.parquet") as temporary:
+    write_json(piece_file(folder, start, "json"), {"left_out": piece.left_out})
+    with atomic_path(piece_file(folder, start, "parquet")) as temporary:
         pq.write_table(vector_table(block, schema), temporary, compression="zstd")
 
 
@@ -160,11 +164,12 @@ def join_pieces(
     with atomic_path(out) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         count = 0
         for start in starts:
-            table = pq.read_table(folder / f"{start:09d}.parquet")
+            path = piece_file(folder, start, "parquet")
+            table = pq.read_table(path)
             ids.update(table.column("product_id").to_pylist())
             count += len(table)
             if len(ids) != count:
-                raise DataError("a product is there twice", where=str(folder / f"{start:09d}.parquet"), advice="delete the folder and embed again")
+                raise DataError("a product is there twice", where=str(path), advice="delete the folder and embed again")
             writer.write_table(table.cast(schema))
     return count
 
@@ -203,17 +208,17 @@ def embed_catalog(
     folder, starts = open_parts(job, out, resume), list(range(0, len(part), piece))
     seconds, encoded, tokens = 0.0, 0, 0
     for start in progress(starts, desc="pieces"):
-        if (folder / f"{start:09d}.parquet").is_file():
+        if piece_file(folder, start, "parquet").is_file():
             continue
         begun = time.perf_counter()
         made = embed_piece(encoder, part.products[start : start + piece], view, batch_size)
         write_piece(folder, start, made, job, -(-PROBES // len(starts)))
         seconds, encoded, tokens = seconds + time.perf_counter() - begun, encoded + len(made.products), tokens + made.tokens
         log.info("embedded %s of %s products, %.0f items/s, %.0f tokens/s", f"{min(start + piece, len(part)):,}", f"{len(part):,}", encoded / seconds, tokens / seconds)
-    left_out = [entry for start in starts for entry in read_json(folder / f"{start:09d}.json")["left_out"]]
+    left_out = [entry for start in starts for entry in read_json(piece_file(folder, start, "json"))["left_out"]]
     if len(left_out) == len(part):
         raise DataError(f"no product has the view {view}", where=str(catalog.folder or "catalogue"), advice="choose another --view or --split")
-    kept = neighbours_kept(np.concatenate([np.load(folder / f"{start:09d}.npy") for start in starts]), dtype, job.dim) if (dtype, job.dim) != ("float32", encoder.embedding_dim) else None
+    kept = neighbours_kept(np.concatenate([np.load(piece_file(folder, start, "npy")) for start in starts]), dtype, job.dim) if (dtype, job.dim) != ("float32", encoder.embedding_dim) else None
     about = asdict(job) | {"catalog": catalog.folder or "", "model": model, "left_out": len(left_out)} | ({} if kept is None else {"neighbours_kept": round(kept, 4)})
     rows = join_pieces(folder, starts, job, about, out)
     shutil.rmtree(folder)
