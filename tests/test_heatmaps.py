@@ -337,7 +337,8 @@ def control(page, name):
 
 
 def slide(page, name, keys):
-    "Move a slider as a reader without a mouse does."
+    "Move a slider as a reader without a mouse does; one that a choice has just enabled is so from the next frame on."
+    settle(page)
     control(page, name).focus()
     for key in keys.split():
         page.keyboard.press(key)
