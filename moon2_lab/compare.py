@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDED', 'KINDS', 'checked_table', 'paired_rows', 'change_kinds', 'shared_part', 'disagreement_order', 'Comparison',
            'asked_items', 'query_product', 'compare_tables', 'compare_encoders', 'MadeUpEncoder', 'made_up_catalog',
-           'made_up_comparison', 'category_paths', 'in_category', 'holm', 'product_facts', 'matching_attributes',
-           'found_hits']
+           'made_up_comparison', 'category_paths', 'in_category', 'product_facts', 'matching_attributes', 'found_hits']
 
 # %% ../nbs/70_compare.ipynb #ab6a0cc6
 import difflib
@@ -20,9 +19,9 @@ from fastcore.basics import patch
 
 from .catalog import Catalog, ImageRef, Item, Product
 from .core import DIRECTIONS, VIEWS, DataError, UsageError, plain
-from .evaluate import Question, answer, ask
+from .evaluate import Question, answer, ask, query_items
 from .filters import field_values, fold_value, parse_filter
-from .metrics import paired_test, with_interval
+from .metrics import holm, paired_test, with_interval
 from .page import drawn_shape
 from .protocol import LEVELS
 from .tables import printable
@@ -121,13 +120,8 @@ class Comparison:
 # %% ../nbs/70_compare.ipynb #e3e274a1
 def asked_items(question: Question) -> dict[tuple[str, str], Item]:
     "(direction, query id) -> what is asked: text, picture or both."
-    found = {}
-    for direction in DIRECTIONS:
-        query_view, gallery_view = direction.split("->")
-        side = question.queries if gallery_view == "mm" else question.cross
-        for name, item in zip(side.ids, side.items):
-            found[direction, name] = Item(None if query_view == "i" else item.text, None if query_view == "t" else item.image, name)
-    return found
+    views = {direction: direction.split("->")[0] for direction in DIRECTIONS}
+    return {(direction, name): Item(None if views[direction] == "i" else item.text, None if views[direction] == "t" else item.image, name) for (direction, name), item in query_items(question).items()}
 
 
 def query_product(
@@ -272,18 +266,6 @@ def ordered(self: Comparison) -> Comparison:
     return replace(self, table=self.table.iloc[disagreement_order(self.table)].reset_index(drop=True))
 
 # %% ../nbs/70_compare.ipynb #ce71cf1a
-def holm(
-    p: Sequence[float],  # p-values of one family
-) -> np.ndarray:
-    "p-values after Holm's correction: min(1, max over the smaller ones of (m - place) * p)."
-    p = np.asarray(p, dtype=np.float64)
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
-    found = np.empty_like(p)
-    found[order] = np.minimum(1, stepped)
-    return found
-
-
 @patch
 def counts(
     self: Comparison,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from .catalog import ImageRef, Product
 from .compare import KINDS, Comparison, asked_items, product_facts
-from .core import DIRECTIONS, LabError, UsageError, atomic_path, plain, progress, static_text
+from .core import DIRECTIONS, UsageError, plain, progress, static_text
 from .figures import heat_overlay
-from .heatpage import fingerprint, inline_json
+from .heatpage import fingerprint, inline_json, write_page
 from .page import Safe, foreign, join, picture_uri, score, table, tag, text
 from .protocol import LEVELS
 from .tables import DIRECTION_WORDS, printable
@@ -263,12 +263,4 @@ def write_diff_page(
     **choices,  # most, hits, limit of `page_data`
 ) -> Path:
     "Write the page; where it is. `LabError` for a place that cannot be written to."
-    path = Path(path)
-    path = path / "diff.html" if path.is_dir() else path
-    content = diff_page(comparison, explained, **choices)
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise LabError(f"cannot write the page: {error.strerror}", where=str(path), advice="choose a folder that can be written to and has room") from error
-    return path
+    return write_page(diff_page(comparison, explained, **choices), path, "diff.html")

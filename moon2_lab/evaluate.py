@@ -6,7 +6,7 @@
 __all__ = ['TOP', 'APPLICABLE', 'checked_vectors', 'encode_side', 'Settings', 'vector_ranks', 'recall_block', 'chance_recall',
            'direction_block', 'bm25_ranks', 'frozen_features', 'baseline_rankers', 'not_above', 'score_baselines',
            'label_block', 'score_labels', 'per_query_rows', 'Question', 'ask_catalog_v1', 'ask_triplets_v1', 'ask',
-           'Evaluation', 'answer', 'evaluate']
+           'query_items', 'Evaluation', 'answer', 'evaluate']
 
 # %% ../nbs/41_evaluate.ipynb #fd811d48
 import math
@@ -331,6 +331,14 @@ def ask(
         "limit": limit, "n_products": len(question.products), "interval": "percentile 95 %, bootstrap over product keys", **question.about,
     }
     return question
+
+# %% ../nbs/41_evaluate.ipynb #1aa3d4e3
+def query_items(
+    question: Question,
+) -> dict[tuple[str, str], Item]:
+    "(direction, query id) -> who asks, with all that it has; a direction asks with one view of it."
+    planned, _ = plan_directions(question.queries, question.gallery, question.cross)
+    return {(direction.name, name): item for direction in planned for name, item in zip(direction.asking.ids, direction.asking.items)}
 
 # %% ../nbs/41_evaluate.ipynb #2847a0f4
 @dataclass

@@ -236,12 +236,9 @@ def asked_items(
     protocol: dict,  # the entry of metrics.json
 ) -> dict:
     "(direction, query id) -> the item that asks, made again as the evaluation made it."
-    from moon2_lab.evaluate import ask
-    from moon2_lab.protocol import plan_directions
+    from moon2_lab.evaluate import ask, query_items
 
-    question = ask(catalog, protocol["split"], protocol["name"], protocol.get("limit"))
-    planned, _ = plan_directions(question.queries, question.gallery, question.cross)
-    return {(direction.name, name): item for direction in planned for name, item in zip(direction.asking.ids, direction.asking.items)}
+    return query_items(ask(catalog, protocol["split"], protocol["name"], protocol.get("limit")))
 
 
 def query_hits(

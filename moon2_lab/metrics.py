@@ -6,7 +6,7 @@
 __all__ = ['dot_rows', 'hit_mask', 'against_the_model', 'rank_rows', 'top_rows', 'Ranks', 'rank_scores', 'ranks_chunked',
            'hit_at', 'recall_at', 'precision_at', 'recall_share_at', 'average_precision_at', 'ndcg_at', 'key_sums',
            'resampled_totals', 'percentile_ci', 'bootstrap_ci', 'with_interval', 'paired_test', 'paired_test_tables',
-           'nearest_class', 'classification_scores', 'bm25']
+           'holm', 'nearest_class', 'classification_scores', 'bm25']
 
 # %% ../nbs/40_metrics.ipynb #85342603
 import math
@@ -321,6 +321,18 @@ def paired_test_tables(
     found = [((run["rank"] <= k) & (run["hit_ids"].map(len) > 0)).to_numpy() for run in (runs[0], second)]
     keys = runs[0]["key"].to_numpy() if "key" in runs[0] else None
     return paired_test(*found, keys=keys, resamples=resamples, seed=seed)
+
+# %% ../nbs/40_metrics.ipynb #2dbf4aac
+def holm(
+    p: Sequence[float],  # p-values of one family
+) -> np.ndarray:
+    "p-values after Holm's correction: min(1, max over the smaller ones of (m - place) * p)."
+    p = np.asarray(p, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
+    found = np.empty_like(p)
+    found[order] = np.minimum(1, stepped)
+    return found
 
 # %% ../nbs/40_metrics.ipynb #e822600a
 def nearest_class(
