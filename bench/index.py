@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 from common import finish, median, options, start
 
-EF, NPROBE, K = (16, 32, 64, 128, 256), (1, 2, 4, 8, 16, 32, 64), 10
+EF, NPROBE, K = (16, 32, 64, 128, 256), (1, 4, 16, 64, 128, 256), 10
 
 
 def clustered(count: int, dim: int, queries: int) -> tuple[np.ndarray, np.ndarray]:

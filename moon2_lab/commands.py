@@ -10,7 +10,7 @@ __all__ = ['Outcome', 'read_config_file', 'parse_assignments', 'typed_settings',
 # %% ../nbs/79_commands.ipynb #3ea1086e
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # %% ../nbs/79_commands.ipynb #d93ac233
@@ -234,8 +234,6 @@ def embed(args: argparse.Namespace) -> Outcome:
 
 def index(args: argparse.Namespace) -> Outcome:
     "Put a file of vectors into a store: a file of Milvus Lite, or a Milvus server."
-    from dataclasses import asdict
-
     from moon2_lab.index import index_vectors
 
     done = index_vectors(args.vectors, args.uri, args.replace)
@@ -279,8 +277,9 @@ def compare(args: argparse.Namespace) -> Outcome:
 
 def run_names(*models: str) -> tuple[str, ...]:
     "The names of the runs; the paths as given where names are alike."
-    folders = [Path(model).resolve() for model in models]
-    names = tuple(folder.parent.name if folder.name == "model" else folder.name for folder in folders)
+    from moon2_lab.job import model_name
+
+    names = tuple(map(model_name, models))
     return names if len(set(names)) == len(names) else models
 
 

@@ -6,8 +6,8 @@
 __all__ = ['SYSTEM_FONTS', 'VIEW_LABELS', 'NOT_UPLOADED', 'FRAMES', 'ASKING', 'TO_HITS', 'TO_DETAILS', 'TINY_NOTE', 'ENOUGH',
            'thumbnail', 'gallery_value', 'fact_rows', 'product_html', 'heat_html', 'header_html', 'title_of',
            'PictureFile', 'told', 'question_panel', 'result_panel', 'method_choices', 'build_demo', 'connect',
-           'add_endpoints', 'launch_options', 'serve', 'train_tiny', 'open_model', 'model_name', 'catalogue_of',
-           'shown_part', 'prepare', 'main']
+           'add_endpoints', 'launch_options', 'serve', 'train_tiny', 'open_model', 'catalogue_of', 'shown_part',
+           'prepare', 'main']
 
 # %% ../nbs/75_demo.ipynb #91448332
 import argparse
@@ -30,6 +30,7 @@ from .core import LabError, TrainConfig, UsageError, cache_dir, static_text
 from .encoder import Moon2Encoder
 from .heatdata import NAMES
 from .heatpage import heat_page
+from .job import model_folder, model_name
 from .maps import PairMaps
 from .page import Safe, foreign, join, picture, tag, text
 from .shop import Found, Shop, query_item
@@ -297,16 +298,7 @@ ENOUGH = 100  # products in a test split that is shown alone
 
 def open_model(folder: str | Path) -> Moon2Encoder:
     "The model in a run folder or in a folder of `save_pretrained`."
-    for inside in (Path(folder), Path(folder) / "model"):
-        if (inside / "config.json").is_file():
-            return Moon2Encoder.from_pretrained(inside)
-    raise UsageError("no model in this folder" if Path(folder).is_dir() else "no such folder", where=str(folder), advice="give a run folder, or the folder that save_pretrained wrote")
-
-
-def model_name(folder: str | Path) -> str:
-    "The name of the run a model folder is of."
-    folder = Path(folder).resolve()
-    return folder.parent.name if folder.name == "model" else folder.name
+    return Moon2Encoder.from_pretrained(model_folder(folder))
 
 
 def catalogue_of(encoder: Moon2Encoder, fallback: str | Path) -> Path:

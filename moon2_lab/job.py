@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'FREE_ON_RESUME', 'SCORER_MINUTES', 'DENSE', 'MINUTES', 'require_empty', 'move_aside', 'drawn_catalogue',
            'load_catalogue', 'valid_scorer', 'build_trainer', 'plan_lines', 'resumed_config', 'StepLines', 'train_run',
-           'model_folder', 'evaluate_model', 'score_lines', 'pick_queries', 'asked_items', 'query_hits',
+           'model_folder', 'model_name', 'evaluate_model', 'score_lines', 'pick_queries', 'asked_items', 'query_hits',
            'explain_match', 'report_run', 'run_facts', 'own_scorer', 'augment_run', 'augment_lines', 'dense_run',
            'main_job', 'job_minutes']
 
@@ -185,6 +185,12 @@ def model_folder(
         what = "no model in this folder" if Path(path).is_dir() else "no such folder"
         raise UsageError(what, where=str(path), advice="give a run folder, or the folder that save_pretrained wrote")
     return found
+
+
+def model_name(path: str | Path) -> str:
+    "The name of the run that a model or run folder is of."
+    folder = Path(path).resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def evaluate_model(

@@ -54,6 +54,20 @@ def drawn_catalogue(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def moon2(capsys):
+    "Run a command in this process: (exit code, stdout, stderr)."
+    from moon2_lab.cli import main
+
+    def run(*words):
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory):
     "A cache of the test file's own: vectors and features of drawn pictures do not belong into anybody's cache."

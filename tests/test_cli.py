@@ -16,18 +16,6 @@ SMALL = ["--backbone", "tiny", "--set", "num_layers=2", "image_size=32", "visual
 COMMANDS = (["data", "check"], ["data", "synth"], ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["demo"], ["report"], ["run"])
 
 
-@pytest.fixture
-def moon2(capsys):
-    "Run a command in this process: (exit code, stdout, stderr)."
-    def run(*words):
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def trained(drawn_catalogue, tmp_path_factory):
     "A run folder of six steps."

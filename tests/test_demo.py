@@ -10,7 +10,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from browsing import keep_screenshot
+from browsing import free_port, keep_screenshot
 
 pytest.importorskip("gradio")
 
@@ -46,13 +46,6 @@ def encoders() -> list[Moon2Encoder]:
 def demo(catalog, encoders):
     "The interface with two models."
     return build_demo(*encoders, catalog=catalog, names=("first", "second"), note="for a test")
-
-
-def free_port() -> int:
-    "A port that nobody uses."
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -29,18 +29,6 @@ from small import shop, tiny
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def moon2(capsys):
-    "Run a command in this process: (exit code, stdout, stderr)."
-    def run(*words):
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     "A folder with a tiny encoder."
