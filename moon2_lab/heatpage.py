@@ -40,9 +40,15 @@ const model = {
   send: () => {},
 };
 render({ model, el: document.getElementById("heatmap") });
-if (parent !== window) new ResizeObserver(() => parent.postMessage({ moon2Height: document.body.scrollHeight }, "*")).observe(document.body); // in a frame: its height
+if (parent !== window) { // in a frame: it tells its height, and takes the theme of the page around it
+  addEventListener("message", (event) => {
+    if (event.source === parent && typeof event.data?.moon2Light === "boolean") for (const element of [document.documentElement, document.body]) element.dataset.jpThemeLight = event.data.moon2Light;
+  });
+  new ResizeObserver(() => parent.postMessage({ moon2Height: document.body.scrollHeight }, "*")).observe(document.body);
+}
 """
-FRAME = ":root { color-scheme: light dark; } body { margin: 0; background: light-dark(#fdfdfc, #12161d); } main { max-width: 70rem; margin: 0 auto; } noscript { font: 16px system-ui, sans-serif; }\n"
+FRAME = ":root { color-scheme: light dark; } :root[data-jp-theme-light='false'] { color-scheme: dark; } :root[data-jp-theme-light='true'] { color-scheme: light; }\n"
+FRAME += "body { margin: 0; background: light-dark(#fdfdfc, #12161d); } main { max-width: 70rem; margin: 0 auto; } noscript { font: 16px system-ui, sans-serif; }\n"
 
 
 def page_state(

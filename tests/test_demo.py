@@ -10,7 +10,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from browsing import free_port, keep_screenshot
+from browsing import free_port, keep_screenshot, outside, until
 
 pytest.importorskip("gradio")
 
@@ -24,6 +24,7 @@ from moon2_lab.demo import build_demo, main, prepare, serve, thumbnail, train_ti
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.filters import field_values, parse_filter
 from moon2_lab.shop import SearchModel, Shop, query_item
+from moon2_lab.tables import made_up_metrics
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 NASTY = Product("nasty-1", "Zebra <img src=x onerror=\"document.title='hacked'\"> & Söhne 'bag'", category_l1="O'Neill & <b>Sons</b>", attributes={"colour": "zebra|black", "neck type": "<script>"})
@@ -45,7 +46,7 @@ def encoders() -> list[Moon2Encoder]:
 @pytest.fixture(scope="module")
 def demo(catalog, encoders):
     "The interface with two models."
-    return build_demo(*encoders, catalog=catalog, names=("first", "second"), note="for a test")
+    return build_demo(*encoders, catalog=catalog, names=("first", "second"), note="for a test", metrics=(made_up_metrics(), {}))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_searches_at_the_same_time(catalog, encoders):
 
     def ask(place):
         if place % 4 == 0:
-            model.explain(queries[place], catalog[place])
+            model.explain(queries[place], catalog[place].item())
         together[place] = model.search(queries[place])
 
     threads = [threading.Thread(target=ask, args=[place]) for place in range(len(queries))]
@@ -161,7 +162,7 @@ def test_endpoint(address, demo, picture):
     "/search as the interface promises it, over HTTP."
     client_of = pytest.importorskip("gradio_client")
     client = client_of.Client(address, verbose=False)
-    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/search", "/heatmap"]
+    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/search", "/heatmap", "/compare"]
     photo = client_of.handle_file(str(picture))
     answer = client.predict(text="black bag", image=photo, direction="i", k=3, filter="", model="B", api_name="/search")
     assert answer == demo.shop.search("black bag", str(picture), "i", 3, "", "B")
@@ -216,7 +217,7 @@ def test_heatmap_endpoint(address, demo):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"text": " "}, "Type some words"), ({"filter": "color == 'red'"}, "colour"), ({"filter": "colour == 'nothing'"}, "Loosen it"), ({"direction": "sideways"}, "sideways"),
-    ({"k": 0}, "1 or more"), ({"model": "C"}, "C"),
+    ({"k": 0}, "1 or more"), ({"k": 101}, "at most 100"), ({"model": "C"}, "C"), ({"text": "x" * 2001}, "At most 2,000"), ({"filter": "x" * 1001}, "At most 1,000"),
 ])
 def test_endpoint_errors_say_what_to_do(address, change, message):
     client_of = pytest.importorskip("gradio_client")
@@ -236,7 +237,101 @@ def test_endpoint_with_files_that_are_no_pictures(address, tmp_path):
             client.predict(text="bag", image=client_of.handle_file(str(tmp_path / name)), api_name="/search")
 
 
+def test_compare_endpoint(address, demo):
+    "/compare over HTTP: counts and rows of the shop's own comparison; a category or direction that there is not is named."
+    client_of = pytest.importorskip("gradio_client")
+    client, shop = client_of.Client(address, verbose=False), demo.shop
+    answer = client.predict(direction="i->mm", category="", k=5, api_name="/compare")
+    assert answer["n"] == sum(answer[kind] for kind in ("won", "lost", "moved", "same")) == sum(product.has_image for product in shop.catalog)
+    assert answer["k"] == 5 and {row["direction"] for row in answer["rows"]} == {"i->mm"} and answer["rows"] == shop.compare("i->mm", "", 5)["rows"]
+    changes = [abs(row["change"]) for row in answer["rows"]]
+    assert changes == sorted(changes, reverse=True) and changes[0] > 0
+    row = answer["rows"][0]  # the ranks are those of a search
+    query = shop.asked(row["product_id"], None)
+    found = [hit.product.product_id for hit in shop.find(dataclasses.replace(query, text=None), "mm", 10, "", "B")]
+    assert [hit["product_id"] for hit in row["hits_b"]] == found
+    part = client.predict(direction="", category="Fashion", k=10, api_name="/compare")
+    assert 0 < part["n"] and {row["category"].split(" > ")[0] for row in part["rows"]} == {"Fashion"} and len({row["direction"] for row in part["rows"]}) > 1
+    for change, message in (({"category": "Fashoin"}, "Fashion"), ({"k": 0}, "1 or more"), ({"direction": "mm->t"}, "mm->t")):
+        with pytest.raises(Exception, match=message):
+            client.predict(**({"direction": "t->mm", "category": "", "k": 10} | change), api_name="/compare")
+
+
+def test_two_models_are_compared_once_and_only_when_asked(catalog, encoders):
+    "Nothing is computed at the start; two callers at once share one comparison; with one model there is none."
+    shop, found = Shop(catalog, dict(zip("AB", encoders))), []
+    assert shop.compared is None
+    threads = [threading.Thread(target=lambda: found.append(shop.comparison())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] is found[1] is shop.compared and len(found[0]) > len(catalog)
+    with pytest.raises(UsageError, match="two: moon2 demo"):
+        Shop(catalog, {"A": encoders[0]}).compare()
+
+
+def test_search_does_not_wait_for_an_explanation(address, demo):
+    "While a heatmap is being made (its modules are taken), searches by the same model are answered."
+    client_of = pytest.importorskip("gradio_client")
+    client, model = client_of.Client(address, verbose=False), demo.shop.model("A")
+    with model.slow_lock:
+        heat = client.submit("zebra bag", None, "nasty-1", "shapley", -1, -1, "A", api_name="/heatmap")
+        for _ in range(3):
+            assert client.predict("bag", None, "mm", 3, "", "A", api_name="/search") == demo.shop.search("bag", None, "mm", 3)
+        assert not heat.done()
+    assert heat.result(timeout=20)["words"]
+
+
+def test_explaining_leaves_no_trace_on_the_searching_model(catalog, encoders):
+    "Both use one set of weights; hooks, modes and gradients of an explanation stay with its own modules."
+    model = SearchModel(encoders[0], catalog)
+    before = model.search(catalog[0].item())
+    model.explain(catalog[1].item("t"), catalog[0].item(), ["ig", "attention"])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.encoder.modules())
+    assert all(parameter.grad is None for parameter in model.encoder.parameters()) and model.search(catalog[0].item()) == before
+    assert {id(parameter) for parameter in model.slow.parameters()} == {id(parameter) for parameter in model.encoder.parameters()}
+
+
+def test_unforeseen_errors_tell_nothing_of_the_server(address, demo, monkeypatch, capfd):
+    client_of = pytest.importorskip("gradio_client")
+    client = client_of.Client(address, verbose=False)
+    monkeypatch.setattr(demo.shop.model("A"), "search", lambda *given: {}["secret/path"])
+    with pytest.raises(Exception, match="failed on the server") as caught:
+        client.predict(text="bag", image=None, api_name="/search")
+    assert "secret" not in str(caught.value) and "secret/path" in capfd.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------- the page
+
+
+def captions(page, gallery=0):
+    "What stands under the pictures of a gallery."
+    return page.locator(".moon2-hits").nth(gallery).locator(".caption-label").all_inner_texts()
+
+
+def framed(page, place):
+    "The heatmap in its frame, brought into view: a frame out of sight is not laid out, and the page may still be scrolling."
+    frame, heat = page.locator(f"{place} iframe"), page.frame_locator(f"{place} iframe")
+    frame.wait_for(timeout=20_000)
+
+    def seen():
+        frame.evaluate("one => one.scrollIntoView({block: 'start', behavior: 'instant'})")
+        return heat.locator(".m2h-word").first.is_visible()
+
+    until(page, seen, "a heatmap in view", 20)
+    return heat
+
+
+def opened(browser, address, width=1200, **how):
+    "A page with its first hits, and what its console complains about."
+    page = browser.new_page(viewport={"width": width, "height": 900}, **how)
+    page.complaints = []
+    page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.goto(address)
+    page.locator(".moon2-hits button img").first.wait_for(timeout=20_000, state="attached")  # the address may open another tab
+    return page
 
 
 def test_page_in_a_browser(address, browser, picture):
@@ -250,7 +345,7 @@ def test_page_in_a_browser(address, browser, picture):
     hits.nth(1).locator("button img").first.wait_for(timeout=20_000)  # the first search is done at the start
     assert page.get_by_text("A: first").count() and page.get_by_text("on a backbone of random weights").count() and page.get_by_text("for a test").count()
 
-    page.get_by_label("Words").fill("zebra sons bag")
+    page.get_by_label("Words", exact=True).fill("zebra sons bag")
     page.get_by_label("Only").fill("colour == 'zebra'")
     page.get_by_label("Only").press("Enter")
     page.set_input_files("input[type=file]", str(picture))
@@ -260,8 +355,10 @@ def test_page_in_a_browser(address, browser, picture):
     hits.nth(0).locator("button:has(img)").first.click()
     page.get_by_text("Why was it found?").wait_for(timeout=20_000)
     details = page.locator("#moon2-details").inner_text()
-    assert NASTY.title in details and "zebra, black" in details and "Hit 1 of A: first" in details
-    heat = page.frame_locator("#moon2-heat iframe")
+    assert NASTY.title in details and "zebra, black" in details and "Hit 1 of A: first" in details and "hit 1 of B: second" in details
+    assert "In common with the query: zebra" in details and "Read most: the query by expert" in details and page.locator("#moon2-details .experts tbody tr").count() == 4
+    assert page.get_by_text("1 of 1 hits found by both (100 %), the same first hit").count()
+    heat = framed(page, "#moon2-heat")
     item = heat.locator("[data-side=item]")
     item.locator(".m2h-cell").first.wait_for(timeout=20_000)
     assert item.locator("img").evaluate("one => one.naturalWidth > 0") and "Zebra" in item.locator(".m2h-title").inner_text() and "random maps" in item.locator(".m2h-trust").inner_text()
@@ -270,7 +367,8 @@ def test_page_in_a_browser(address, browser, picture):
     assert item.locator(".m2h-told").inner_text() != before, "pointing at a word tells its number"
     page.get_by_label("Explained by").click()
     page.get_by_role("option", name="occlusion").click()
-    heat.locator(".m2h-what", has_text="occlusion").first.wait_for(timeout=20_000)
+    heat.locator(".m2h-what", has_text="occlusion").first.wait_for(timeout=20_000, state="attached")
+    framed(page, "#moon2-heat")
     page.wait_for_function("(() => { const frame = document.querySelector('iframe.heat'); return frame.clientHeight > 600 && frame.clientHeight === parseInt(frame.style.height) - 2; })()", timeout=20_000)  # as high as what is in it
     keep_screenshot(page, "demo.png")
 
@@ -284,14 +382,125 @@ def test_page_in_a_browser(address, browser, picture):
     page.close()
 
 
-def test_narrow_page(address, browser):
-    "On a telephone nothing is wider than the screen, and a search leads to its hits."
-    page = browser.new_page(viewport={"width": 380, "height": 800}, color_scheme="dark")
-    page.goto(address)
-    page.locator(".moon2-hits button img").first.wait_for(timeout=20_000)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+def test_what_both_models_found_is_marked(address, browser, demo):
+    "In words, with the places in both lists, and counted; either model can be shown alone."
+    page = opened(browser, f"{address}?q=black+bag&k=30")
+    until(page, lambda: len(captions(page, 1)) == 30, "30 hits", 20)
+    lists = {letter: [hit["product_id"] for hit in demo.shop.search("black bag", None, "mm", 30, "", letter)["hits"]] for letter in "AB"}
+    common = set(lists["A"]) & set(lists["B"])
+    assert 0 < len(common) < 30 and page.get_by_text(f"{len(common)} of 30 hits found by both").count() == 1
+    for gallery, letter in enumerate("AB"):
+        wanted = [f"✓ both: A {lists['A'].index(name) + 1} / B {lists['B'].index(name) + 1}" if name in common else None for name in lists[letter]]
+        assert [next((line for line in caption.split("\n") if line.startswith("✓")), None) for caption in captions(page, gallery)] == wanted
+    page.get_by_label("B: second").check()
+    until(page, lambda: page.locator(".moon2-hits:visible").count() == 1, "one gallery", 20)
+    assert "model=B" in page.url and page.get_by_text("found by both").count() == 0
+    first = page.locator(".moon2-hits:visible button:has(img)").first
+    first.focus()
+    page.keyboard.press("Enter")  # a hit is opened by keyboard, too
+    page.get_by_text("Hit 1 of B: second").wait_for(timeout=20_000)
+    assert not page.complaints
+    page.close()
+
+
+def test_a_copied_address_gives_the_same_hits(address, browser):
+    "Words, view, number, filter and model are carried; what there is not is left out, and said."
+    page = opened(browser, address)
+    page.get_by_label("Words", exact=True).fill("white & striped 100% top")
+    page.get_by_label("title", exact=True).check()
+    page.get_by_label("Only").fill("category_l1 == 'Fashion' and not colour == 'red'")
+    page.get_by_label("Only").press("Enter")
+    page.get_by_role("button", name="Search").click()
+    until(page, lambda: "direction=t" in page.url and "Fashion" in page.url, "the address", 20)
+    fresh = opened(browser, page.url)
+    until(fresh, lambda: captions(fresh) == captions(page) and captions(fresh, 1) == captions(page, 1), "the same hits", 20, lambda: f"{captions(page)} {captions(fresh)}")
+    assert len(captions(page)) == 12 and fresh.get_by_label("Words", exact=True).input_value() == "white & striped 100% top" and fresh.get_by_label("title", exact=True).is_checked()
+    wrong = opened(browser, f"{address}?q=bag&model=C&k=999&tab=nowhere")
+    wrong.get_by_text("left out: model, k, tab").wait_for(timeout=20_000)
+    assert len(captions(wrong)) == 12 and not page.complaints + fresh.complaints + wrong.complaints
+    for one in (page, fresh, wrong):
+        one.close()
+
+
+def test_compare_tab(address, browser, demo):
+    "Opened by a click: the most changed queries with their hits and the paired test; a hit leads to its heatmap."
+    page = opened(browser, address)
+    page.get_by_role("tab", name="Compare").click()
+    page.locator(".change").first.wait_for(timeout=20_000)
+    whole = demo.shop.compare("t->mm", "", 10)
+    counts = page.locator(".counts").inner_text()
+    assert all(f"{whole[kind]} " in counts for kind in ("won", "lost", "moved")) and page.locator(".change").count() == 10 and page.locator(".tests li").count() == 2
+    first = page.locator(".change").first
+    assert whole["rows"][0]["text"] in first.inner_text() and first.locator(".few li").count() == 8 and f"rank {whole['rows'][0]['rank_a']}" in first.inner_text()
+    kind = max(("won", "lost"), key=lambda kind: whole[kind])
+    page.get_by_label(f"{kind} by B").check()
+    until(page, lambda: f"kind={kind}" in page.url and page.locator(f".change b.{kind}").count() == page.locator(".change").count() == min(10, whole[kind]), "one kind", 20)
+    assert page.locator(".counts").inner_text() == counts, "counts and tests stay over all"
+    fresh = opened(browser, page.url)
+    fresh.locator(f".change b.{kind}").first.wait_for(timeout=20_000)
+    keep_screenshot(fresh, "demo-compare.png")
+    fresh.locator(".change .few a").first.click()
+    framed(fresh, "#moon2-pair-heat").locator("[data-side=item] .m2h-word").first.wait_for(timeout=20_000)
+    assert "tab=heatmap" in fresh.url and "by A: first" in fresh.locator("#moon2-pair").inner_text() and not page.complaints + fresh.complaints
+    page.close()
+    fresh.close()
+
+
+def test_heatmap_tab(address, browser, picture):
+    "One's own picture is explained against a product; an unknown product is an error with the nearest ids."
+    page = opened(browser, address)
+    page.get_by_role("tab", name="Heatmap").click()
+    panel = page.get_by_role("tabpanel").filter(has=page.get_by_label("Product", exact=True))
+    panel.get_by_label("Query: words, or a product's id").fill("")
+    panel.locator("input[type=file]").first.set_input_files(str(picture))
+    page.get_by_label("Product", exact=True).fill("nasty-2")
+    page.get_by_label("Product", exact=True).press("Enter")
+    panel.locator("img").first.wait_for(timeout=20_000)
+    page.get_by_role("button", name="Explain", exact=True).click()
+    page.get_by_text("for example nasty-1").wait_for(timeout=20_000)
+    page.get_by_label("Product", exact=True).fill("nasty-1")
+    page.get_by_label("Product", exact=True).press("Enter")
+    panel.get_by_label("Explained by").click()
+    page.get_by_role("option", name="attention", exact=True).click()
+    page.get_by_role("button", name="Explain", exact=True).click()
+    heat = framed(page, "#moon2-pair-heat")
+    heat.locator("[data-side=query] .m2h-cell").first.wait_for(timeout=20_000)
+    assert heat.locator("[data-side=query] img").evaluate("one => one.naturalWidth > 0") and NASTY.title in page.locator("#moon2-pair").inner_text()
+    assert "item=nasty-1" in page.url and page.title() == "Product search" and not page.complaints
+    keep_screenshot(page, "demo-heatmap.png")
+    page.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_narrow_page(address, browser, theme):
+    "On a telephone no tab is wider than the screen, every tab can be reached, a search leads to its hits; the theme reaches into the heatmap."
+    page = opened(browser, f"{address}?__theme={theme}", 400)
+    for name, inside in (("Compare", ".change"), ("Heatmap", "#moon2-pair"), ("About", ".about table"), ("Search", ".moon2-hits")):
+        page.get_by_role("tab", name=name).click()
+        page.locator(inside).first.wait_for(timeout=20_000)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400, name
     page.get_by_role("button", name="Search").click()
     page.wait_for_function("Math.abs(document.querySelector('.moon2-hits').getBoundingClientRect().top) < 400", timeout=10_000)
+    page.locator(".moon2-hits button:has(img)").first.click()
+    heat = framed(page, "#moon2-heat")
+    heat.locator(".m2h-word").first.wait_for(timeout=20_000)
+    until(page, lambda: heat.locator("html").evaluate("one => getComputedStyle(one).colorScheme") == theme, "the theme in the frame", 10)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400 and page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    assert not page.complaints
+    keep_screenshot(page, f"demo-narrow-{theme}.png")
+    page.close()
+
+
+def test_about_tab(address, browser):
+    "Scores with intervals where they are, limits, filters, endpoints; nothing is fetched from elsewhere."
+    page = browser.new_page()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{address}?tab=about")
+    page.locator(".about").wait_for(timeout=20_000)
+    told = page.locator(".about").inner_text()
+    assert "57.9 to 64.1" in told and "No scores lie beside this model" in told and "no probability" in told and "neck type" in told and 'api_name="/compare"' in told
+    assert not outside(asked, address.rstrip("/"))
     page.close()
 
 
@@ -329,7 +538,7 @@ def test_models_from_folders(drawn_catalogue, encoders, tmp_path):
 
 @pytest.mark.slow
 def test_launcher_starts_within_a_minute(root, tmp_path):
-    "`make app` on a machine without a model: a page in under 60 s."
+    "`make app` on a machine without a model: a page in under 60 s, of which at most 3 are training."
     port, started = free_port(), time.monotonic()
     command = [sys.executable, str(root / "apps" / "retrieval_demo.py"), "--port", str(port), "--catalog", str(root / "data" / "sample")]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -338,3 +547,37 @@ def test_launcher_starts_within_a_minute(root, tmp_path):
     finally:
         running.terminate()
         running.wait(20)
+
+
+def test_user_and_password(catalog, encoders, monkeypatch):
+    "With both in the environment nobody is let in without them; with one of them the page does not start."
+    import httpx
+
+    demo = build_demo(encoders[0], catalog=catalog)
+    monkeypatch.setenv("MOON2_DEMO_USER", "ann")
+    with pytest.raises(UsageError, match="set both"):
+        serve(demo, port=free_port(), wait=False)
+    monkeypatch.setenv("MOON2_DEMO_PASSWORD", "right")
+    address = serve(demo, port=free_port(), wait=False)
+    try:
+        assert httpx.get(f"{address}config").status_code == 401 and httpx.get(f"{address}gradio_api/info").status_code == 401
+        assert httpx.post(f"{address}login", data={"username": "ann", "password": "wrong"}).status_code == 400
+        with httpx.Client() as client:
+            assert client.post(f"{address}login", data={"username": "ann", "password": "right"}).status_code == 200 and client.get(f"{address}config").status_code == 200
+    finally:
+        demo.close(verbose=False)
+
+
+def test_sharing_says_what_becomes_public(capsys):
+    "Before the tunnel is opened; and the options that keep the page small and quiet are set."
+    class Page:
+        def launch(self, **options):
+            self.options, self.said = options, capsys.readouterr().err
+            return None, "http://127.0.0.1:1/", "https://public"
+
+    page = Page()
+    assert serve(page, share=True, wait=False) == "http://127.0.0.1:1/"
+    assert "everybody" in page.said and "MOON2_DEMO_USER" in page.said and "https://public" in capsys.readouterr().err
+    assert page.options["max_file_size"] == "20mb" and page.options["run_history"] is False and "allowed_paths" not in page.options
+    serve(page, wait=False)
+    assert page.said == ""

@@ -246,7 +246,7 @@ MAY_IMPORT = {  # heavy packages, and the modules that may import them when they
     "peft": set(),
     "accelerate": set(),
     "captum": set(),
-    "gradio": {"demo"},
+    "gradio": {"demo", "tabs"},
     "plotly": set(),
     "matplotlib": set(),
     "sklearn": set(),
