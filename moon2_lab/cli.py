@@ -233,6 +233,7 @@ def add_page_commands(commands) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to serve on (default 127.0.0.1; 0.0.0.0 shows it to the network)")
     parser.add_argument("--port", type=int, default=7860, metavar="P", help="default 7860")
     parser.add_argument("--share", action="store_true", help="open a public tunnel through Gradio's servers: anyone with the address sees pictures, titles and answers")
+    parser.add_argument("--export-space", metavar="DIR", help="serve nothing, but write the page, the models and at most 500 products as a new folder that starts by itself (a Hugging Face Space)")
 
 # %% ../nbs/80_cli.ipynb #e24437ab
 @contextlib.contextmanager
