@@ -20,6 +20,7 @@ from .backbone import square
 from .catalog import ImageRef, Product
 from .compare import KINDS
 from .core import DIRECTIONS, LabError
+from .filters import COLUMNS
 from .heatpage import heat_page
 from .maps import PairMaps
 from .page import Safe, foreign, join, percent, picture, picture_uri, score, table, tag, text
@@ -76,7 +77,8 @@ def agreement_html(hits: Mapping[str, Sequence[tuple[Product, float]]]) -> Safe:
     shared, most = shared_places(hits), max(map(len, hits.values()))
     first = [found[0][0].product_id for found in hits.values() if found]
     same = "the same first hit" if len(first) == 2 and first[0] == first[1] else "different first hits"
-    return tag("p", tag("b", f"{len(shared)} of {most} hits found by both"), f" ({100 * len(shared) / max(most, 1):.0f} %), {same}. They are marked ", tag("span", "✓ both", class_="both"), ", with both places.", role="status")
+    marked = [" They are marked ", tag("span", "✓ both", class_="both"), ", with both places."] if shared else ""
+    return tag("p", tag("b", f"{len(shared)} of {most} hits found by both"), f" ({100 * len(shared) / max(most, 1):.0f} %), {same}.", marked, role="status")
 
 # %% ../nbs/73_cards.ipynb #0d57ee9d
 def fact_rows(product: Product) -> list[tuple[str, str]]:
@@ -207,11 +209,15 @@ LOGGED = "No query, no picture and no click is logged; only errors of the server
 LINKS = "The address in your browser carries the words, the filter and the other choices of a search: copy it, and it shows the same to others. A picture of yours is not carried."
 
 
-def filter_html(fields: Sequence[str]) -> Safe:
+def filter_html(
+    fields: Mapping[str, str],  # name -> one of its values
+) -> Safe:
     "The filter language, with fields that there are."
-    examples = ["category_l1 == 'Fashion'", "colour in ('red', 'blue') and not material == 'wool'", "'neck type' != 'round' or product_id == 'p-17'"]
+    known = sorted(fields, key=lambda name: (name in COLUMNS, name))  # attributes first
+    said = [f"{name if name.isidentifier() else repr(name)} == {fields[name]!r}" for name in known[:2]]
+    examples = said[:1] + [" and not ".join(said)] * (len(said) > 1)
     return join(tag("p", "Comparisons with ==, !=, in and not in, joined by and, or, not and brackets. Case does not matter; a name with a space stands in quotes."), tag("ul", [tag("li", tag("code", one)) for one in examples]),
-                tag("p", "Fields here: ", [join(tag("code", foreign(name, 40)), " ") for name in fields[:40]], f"and {len(fields) - 40} more" if len(fields) > 40 else ""))
+                tag("p", "Fields here: ", [join(tag("code", foreign(name, 40)), " ") for name in sorted(fields)[:40]], f"and {len(fields) - 40} more" if len(fields) > 40 else ""))
 
 
 API = """from gradio_client import Client, handle_file
@@ -227,16 +233,16 @@ client.predict("t->mm", "", 10, api_name="/compare")
 
 def about_html(
     models: Mapping[str, Mapping],  # name -> metrics.json, empty where there is none
-    fields: Sequence[str],  # of filters
+    fields: Mapping[str, str],  # of filters: name -> one of its values
 ) -> Safe:
-    "What is measured, what the scores mean and do not mean, what is kept, how to ask by programme."
+    "What is measured, what the scores mean and do not mean, what is kept, how to ask from a program."
     parts = []
     for name, metrics in models.items():
         measured = scores_html(metrics, name) if metrics else Safe("")
         none = tag("p", "No scores lie beside this model. To measure it: ", tag("code", "moon2 eval MODEL --catalog DIR"), ".")
         parts += [tag("h3", foreign(name, 80)), join(protocol_html(metrics), measured) if measured else none]
     return tag("div", tag("h2", "Scores"), parts, tag("h2", "What they mean, and their limits"), tag("ul", [tag("li", one) for one in LIMITS]), tag("h2", "Filters"), filter_html(fields),
-               tag("h2", "Links"), tag("p", LINKS), tag("h2", "What is kept"), tag("p", LOGGED), tag("h2", "By programme"), tag("pre", tag("code", API), tabindex="0"), class_="about")
+               tag("h2", "Links"), tag("p", LINKS), tag("h2", "What is kept"), tag("p", LOGGED), tag("h2", "From a program"), tag("pre", tag("code", API), tabindex="0"), class_="about")
 
 # %% ../nbs/73_cards.ipynb #8b043329
 def header_html(

@@ -110,7 +110,7 @@ class SearchModel:
         "What this model is, in a few words."
         info, config = self.encoder.info, self.encoder.config
         steps = info.get("trained_steps", 0)
-        trained = f"trained for {steps:,} steps" if steps else "not trained"
+        trained = f"trained for {steps:,} steps" if steps else "no training recorded"
         return f"{config.backbone}, {trained}" + ("" if info.get("pretrained_backbone") else ", on a backbone of random weights")
 
 # %% ../nbs/74_shop.ipynb #ebff6130

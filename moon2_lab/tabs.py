@@ -229,7 +229,7 @@ def compare_tab(shop: Shop) -> dict:
     gr.HTML(tag("p", f"{told} The first time takes {'seconds' if many < 100 else 'up to a minute or two'}; click on a hit to see why it was found.", class_="soft"), elem_classes="moon2", padding=False)
     with gr.Row():
         boxes = {
-            "direction": gr.Dropdown([(f"{DIRECTION_WORDS[name]}, {name}", name) for name in DIRECTIONS], value="t->mm", label="Direction", min_width=300),
+            "direction": gr.Dropdown([(f"{DIRECTION_WORDS[name]}, {name}", name) for name in DIRECTIONS], value="t->mm", label="Direction", min_width=340),
             "category": gr.Dropdown([("all", "")], value="", label="Category", min_width=220),
             "k": gr.Radio([1, 5, 10], value=10, label="Won and lost at R@", min_width=210),
             "kind": gr.Radio(KIND_CHOICES, value="", label="Show", min_width=280),
@@ -329,4 +329,4 @@ def connect_heatmap(shop: Shop, boxes: Mapping) -> dict:  # options of the event
 def about_tab(shop: Shop) -> None:
     "Scores, limits, filters, links, what is kept, the endpoints."
     models = {title_of(shop, letter): shop.metrics.get(letter) or {} for letter in shop.models}
-    gr.HTML(about_html(models, sorted(shop.fields)), elem_classes="moon2")
+    gr.HTML(about_html(models, {name: min(values) for one in shop.values for name, values in one.items()}), elem_classes="moon2")
