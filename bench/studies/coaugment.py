@@ -12,9 +12,7 @@ import json
 import logging
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-from common import chosen_products, make_trainer
+from common import chosen_products, make_trainer, paired
 
 ARMS = {"without": {"enriched_titles": False, "expanded_images": "none"}, "titles": {"expanded_images": "none"}, "pictures": {"enriched_titles": False}, "with": {}}
 
@@ -46,18 +44,6 @@ def run_arm(catalog, part, config, out: Path, name: str) -> dict:
     metrics = evaluate(trainer.encoder, catalog, split="test", out=out / name, baselines=False)
     recalls = {f"{k} {direction}": block[k]["value"] for direction, block in metrics["directions"].items() for k in ("R@1", "R@10")}
     return {"steps": trainer.step, "minutes": trainer.seconds["steps"] / 60, **recalls}
-
-
-def paired(out: Path, seeds: list[int], one: str, other: str) -> pd.DataFrame:
-    "Difference of R@k (one - other), averaged over the seeds for each query, with an interval over queries."
-    tables = {(arm, seed): pd.read_parquet(out / f"{arm}-{seed}" / "per_query.parquet").set_index(["direction", "query_id"])["rank"] for arm in (one, other) for seed in seeds}
-    rows, rng = [], np.random.default_rng(0)
-    for k in (1, 10):
-        mean = {arm: pd.concat([tables[arm, seed] <= k for seed in seeds], axis=1).mean(axis=1) for arm in (one, other)}
-        for direction, difference in (mean[one] - mean[other]).groupby(level="direction"):
-            drawn = rng.choice(difference.to_numpy(), (1000, len(difference))).mean(1)
-            rows.append((direction, f"R@{k}", mean[other][direction].mean(), mean[one][direction].mean(), difference.mean(), *np.quantile(drawn, (0.025, 0.975))))
-    return pd.DataFrame(rows, columns=["direction", "metric", other, one, "difference", "lo", "hi"])
 
 
 def main() -> None:

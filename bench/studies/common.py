@@ -1,5 +1,9 @@
-"""What the studies share: their products and their trainer."""
+"""What the studies share: their products, their trainer, and the paired difference of two arms."""
 import hashlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 
 def chosen_products(catalog, count: int):
@@ -28,3 +32,15 @@ def make_trainer(catalog, part, config, objective=None):
     trainer = Trainer(encoder, catalog, config.replace(noise=0.0), objective=objective, triplets=inject_noise(clean, config.noise, lexicon, config.seed))
     trainer.prepare_features()
     return trainer
+
+
+def paired(out: Path, seeds: list[int], one: str, other: str) -> pd.DataFrame:
+    "Difference of R@k (one - other), averaged over the seeds for each query, with an interval over queries."
+    tables = {(arm, seed): pd.read_parquet(out / f"{arm}-{seed}" / "per_query.parquet").set_index(["direction", "query_id"])["rank"] for arm in (one, other) for seed in seeds}
+    rows, rng = [], np.random.default_rng(0)
+    for k in (1, 10):
+        mean = {arm: pd.concat([tables[arm, seed] <= k for seed in seeds], axis=1).mean(axis=1) for arm in (one, other)}
+        for direction, difference in (mean[one] - mean[other]).groupby(level="direction"):
+            drawn = rng.choice(difference.to_numpy(), (1000, len(difference))).mean(1)
+            rows.append((direction, f"R@{k}", mean[other][direction].mean(), mean[one][direction].mean(), difference.mean(), *np.quantile(drawn, (0.025, 0.975))))
+    return pd.DataFrame(rows, columns=["direction", "metric", other, one, "difference", "lo", "hi"])
