@@ -2,12 +2,15 @@
 
 Clustered random vectors (--count, --dim). Both arms build the same indexes with the same parameters: HNSW (M 16, efConstruction 200) and IVF (nlist about the square root of the count), and exact search. Each search
 parameter gives a point: recall@10 against exact search, queries a second when asked one by one, and in batches of 100. Told are the curves, the ratio of queries a second at recall .95 and .99 (interpolated on a log
-scale), build seconds and bytes. The same number of queries is also sent to a store of one vector: that is what the way to the store costs, whatever the index does.
+scale), build seconds and bytes. The same number of queries is also sent to a store of one vector: that is what the way to the store costs, whatever the index does; and it is told in which functions of the store the time of a request goes.
 
     python bench/index.py
 """
+import collections
 import json
+import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -106,6 +109,25 @@ def curve(arm, kind: str, queries: np.ndarray, exact: np.ndarray, repeats: int) 
     return points
 
 
+def where_time_goes(ask, queries: np.ndarray, most: int = 6) -> dict[str, float]:
+    "Share of the time in each innermost Python function of the store, whose server runs in this process: its threads' stacks, looked at every 2 ms while queries are asked one by one."
+    seen, done = collections.Counter(), threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.002):
+            for frame in sys._current_frames().values():
+                if "milvus_lite" in frame.f_code.co_filename or (frame.f_back and "milvus_lite" in frame.f_back.f_code.co_filename and "faiss" in frame.f_code.co_filename):
+                    seen[f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"] += 1
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for query in queries:
+        ask(query[None])
+    done.set()
+    watcher.join()
+    return {name: round(count / max(1, seen.total()), 3) for name, count in seen.most_common(most)}
+
+
 def at_recall(points: list[dict], wanted: float, what: str) -> float | None:
     "Queries a second at this recall, between the points around it; None where the curve does not reach it."
     points = sorted(points, key=lambda point: point["recall"])
@@ -127,6 +149,7 @@ def main() -> None:
     faiss.omp_set_num_threads(args.threads)
     rows, queries = clustered(count, args.dim, 200 if args.quick else args.queries)
     exact, nlist, points, built = np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :K], round(count**0.5), [], []
+    time_goes = {}
     with tempfile.TemporaryDirectory() as folder:
         for turn, kind in enumerate(("FLAT", "HNSW", "IVF_FLAT")):
             for make in (Faiss, Milvus)[:: 1 if turn % 2 == 0 else -1]:
@@ -134,9 +157,12 @@ def main() -> None:
                 built.append({"arm": arm.name, "index": kind, "seconds": round(arm.build, 2), "bytes": arm.bytes})
                 print(json.dumps(built[-1]), flush=True)
                 points += curve(arm, kind, queries, exact, args.repeats)
+                if arm.name == "milvus_lite":
+                    time_goes[kind] = where_time_goes(arm.asker({"HNSW": 64, "IVF_FLAT": 64}.get(kind)), queries[:200])
+                    print(json.dumps({"time goes to": time_goes[kind]}), flush=True)
         empty = Milvus("FLAT", rows[:1], nlist, Path(folder) / "one")
         way = {what: round(timed(empty.asker(None), part, size, args.repeats), 1) for what, part, size in (("one_by_one", queries[:200], 1), ("batches", queries, 100))}
-    result |= {"count": count, "dim": args.dim, "built": built, "points": points, "way_alone": way, "at_equal_recall": {}}
+    result |= {"count": count, "dim": args.dim, "built": built, "points": points, "way_alone": way, "time_goes": time_goes, "at_equal_recall": {}}
     for kind in ("FLAT", "HNSW", "IVF_FLAT"):
         for wanted in (0.95, 0.99):
             for what in ("one_by_one", "batches"):
