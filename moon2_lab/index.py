@@ -171,7 +171,7 @@ def make_collection(
         schema.add_field(field, DataType.VARCHAR, max_length=MAX_TEXT, nullable=True)
     for field in lists:
         schema.add_field(field, DataType.ARRAY, element_type=DataType.VARCHAR, max_capacity=MAX_FACETS, max_length=MAX_FACET)
-    params.add_index("vector", index_type=choice.kind, metric_type="IP", params=choice.build)
+    params.add_index("vector", index_type=choice.kind, metric_type="IP", params={"params": choice.build})  # both kinds of server read them there; Milvus Lite passes over them elsewhere, and says nothing
     client.create_collection(name, schema=schema, index_params=params, consistency_level="Strong")
 
 
