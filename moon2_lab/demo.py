@@ -237,7 +237,7 @@ TINY_NOTE = "No trained model was found, so this one was trained for a few secon
 def train_tiny(
     catalog: Catalog,
     steps: int = 100,
-    seconds: float = 3,  # it stops after so many, whatever the steps
+    seconds: float = 2,  # it stops after so many, whatever the steps
 ) -> Moon2Encoder:
     "A `tiny` encoder, trained in memory for seconds."
     batch, threads = min(16, len(catalog)), torch.get_num_threads()

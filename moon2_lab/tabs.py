@@ -115,7 +115,7 @@ def question_panel(shop: Shop) -> dict[str, gr.components.Component]:
         "go": gr.Button("Search", variant="primary"),
     }
     gr.Examples([[words] for words in phrases], [boxes["text"]], label="For example", api_visibility="private")
-    boxes["direction"] = gr.Radio(VIEW_LABELS, value="mm", label="Compare with the products'")
+    boxes["direction"] = gr.Radio(VIEW_LABELS, value="mm", label="Compared part of the products")
     boxes["shown"] = model_box(shop, both=True)
     boxes["filter"] = gr.Dropdown([("all products", ""), *shop.categories()], value="", allow_custom_value=True, label="Only", info="choose a category, or type: colour == 'red'")
     boxes["k"] = gr.Slider(1, MAX_HITS, value=12, step=1, label="Hits", buttons=[])
