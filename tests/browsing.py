@@ -1,7 +1,6 @@
 "What the tests in a real browser share: a JupyterLab of one's own, cells that are run by clicks, and waiting."
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -10,15 +9,10 @@ from contextlib import contextmanager
 
 import nbformat
 
+from bench.demo_load import free_port
+
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-
-
-def free_port():
-    "A port that nobody uses."
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

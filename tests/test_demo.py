@@ -9,8 +9,9 @@ import time
 import urllib.request
 
 import numpy as np
+import psutil
 import pytest
-from browsing import free_port, keep_screenshot, outside, settle, until
+from browsing import keep_screenshot, outside, settle, until
 
 pytest.importorskip("gradio")
 
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from bench.demo_load import free_port
 from moon2_lab.catalog import Catalog, ImageRef, Product
 from moon2_lab.core import LabError, UsageError
 from moon2_lab.demo import build_demo, main, prepare, serve, thumbnail, train_tiny
@@ -555,7 +557,6 @@ def test_models_from_folders(drawn_catalogue, encoders, tmp_path):
 @pytest.mark.slow
 def test_launcher_starts_in_seconds(root, tmp_path):
     "`make app` on a machine without a model: a page after at most 15 s of one core's work, of which 2 are training (on free cores that is under 10 s; other programs only make it wait)."
-    psutil = pytest.importorskip("psutil")
     port, started = free_port(), time.monotonic()
     command = [sys.executable, str(root / "apps" / "retrieval_demo.py"), "--port", str(port), "--catalog", str(root / "data" / "sample")]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)

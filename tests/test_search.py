@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from browsing import free_port
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.demo_load import free_port
 from moon2_lab.catalog import Catalog
 from moon2_lab.cli import main
 from moon2_lab.core import DataError
