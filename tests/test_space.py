@@ -132,6 +132,16 @@ def test_public_contents_are_told(home, tmp_path, capsys):
     assert not (tmp_path / "space" / "model_b").exists() and [path.name for path in tmp_path.iterdir()] == ["space"]
 
 
+def test_from_the_command_line(home, tmp_path, moon2):
+    "`moon2 demo ... --export-space` serves nothing, and writes what `export_space` writes; a folder in use is a usage error."
+    words = ["demo", str(home / "runs" / "first"), str(home / "runs" / "second"), "--catalog", str(home / "shop"), "--split", "test", "--export-space", str(tmp_path / "space")]
+    code, out, told = moon2(*words)
+    assert code == 0 and "python app.py" in out and "Check that you may publish" in told
+    assert {path.name for path in (tmp_path / "space").iterdir()} >= {"app.py", "model", "model_b", "catalog", "moon2_lab", "requirements.txt", "README.md"}
+    assert set(pd.read_parquet(tmp_path / "space" / "catalog" / "products.parquet")["split"]) == {"test"} and "source='shop'" in (tmp_path / "space" / "app.py").read_text()
+    assert moon2(*words)[0] == 2
+
+
 def test_a_folder_in_use_is_left_alone(home, tmp_path):
     "Not empty, a file, a link: refused before anything is written. An empty folder is taken."
     (tmp_path / "full").mkdir()
