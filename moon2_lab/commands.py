@@ -181,7 +181,7 @@ def heatmap(args: argparse.Namespace) -> Outcome:
     from moon2_lab.explain import Explainer
     from moon2_lab.heatpage import write_heat_page
     from moon2_lab.job import model_folder
-    from moon2_lab.shop import named_item, named_query
+    from moon2_lab.queries import named_item, named_query
 
     folder, methods = model_folder(args.model), list(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
     catalog = Catalog.load(args.catalog)
@@ -246,7 +246,7 @@ def search(args: argparse.Namespace) -> Outcome:
     from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.index import VectorStore
     from moon2_lab.job import model_folder
-    from moon2_lab.shop import query_item
+    from moon2_lab.queries import query_item
 
     folder, query = model_folder(args.model), query_item(args.text, args.image)
     with VectorStore(args.uri, args.view) as store:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRONG_FORM', 'SYSTEM_FONTS', 'SHARED', 'TINY_NOTE', 'ENOUGH', 'from_link', 'only_for', 'connect_links', 'has_form',
            'Page', 'no_endpoint', 'add_endpoints', 'build_demo', 'header', 'launch_options', 'user_of', 'serve',
-           'train_tiny', 'open_model', 'scores_of', 'catalogue_of', 'shown_part', 'prepare', 'main', 'thumbnail']
+           'train_tiny', 'open_model', 'scores_of', 'catalogue_of', 'shown_part', 'prepare', 'main']
 
 # %% ../nbs/76_demo.ipynb #0ca69b69
 import argparse
@@ -22,7 +22,7 @@ import torch
 from gradio.route_utils import FnIndexInferError
 from gradio.routes import ORJSONResponse
 
-from .cards import header_html, thumbnail
+from .cards import header_html
 from .catalog import Catalog
 from .core import DIRECTIONS, VIEWS, LabError, TrainConfig, UsageError, cache_dir, read_json, static_text
 from .encoder import Moon2Encoder
@@ -31,9 +31,6 @@ from .queries import MAX_LETTERS
 from .shop import MAX_HITS, Shop
 from .tabs import QUIET, VIEW_LABELS, PictureFile, about_tab, compare_tab, connect_compare, connect_heatmap, connect_search, heatmap_tab, method_choices, search_tab, title_of, told
 from .train import Trainer
-
-# %% ../nbs/76_demo.ipynb #7f993b8c
-_all_ = ["thumbnail"]  # also to be had from here
 
 # %% ../nbs/76_demo.ipynb #0dafed35
 def from_link(

@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bench.demo_load import free_port
+from moon2_lab.cards import thumbnail
 from moon2_lab.catalog import Catalog, ImageRef, Product
 from moon2_lab.core import LabError, UsageError
-from moon2_lab.demo import build_demo, main, prepare, serve, thumbnail, train_tiny
+from moon2_lab.demo import build_demo, main, prepare, serve, train_tiny
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.filters import field_values, parse_filter
-from moon2_lab.shop import SearchModel, Shop, query_item
+from moon2_lab.queries import query_item
+from moon2_lab.shop import SearchModel, Shop
 from moon2_lab.tables import made_up_metrics
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -17,7 +17,8 @@ pytest.importorskip("gradio")
 from moon2_lab.catalog import Catalog
 from moon2_lab.core import LabError, UsageError
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.shop import SearchModel, query_item
+from moon2_lab.queries import query_item
+from moon2_lab.shop import SearchModel
 from moon2_lab.space import NOT_SERVED, chosen, export_space, needed_packages
 from bench.demo_load import serving
 
