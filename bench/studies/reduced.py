@@ -37,10 +37,11 @@ def run_arm(catalog, part, config, out: Path, arm: str, seed: int, dims: list[in
 
     trainer = make_trainer(catalog, part, config)
     trainer.train()
+    trainer.encoder.save_pretrained(out / f"{arm}-{seed}" / "model")
     kept = Kept(trainer.encoder.eval())
     for dim in (*dims, kept.embedding_dim):
         for dtype in reversed(DTYPES):
-            evaluate(Reduced(kept, dtype, dim), catalog, split="test", out=out / f"{arm}.{dtype}.{dim}-{seed}", baselines=False)
+            evaluate(Reduced(kept, dtype, dim), catalog, split="test", out=out / f"{arm}.{dtype}.{dim}-{seed}", baselines=False, labels=False)
     (out / f"{arm}-{seed}.json").write_text(json.dumps({"steps": trainer.step, "minutes": trainer.seconds["steps"] / 60, "dim": kept.embedding_dim}))
 
 
