@@ -334,7 +334,10 @@ def _index_view(client, file: VectorFile, view: str, count: int, dim: int, uri: 
             fields = fields.union(*(seen for _, seen in made))
     build_index(client, name)
     write_about(client, name, about | {"fields": sorted(fields)[:2000]})
-    return Indexed(uri, name, count, count_rows(client, name), choice.kind, reason, time.perf_counter() - begun)
+    total = count_rows(client, name)
+    if there and choice.kind == "FLAT" and total >= EXACT_BELOW:
+        reason += f", and looks at all {total:,} vectors for each query: --replace chooses anew"
+    return Indexed(uri, name, count, total, choice.kind, reason, time.perf_counter() - begun)
 
 
 def _same_model(there: dict | None, now: dict, uri: str) -> None:

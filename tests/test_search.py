@@ -300,6 +300,15 @@ def test_the_index_goes_by_the_rows_of_its_view(tmp_path, monkeypatch):
     assert {(one.collection, one.index, one.rows, one.total) for one in index_vectors(tmp_path / "v.parquet", tmp_path / "v.db")} == {(f"moon2_{view}", "FLAT", 40, 40) for view in ("t", "i", "mm")}
 
 
+def test_exact_search_that_was_outgrown_says_so(stored, tmp_path, monkeypatch):
+    "An index that is there stays; when it looks at too many vectors for each query, the next run tells what would choose another."
+    first = index_vectors(stored[0], tmp_path / "v.db")
+    assert {one.index for one in first} == {"FLAT"} and not any("--replace" in one.reason for one in first)
+    monkeypatch.setattr("moon2_lab.index.EXACT_BELOW", 10)
+    assert all(one.index == "FLAT" and "--replace" in one.reason for one in index_vectors(stored[0], tmp_path / "v.db"))
+    assert {one.index for one in index_vectors(stored[0], tmp_path / "v.db", replace=True)} == {"HNSW"}
+
+
 def test_a_wrong_row_is_told_before_the_store_is_touched(tmp_path):
     "The last row of 1,500 is not of length one: nothing is stored, not even the good rows before it."
     rows = np.tile(np.array([[0.6, 0.8]], dtype=np.float32), (1500, 1))
