@@ -1809,6 +1809,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'moon2_lab.train.Trainer._prepare': ('train.html#trainer._prepare', 'moon2_lab/train.py'),
                                  'moon2_lab.train.Trainer._routing': ('train.html#trainer._routing', 'moon2_lab/train.py'),
                                  'moon2_lab.train.Trainer._row': ('train.html#trainer._row', 'moon2_lab/train.py'),
+                                 'moon2_lab.train.Trainer._sign': ('train.html#trainer._sign', 'moon2_lab/train.py'),
                                  'moon2_lab.train.Trainer._similarity': ('train.html#trainer._similarity', 'moon2_lab/train.py'),
                                  'moon2_lab.train.Trainer._step': ('train.html#trainer._step', 'moon2_lab/train.py'),
                                  'moon2_lab.train.Trainer._tell': ('train.html#trainer._tell', 'moon2_lab/train.py'),

@@ -246,7 +246,6 @@ def train_tiny(
         if event.phase == "step" and time.monotonic() > until:
             trainer.stop()
     torch.set_num_threads(threads)
-    encoder.info |= {"trained_steps": trainer.step, "catalog": catalog.folder.name if catalog.folder else "", "data_hash": catalog.data_hash}
     return encoder.eval()
 
 # %% ../nbs/76_demo.ipynb #e9b249b1

@@ -320,6 +320,7 @@ def _begin(self: Trainer) -> None:
 def _after_step(self: Trainer, event: Event) -> None:
     "Guard, evaluation, checkpoint, trackers."
     row = event.data["row"]
+    self._sign()
     release_memory()
     if self.skipped >= self.config.max_nonfinite_steps and row["skipped"]:
         raise LabError(f"{self.skipped} steps had a loss or gradient that is not finite", where=f"step {event.step}", advice="lower the learning rates, or look at trainer.table(); no update was made from those steps")
@@ -516,9 +517,15 @@ def save(self: Trainer) -> Path:
 
 
 @patch
+def _sign(self: Trainer) -> None:
+    "What was trained, into what travels with the model."
+    self.encoder.info |= {"trained_steps": self.step, "catalog": str(Path(self.catalog.folder or "").name), "data_hash": self.catalog.data_hash}
+
+
+@patch
 def save_run(self: Trainer) -> None:
     "Write model/, history.parquet, run_settings.json, quarantine.parquet and filter_ledger.parquet into the run folder."
-    self.encoder.info |= {"trained_steps": self.step, "catalog": str(Path(self.catalog.folder or "").name), "data_hash": self.catalog.data_hash}
+    self._sign()
     self.encoder.save_pretrained(self.out / "model")
     write_parquet(self.out / "history.parquet", self.table())
     write_parquet(self.out / "filter_ledger.parquet", self.ledger.to_frame())
