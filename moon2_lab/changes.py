@@ -39,7 +39,8 @@ def explain_hit(
             "note": found.note, "trust": trust_words(faith)}
 
 # %% ../nbs/71_changes.ipynb #37dfdc99
-def expert_shares(encoder: Moon2Encoder,
+def expert_shares(
+    encoder: Moon2Encoder,
     products: Sequence[Product],
     view: str = "mm",
     batch_size: int = 64,
@@ -54,7 +55,8 @@ def expert_shares(encoder: Moon2Encoder,
     return found
 
 # %% ../nbs/71_changes.ipynb #e001f6b0
-def explain_changes(comparison: Comparison,
+def explain_changes(
+    comparison: Comparison,
     a: Moon2Encoder,
     b: Moon2Encoder,
     first: int = 12,  # so many queries, the most changed ones

@@ -310,8 +310,7 @@ def tests(
 # %% ../nbs/70_compare.ipynb #96c578eb
 def product_facts(product: Product) -> dict[tuple[str, str], tuple[str, str]]:
     "(name, value) folded -> (name, value) as written: category paths and attribute values."
-    names = [name for name in (getattr(product, level) for level in LEVELS) if name]
-    paths = [" > ".join(names[: depth + 1]) for depth in range(len(names))]
+    paths = category_paths({level: getattr(product, level) for level in LEVELS})
     facts = {(f"> {depth}", fold_value(path)): ("category", path) for depth, path in enumerate(paths, 1)}
     for name, values in product.attributes.items():
         facts |= {(fold_value(name), fold_value(value)): (name, value.strip()) for value in values.split("|") if value.strip()}

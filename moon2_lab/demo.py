@@ -29,7 +29,7 @@ from .encoder import Moon2Encoder
 from .job import model_folder, model_name
 from .queries import MAX_LETTERS
 from .shop import MAX_HITS, Shop
-from .tabs import QUIET, VIEW_LABELS, PictureFile, about_tab, compare_tab, connect_compare, connect_heatmap, connect_search, heatmap_tab, method_choices, search_tab, title_of, told
+from .tabs import COMPARES, EXPLAINS, QUIET, VIEW_LABELS, PictureFile, about_tab, compare_tab, connect_compare, connect_heatmap, connect_search, heatmap_tab, method_choices, search_tab, title_of, told
 from .train import Trainer
 
 # %% ../nbs/76_demo.ipynb #0dafed35
@@ -131,18 +131,18 @@ def no_endpoint(request, error) -> ORJSONResponse:
 # %% ../nbs/76_demo.ipynb #55b4b6c2
 def add_endpoints(shop: Shop) -> None:
     "The endpoints /search(text, image, direction, k, filter, model), /heatmap(query_text, query_image, item_id, method, layer, head, model) and /compare(direction, category, k)."
-    slow, methods = {"concurrency_id": "explain", "concurrency_limit": 2}, [key for _, key in method_choices(shop)]
+    methods = [key for _, key in method_choices(shop)]
     with gr.Row(visible=False):
         inputs = [gr.Textbox(""), PictureFile(type="filepath"), gr.Radio([view for _, view in VIEW_LABELS], value="mm"), gr.Number(10), gr.Textbox(""), gr.Radio(list(shop.models), value="A")]
         gr.Button().click(told(shop.search), inputs, gr.JSON(), api_name="search", api_description="Hits for words, a picture, or both; best first.")
         inputs = [gr.Textbox(""), PictureFile(type="filepath"), gr.Textbox(""), gr.Radio(methods, value=methods[0]), gr.Number(-1, precision=0), gr.Number(-1, precision=0), gr.Radio(list(shop.models), value="A")]
-        gr.Button().click(told(shop.heatmap), inputs, gr.JSON(), api_name="heatmap", api_description="What each word and each cell of a product adds to its score; layer and head of the attention, -1 for all.", **slow)
+        gr.Button().click(told(shop.heatmap), inputs, gr.JSON(), api_name="heatmap", api_description="What each word and each cell of a product adds to its score; layer and head of the attention, -1 for all.", **EXPLAINS)
 
         def compare(direction, category, k):
             return shop.compare(direction, category, k)
 
         inputs = [gr.Dropdown(["", *DIRECTIONS], value="t->mm"), gr.Textbox(""), gr.Number(10)]
-        gr.Button().click(told(compare), inputs, gr.JSON(), api_name="compare", api_description="Queries that changed from A to B, the most changed first; the first call takes longest.", concurrency_id="compare", concurrency_limit=2)
+        gr.Button().click(told(compare), inputs, gr.JSON(), api_name="compare", api_description="Queries that changed from A to B, the most changed first; the first call takes longest.", **COMPARES)
 
 
 def build_demo(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_SIDE', 'MAX_PIXELS', 'MAX_BYTES', 'FORMATS', 'TURNS', 'open_image', 'to_rgb', 'orientation', 'decode_image',
-           'fit', 'ImageFacts', 'pixel_sha256', 'examine', 'recall_facts', 'remember_facts', 'Stretch', 'index_tar',
-           'ImageFolder', 'examine_all', 'ImageRef']
+           'bare', 'fit', 'ImageFacts', 'pixel_sha256', 'examine', 'recall_facts', 'remember_facts', 'Stretch',
+           'index_tar', 'ImageFolder', 'examine_all', 'ImageRef']
 
 # %% ../nbs/05_images.ipynb #47fa4c60
 import io
@@ -104,11 +104,16 @@ def decode_image(
         picture.load()
         rgb = to_rgb(picture)
         turn = TURNS.get(orientation(picture))
-        return fit(rgb.transpose(turn) if turn is not None else rgb, max_side)
+        return bare(fit(rgb.transpose(turn) if turn is not None else rgb, max_side))
     except (LabError, MemoryError):
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
         raise DataError(f"broken image: {str(error) or type(error).__name__}", advice="copy or export the picture again") from error
+
+
+def bare(picture: Image.Image) -> Image.Image:
+    "A copy of the pixels, without EXIF, comments and texts."
+    return Image.frombytes(picture.mode, picture.size, picture.tobytes())
 
 
 def fit(picture: Image.Image, max_side: int | None) -> Image.Image:
@@ -306,7 +311,7 @@ class ImageRef:
     @classmethod
     def from_pil(cls, picture: Image.Image, max_side: int | None = MAX_SIDE) -> "ImageRef":
         "A reference to a picture in memory."
-        held = fit(to_rgb(picture), max_side).copy()
+        held = bare(fit(to_rgb(picture), max_side))
         sha = pixel_sha256(held)
         return cls(sha, held.copy, sha)
 

@@ -1,4 +1,5 @@
 "Catalogues that are not clean: every bad input has a reason, and nothing good is lost."
+import base64
 import io
 import json
 import multiprocessing
@@ -20,12 +21,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 import moon2_lab.images as images_module
 from moon2_lab.catalog import Catalog, ImageRef, Item, Product, decode_image, product_keys
 from moon2_lab.core import DataError, LabError
 from moon2_lab.images import ImageFolder, examine
+from moon2_lab.page import picture_uri
 from moon2_lab.products import Quarantine, read_records
+from moon2_lab.queries import query_item
 
 DATA = os.environ.get("MOON2_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="MOON2_DATA is not set")
@@ -154,6 +158,24 @@ def test_exif_orientation(note):
     decoded = decode_image(encoded(stored, "JPEG", exif=exif, quality=95))
     assert decoded.size == (64, 32)
     assert abs(np.asarray(decoded).astype(int) - np.asarray(upright)).mean() < 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_only_pixels_are_kept(kind, tmp_path):
+    "Where a picture was taken, and what somebody noted, is in no page that shows it."
+    exif, text = Image.Exif(), PngInfo()
+    exif[0x010E] = "taken at home"
+    text.add_text("note", "taken at home")
+    content = encoded(draw(2, (90, 60)), kind, exif=exif, **({"pnginfo": text} if kind == "PNG" else {"comment": b"taken at home"} if kind == "JPEG" else {}))
+    assert b"taken at home" in content
+    held = Image.open(io.BytesIO(content))
+    held.load()
+    (tmp_path / "photo").write_bytes(content)
+    uploaded = query_item("a lamp", tmp_path / "photo").image.load()
+    for picture in (decode_image(content), ImageRef.from_pil(held).load(), uploaded):
+        assert not picture.info and not picture.getexif() and picture.size == (90, 60)
+        assert not any(b"taken at home" in encoded(picture, other) for other in ("JPEG", "PNG", "WEBP", "TIFF"))
+        assert b"taken at home" not in base64.b64decode(picture_uri(picture, 64).split(",")[1])
 
 
 def test_draft_gives_the_picture_that_full_decoding_gives():
