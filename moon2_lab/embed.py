@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'PROBES', 'EmbedJob', 'plan_job', 'parts_folder', 'open_parts', 'Piece', 'has_view', 'embed_piece',
            'one_by_one', 'piece_file', 'write_piece', 'join_pieces', 'Embedded', 'embed_catalog', 'already_there',
-           'warn_of_prefix', 'Reduced']
+           'warn_of_prefix']
 
 # %% ../nbs/51_embed.ipynb #0d7a386a
 import logging
@@ -21,7 +21,7 @@ from .catalog import Catalog, Product
 from .core import VIEWS, DataError, UsageError, atomic_path, progress, read_json, write_json
 from .encoder import Moon2Encoder
 from .losses import fits_dim
-from .vectors import DTYPES, VectorBlock, VectorFile, length_kept, neighbours_kept, payload_of, reduced, shortened, vector_schema, vector_table
+from .vectors import DTYPES, VectorBlock, VectorFile, length_kept, neighbours_kept, payload_of, shortened, vector_schema, vector_table
 
 # %% ../nbs/51_embed.ipynb #c06b7b17
 log = logging.getLogger(__name__)
@@ -240,30 +240,3 @@ def warn_of_prefix(encoder: Moon2Encoder, dim: int) -> None:
         trained = encoder.info.get("matryoshka_dims")
         told = f"it was trained for {', '.join(map(str, trained))}" if trained else "it was trained without matryoshka_dims"
         log.warning("vectors cut to %d of %d numbers, but this model was not trained for that: %s; expect to lose more", dim, encoder.embedding_dim, told)
-
-# %% ../nbs/51_embed.ipynb #8edac788
-class Reduced:
-    "An encoder with its vectors in a smaller form; for `moon2_lab.evaluate`, without its baselines."
-
-    def __init__(
-        self,
-        encoder: Moon2Encoder,
-        dtype: str = "float32",
-        dim: int | None = None,
-    ):
-        self.encoder, self.dtype, self.dim = encoder, dtype, dim
-        self.fingerprint = f"{encoder.fingerprint}-{dtype}-{dim or encoder.embedding_dim}"
-
-    def encode(self, products, view: str = "mm", batch_size: int = 64) -> np.ndarray:
-        "As `Moon2Encoder.encode`, reduced."
-        return reduced(self.encoder.encode(products, view, batch_size), self.dtype, self.dim)
-
-    def encode_views(self, products, batch_size: int = 64) -> dict[str, np.ndarray]:
-        "As `Moon2Encoder.encode_views`, reduced; rows of NaN stay so."
-        found = self.encoder.encode_views(products, batch_size)
-        for view, rows in found.items():
-            there = np.isfinite(rows).all(axis=1)
-            short = np.full((len(rows), self.dim or rows.shape[1]), np.nan, dtype=np.float32)
-            short[there] = reduced(rows[there], self.dtype, self.dim)
-            found[view] = short
-        return found

@@ -83,10 +83,15 @@ class Settings:
 def vector_ranks(
     direction: Direction,
     views: dict[str, dict[str, np.ndarray]],  # name of a side -> view -> vectors of all its items
+    stored: Callable[[np.ndarray], np.ndarray] | None = None,  # what a store keeps of the gallery's vectors: (N, D) -> (N, d), l2-normalised
 ) -> Ranks:
-    "Ranks of the direction by dot product."
+    "Ranks of the direction by dot product. Queries are cut to the length that is stored, and normalised again."
     query = views[direction.asking.name][direction.query_view][direction.query_rows]
     wanted = views[direction.gallery.name][direction.gallery_view][direction.gallery_rows]
+    if stored is not None:
+        wanted = stored(wanted)
+        query = query[:, : wanted.shape[1]]
+        query = query / np.maximum(np.linalg.norm(query, axis=1, keepdims=True), 1e-12)
     return ranks_chunked(query, wanted, direction.query_keys, direction.gallery_keys, k=TOP)
 
 
@@ -362,6 +367,7 @@ def answer(
     labels: bool = True,
     resamples: int = 1000,
     seed: int = 0,
+    stored: Callable[[np.ndarray], np.ndarray] | None = None,  # as in `vector_ranks`; then neither baselines nor labels are scored
 ) -> Evaluation:
     "Encode once, then score everything the question asks."
     catalog_v1 = question.about["name"] == "catalog-v1"
@@ -372,12 +378,13 @@ def answer(
         started = time.perf_counter()
         views[side.name] = encode_side(encoder, side)
         seconds[side.name] = time.perf_counter() - started
-    ranked = [(direction, vector_ranks(direction, views)) for direction in planned]
+    ranked = [(direction, vector_ranks(direction, views, stored)) for direction in planned]
     directions = {direction.name: direction_block(direction, ranks, settings, _nan_vectors(direction, views)) for direction, ranks in ranked}
     metrics = {"protocol": question.about | {"model": encoder.fingerprint, "seed": seed, "resamples": resamples}, "directions": directions, "balance": _balance(directions)}
+    metrics["protocol"] |= {"stored": str(stored)} if stored is not None else {}
     metrics |= {"skipped": skipped} if skipped else {}
-    metrics |= score_baselines(encoder, ranked, question.queries, question.gallery, settings) if baselines else {}
-    metrics |= score_labels(encoder, question.products, question.gallery, views["products"], settings) if labels and catalog_v1 else {}
+    metrics |= score_baselines(encoder, ranked, question.queries, question.gallery, settings) if baselines and stored is None else {}
+    metrics |= score_labels(encoder, question.products, question.gallery, views["products"], settings) if labels and catalog_v1 and stored is None else {}
     metrics["timing"] = {"encode_seconds": seconds["products"], "products_per_second": len(question.products) / max(seconds["products"], 1e-9), "query_seconds": seconds["queries"]}
     return Evaluation(metrics, pd.concat([per_query_rows(*pair) for pair in ranked], ignore_index=True), views)
 
@@ -409,9 +416,10 @@ def evaluate(
     seed: int = 0,  # of the bootstrap; nothing else is random
     gallery: str | Path | Sequence[str] | None = None,  # triplets-v1: file with one product id per line, or the ids
     lexicon: Lexicon | None = None,  # made already, to save the second it takes
+    stored: Callable[[np.ndarray], np.ndarray] | None = None,  # what a store keeps of the gallery's vectors, such as `moon2_lab.vectors.StoredForm("int8", 64)`; only the directions are scored then
 ) -> dict:
     "The dictionary of metrics.json."
-    result = answer(encoder, ask(catalog, split, protocol, limit, gallery, lexicon), baselines, labels, resamples, seed)
+    result = answer(encoder, ask(catalog, split, protocol, limit, gallery, lexicon), baselines, labels, resamples, seed, stored)
     if out is not None:
         result.write(out)
     return result.metrics

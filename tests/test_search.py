@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from bench.demo_load import free_port
 from moon2_lab.catalog import Catalog
 from moon2_lab.cli import main
+from moon2_lab.compare import asked_items
 from moon2_lab.core import DataError
-from moon2_lab.embed import Reduced, embed_catalog, parts_folder
-from moon2_lab.evaluate import evaluate
+from moon2_lab.embed import embed_catalog, parts_folder
+from moon2_lab.evaluate import answer, ask, evaluate
 from moon2_lab.filters import field_values, parse_filter
 from moon2_lab.index import VectorStore, connect, disconnect, index_vectors
-from moon2_lab.vectors import VectorFile
+from moon2_lab.vectors import StoredForm, VectorFile
 from small import shop, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,13 +167,30 @@ def test_quarantined_products_are_not_embedded(tmp_path):
 
 
 def test_smaller_forms_are_scored_by_the_protocol():
-    "`Reduced` gives `evaluate` an encoder; float32 in full length changes nothing, one sign a number loses something."
+    "float32 in full length changes nothing, one sign a number loses something; baselines and labels are of whole vectors, and left out."
     encoder, catalog = tiny(), shop(60)
-    whole = evaluate(encoder, catalog, split="all", baselines=False, labels=False, resamples=0)
-    same = evaluate(Reduced(encoder), catalog, split="all", baselines=False, labels=False, resamples=0)
-    assert whole["directions"] == same["directions"]
-    small = evaluate(Reduced(encoder, "binary", 8), catalog, split="all", baselines=False, labels=False, resamples=0)
+    whole = evaluate(encoder, catalog, split="all", resamples=0)
+    same = evaluate(encoder, catalog, split="all", resamples=0, stored=StoredForm())
+    assert whole["directions"] == same["directions"] and same["protocol"]["stored"] == "float32" and "stored" not in whole["protocol"]
+    small = evaluate(encoder, catalog, split="all", resamples=0, stored=StoredForm("binary", 8))
     assert small["directions"]["mm->mm"]["R@1"]["value"] < whole["directions"]["mm->mm"]["R@1"]["value"]
+    assert "classification" in whole and not {"classification", "trivial"} & set(small)
+
+
+@pytest.mark.parametrize("dtype,dim", [("binary", None), ("int8", 16)])
+@pytest.mark.parametrize("direction", ["mm->mm", "t->i"])
+def test_scores_of_a_smaller_form_are_those_of_a_search(tmp_path, dtype, dim, direction):
+    "The protocol finds what a store of such vectors finds for whole queries, in directions between the views of the same products, too."
+    encoder, catalog, view = tiny(), shop(60), direction.split("->")[1]
+    question = ask(catalog, "all")
+    found, items = answer(encoder, question, resamples=0, stored=StoredForm(dtype, dim)).per_query, asked_items(question)
+    index_vectors(embed_catalog(encoder, catalog, tmp_path / "v.parquet", view=view, dtype=dtype, dim=dim).path, tmp_path / "v.db")
+    rows = found[found.direction == direction].to_dict("records")
+    asked = [items[direction, row["query_id"]] for row in rows]
+    with VectorStore(tmp_path / "v.db", view) as store:
+        stored = store.search(encoder.encode(asked, direction.split("->")[0]), 5)
+    for row, hits in zip(rows, stored, strict=True):
+        assert len(hits) == 5 and np.allclose([hit.score for hit in hits], row["top_scores"][:5], atol=1e-5)
 
 
 def test_cutting_without_training_for_it_warns(moon2, model, drawn_catalogue, tmp_path):

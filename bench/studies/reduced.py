@@ -2,9 +2,9 @@
 
     python bench/studies/reduced.py --catalog path/to/catalogue --out study --dims 64 128 256 --steps 145 --products 4000 --seeds 0 1 2
 
-Both arms have the same products, seeds and number of steps; the order alternates from seed to seed. Each model encodes the test split once, and every form of its vectors answers the same queries (catalog-v1). A run's results
-stand in OUT as soon as they are there, and a second call makes the runs that are missing (calls with different --seeds may run side by side). At the end, for each form: the mean R@10 over the seeds, and the difference from
-the same model's full float32 vectors, paired by query, with its interval; and the one arm against the other, form by form.
+Both arms have the same products, seeds and number of steps; the order alternates from seed to seed. Each model encodes the test split once, and the same queries (catalog-v1) are asked of every form of its products,
+whole but for their length, as in a search. A run's model and results stand in OUT as soon as they are there, and a second call makes what is missing (calls with different --seeds may run side by side). At the end,
+for each form: the mean R@10 over the seeds, and the difference from the same model's full float32 vectors, paired by query, with its interval; and the one arm against the other, form by form.
 """
 import argparse
 import json
@@ -30,19 +30,27 @@ class Kept:
         return dict(self.known[key])
 
 
-def run_arm(catalog, part, config, out: Path, arm: str, seed: int, dims: list[int]) -> None:
-    "Train, and score each form of the vectors."
-    from moon2_lab.embed import Reduced
-    from moon2_lab.evaluate import evaluate
+def trained(catalog, part, config, folder: Path):
+    "The model of a run that was stopped later, or a new one."
+    from moon2_lab.encoder import Moon2Encoder
 
-    trainer = make_trainer(catalog, part, config)
-    trainer.train()
-    trainer.encoder.save_pretrained(out / f"{arm}-{seed}" / "model")
-    kept = Kept(trainer.encoder.eval())
+    if not (folder / "config.json").is_file():
+        trainer = make_trainer(catalog, part, config)
+        trainer.train()
+        trainer.encoder.save_pretrained(folder)
+    return Moon2Encoder.from_pretrained(folder)
+
+
+def run_arm(catalog, part, config, out: Path, arm: str, seed: int, dims: list[int]) -> None:
+    "Train, and score each form of the products' vectors."
+    from moon2_lab.evaluate import evaluate
+    from moon2_lab.vectors import StoredForm
+
+    kept = Kept(trained(catalog, part, config, out / f"{arm}-{seed}" / "model"))
     for dim in (*dims, kept.embedding_dim):
         for dtype in reversed(DTYPES):
-            evaluate(Reduced(kept, dtype, dim), catalog, split="test", out=out / f"{arm}.{dtype}.{dim}-{seed}", baselines=False, labels=False)
-    (out / f"{arm}-{seed}.json").write_text(json.dumps({"steps": trainer.step, "minutes": trainer.seconds["steps"] / 60, "dim": kept.embedding_dim}))
+            evaluate(kept, catalog, split="test", out=out / f"{arm}.{dtype}.{dim}-{seed}", stored=StoredForm(dtype, dim))
+    (out / f"{arm}-{seed}.json").write_text(json.dumps({"dim": kept.embedding_dim}))
 
 
 def main() -> None:
