@@ -239,7 +239,11 @@ def _block(self: VectorFile, batch: pa.RecordBatch, start: int, dim: int | None)
 def _check(self: VectorFile, rows: np.ndarray, ids: list[str]) -> None:
     "Raise for a row that is not finite or not of length 1."
     lengths = np.linalg.norm(rows, axis=1)
-    for wrong, what in ((~np.isfinite(lengths), "the vector holds NaN or infinity"), (np.abs(lengths - 1) > 1e-2, "the vector is not l2-normalised")):
+    found = (
+        (~np.isfinite(lengths), "the vector holds NaN or infinity", "leave such products out, or embed them again"),
+        (np.abs(lengths - 1) > 1e-2, "the vector is not l2-normalised", "divide each vector by its length; one of zeros holds nothing: leave it out"),
+    )
+    for wrong, what, advice in found:
         if wrong.any():
             where = int(np.flatnonzero(wrong)[0])
-            raise DataError(f"{what} (length {lengths[where]:.4g}; {int(wrong.sum())} of {len(ids)} rows)", where=f"{self.path}, product {ids[where]}", advice="moon2 doctor says what is wrong with vectors")
+            raise DataError(f"{what} (length {lengths[where]:.4g}; {int(wrong.sum())} of {len(ids)} rows)", where=f"{self.path}, product {ids[where]}", advice=advice)
