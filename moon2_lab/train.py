@@ -306,10 +306,16 @@ def _tell(self: Trainer, event: Event) -> None:
 
 
 @patch
+def _sign(self: Trainer) -> None:
+    "What the model was trained for, on what and for how long, into what travels with it."
+    self.encoder.info |= {"matryoshka_dims": list(getattr(self.objective, "matryoshka_dims", ())), "trained_steps": self.step, "catalog": str(Path(self.catalog.folder or "").name), "data_hash": self.catalog.data_hash}
+
+
+@patch
 def _begin(self: Trainer) -> None:
-    "Before a step: features and number of steps where they are missing; what the model is trained for."
+    "Before a step: features and number of steps where they are missing."
     self._closed = False
-    self.encoder.info["matryoshka_dims"] = list(getattr(self.objective, "matryoshka_dims", ()))
+    self._sign()
     if self.max_steps == 0:
         self.prepare_features()
         self.max_steps = self.calibrate()
@@ -455,6 +461,7 @@ def restore(self: Trainer, snapshot: tuple) -> None:
     self.ledger.load_state_dict(meta["ledger"])
     set_random_state(meta["random"])
     self.history, self._running, self._epoch_cache, self._closed = copy.deepcopy(history), None, None, False
+    self._sign()
 
 
 @patch(as_prop=True)
@@ -517,15 +524,8 @@ def save(self: Trainer) -> Path:
 
 
 @patch
-def _sign(self: Trainer) -> None:
-    "What was trained, into what travels with the model."
-    self.encoder.info |= {"trained_steps": self.step, "catalog": str(Path(self.catalog.folder or "").name), "data_hash": self.catalog.data_hash}
-
-
-@patch
 def save_run(self: Trainer) -> None:
     "Write model/, history.parquet, run_settings.json, quarantine.parquet and filter_ledger.parquet into the run folder."
-    self._sign()
     self.encoder.save_pretrained(self.out / "model")
     write_parquet(self.out / "history.parquet", self.table())
     write_parquet(self.out / "filter_ledger.parquet", self.ledger.to_frame())
