@@ -22,7 +22,7 @@ import pandas as pd
 # %% ../nbs/41_evaluate.ipynb #a00a9c39
 from .catalog import Catalog, Item, Product
 from .core import VIEWS, DataError, UsageError, write_json, write_parquet
-from .metrics import Ranks, average_precision_at, bm25, classification_scores, hit_at, nearest_class, paired_test, precision_at, rank_scores, ranks_chunked, recall_at, with_interval
+from .metrics import Ranks, average_precision_at, bm25, classification_scores, hit_at, nearest_class, normalised, paired_test, precision_at, rank_scores, ranks_chunked, recall_at, with_interval
 from moon2_lab.protocol import (
     Direction, LabelTask, Side, catalog_queries, folded_words, gallery_side, label_tasks, pick_products, plan_directions, query_image_counts, read_gallery,
     string_match, triplet_queries, unseen_queries,
@@ -90,8 +90,7 @@ def vector_ranks(
     wanted = views[direction.gallery.name][direction.gallery_view][direction.gallery_rows]
     if stored is not None:
         wanted = stored(wanted)
-        query = query[:, : wanted.shape[1]]
-        query = query / np.maximum(np.linalg.norm(query, axis=1, keepdims=True), 1e-12)
+        query = normalised(query[:, : wanted.shape[1]])
     return ranks_chunked(query, wanted, direction.query_keys, direction.gallery_keys, k=TOP)
 
 
@@ -152,7 +151,7 @@ def frozen_features(
     if features.ndim != 2 or len(features) != len(rows):
         raise DataError(f"vision_features returned shape {features.shape} for {len(rows)} images", where="frozen_vision", advice="return one vector per image, (N, C)")
     found = np.zeros((len(side), features.shape[1]), dtype=np.float32)
-    found[rows] = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    found[rows] = normalised(features)
     return found
 
 # %% ../nbs/41_evaluate.ipynb #f7d45e3d
@@ -370,7 +369,7 @@ def answer(
     stored: Callable[[np.ndarray], np.ndarray] | None = None,  # as in `vector_ranks`; then neither baselines nor labels are scored
 ) -> Evaluation:
     "Encode once, then score everything the question asks."
-    catalog_v1 = question.about["name"] == "catalog-v1"
+    catalog_v1, whole = question.about["name"] == "catalog-v1", stored is None
     settings = Settings(question.catalog, resamples, seed, precision=not catalog_v1)
     planned, skipped = plan_directions(question.queries, question.gallery, question.cross)
     views, seconds = {}, {}
@@ -381,10 +380,10 @@ def answer(
     ranked = [(direction, vector_ranks(direction, views, stored)) for direction in planned]
     directions = {direction.name: direction_block(direction, ranks, settings, _nan_vectors(direction, views)) for direction, ranks in ranked}
     metrics = {"protocol": question.about | {"model": encoder.fingerprint, "seed": seed, "resamples": resamples}, "directions": directions, "balance": _balance(directions)}
-    metrics["protocol"] |= {"stored": str(stored)} if stored is not None else {}
+    metrics["protocol"] |= {} if whole else {"stored": str(stored)}
     metrics |= {"skipped": skipped} if skipped else {}
-    metrics |= score_baselines(encoder, ranked, question.queries, question.gallery, settings) if baselines and stored is None else {}
-    metrics |= score_labels(encoder, question.products, question.gallery, views["products"], settings) if labels and catalog_v1 and stored is None else {}
+    metrics |= score_baselines(encoder, ranked, question.queries, question.gallery, settings) if baselines and whole else {}
+    metrics |= score_labels(encoder, question.products, question.gallery, views["products"], settings) if labels and catalog_v1 and whole else {}
     metrics["timing"] = {"encode_seconds": seconds["products"], "products_per_second": len(question.products) / max(seconds["products"], 1e-9), "query_seconds": seconds["queries"]}
     return Evaluation(metrics, pd.concat([per_query_rows(*pair) for pair in ranked], ignore_index=True), views)
 

@@ -247,7 +247,8 @@ def test_exact_search_up_to_the_limit(tmp_path):
     "Just below 20,000 vectors: the ids of matrix product and sort, for 200 queries."
     import pyarrow.parquet as pq
 
-    from moon2_lab.vectors import VectorBlock, normalised, payload_of, vector_schema, vector_table
+    from moon2_lab.metrics import normalised
+    from moon2_lab.vectors import VectorBlock, payload_of, vector_schema, vector_table
     rng, count = np.random.default_rng(0), 19_999
     rows = normalised(rng.normal(size=(count, 32)))
     ids = [f"p{place}" for place in range(count)]

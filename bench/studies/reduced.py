@@ -43,13 +43,14 @@ def trained(catalog, part, config, folder: Path):
 
 def run_arm(catalog, part, config, out: Path, arm: str, seed: int, dims: list[int]) -> None:
     "Train, and score each form of the products' vectors."
-    from moon2_lab.evaluate import evaluate
+    from moon2_lab.evaluate import answer, ask
     from moon2_lab.vectors import StoredForm
 
+    question = ask(catalog, "test")
     kept = Kept(trained(catalog, part, config, out / f"{arm}-{seed}" / "model"))
     for dim in (*dims, kept.embedding_dim):
         for dtype in reversed(DTYPES):
-            evaluate(kept, catalog, split="test", out=out / f"{arm}.{dtype}.{dim}-{seed}", stored=StoredForm(dtype, dim))
+            answer(kept, question, stored=StoredForm(dtype, dim)).write(out / f"{arm}.{dtype}.{dim}-{seed}")
     (out / f"{arm}-{seed}.json").write_text(json.dumps({"dim": kept.embedding_dim}))
 
 
