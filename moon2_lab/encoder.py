@@ -163,8 +163,10 @@ class Moon2Encoder(nn.Module):
         items: Sequence[Item],
         views: Sequence[str] = VIEWS,
         share: bool | None = None,  # None: one pass when the mask allows it; False: one pass for each view
+        uses: dict[str, torch.Tensor] | None = None,  # view -> (N,) bool: the items that are used in it; a view not named: all
     ) -> ItemViews:
-        "Encode items, differentiably. Any mix of items with and without image and text; an item with neither is a `DataError`."
+        """Encode items, differentiably. Any mix of items with and without image and text; an item with neither is a `DataError`.
+        A view that an item is not used in counts as absent, for the load of the experts too."""
         for item in items:
             if not item.has_text and item.image is None:
                 raise DataError("neither text nor image", where=item.item_id or "item", advice="leave it out: there is nothing to encode")
@@ -172,20 +174,30 @@ class Moon2Encoder(nn.Module):
         once = dict(zip(keys, items, strict=True))
         number = {key: place for place, key in enumerate(once)}
         place = torch.tensor([number[key] for key in keys], dtype=torch.int64, device=self.backbone.device)
-        copies = torch.bincount(place, minlength=len(once))
+        used = {view: mask.to(place.device) for view, mask in (uses or {}).items()}
+        copies = {v: torch.bincount(place[used[v]] if v in used else place, minlength=len(once)) for v in views}
         share = self.shares_rows if share is None else share
         passes = [tuple(views)] if share else [(view,) for view in VIEWS if view in views]
         with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             found = _join([self._encode_rows(list(once.values()), group, self.rows_of(list(once.values()), group, share), copies) for group in passes])
         spread = {name: {view: x.index_select(0, place) for view, x in getattr(found, name).items()} for name in ("embedding", "present", "routing")}
+        spread["present"] |= {view: spread["present"][view] & mask for view, mask in used.items() if view in views}
         return dataclasses.replace(found, **spread, near_tie=found.near_tie.index_select(0, place))
 
-    def forward(self, items: Sequence[Item], views: Sequence[str] = VIEWS, share: bool | None = None) -> ItemViews:
+    def forward(
+        self,
+        items: Sequence[Item],
+        views: Sequence[str] = VIEWS,
+        share: bool | None = None,
+        uses: dict[str, torch.Tensor] | None = None,
+    ) -> ItemViews:
         "`forward_items`, under the name that wrappers of a module call."
-        return self.forward_items(items, views, share)
+        return self.forward_items(items, views, share, uses)
 
-    def _encode_rows(self, items: list[Item], views: Sequence[str], rows: list[Row], copies: torch.Tensor) -> ItemViews:
-        "One pass over `rows`, then the means for each view; `copies` (N,) = how often each item stands in the batch."
+    def _encode_rows(
+        self, items: list[Item], views: Sequence[str], rows: list[Row], copies: dict[str, torch.Tensor]
+    ) -> ItemViews:
+        "One pass over `rows`, then the means for each view; `copies[view]` (N,) = how often each item is used in it."
         count, device = len(items), self.backbone.device
         hidden, tape = self.run_rows(items, rows) if rows else (self.alignment.new_zeros(0, self.embedding_dim), [])
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -198,7 +210,7 @@ class Moon2Encoder(nn.Module):
             out.present[view] = torch.bincount(owners, minlength=count) > 0
             out.embedding[view] = F.normalize(mean_by_item(hidden, places, owners, count), dim=1)
             out.routing[view] = mean_by_item(spread, places, owners, count)
-            weight = weight.index_add(0, places, copies[owners].to(weight.dtype))
+            weight = weight.index_add(0, places, copies[view][owners].to(weight.dtype))
         out.layers = [LayerGates(r.gates, r.selected, weight) for r in tape]
         owner = torch.tensor([row.item for row in rows for _ in range(len(row))], dtype=torch.int64, device=device)
         for r in tape:

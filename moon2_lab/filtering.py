@@ -214,6 +214,7 @@ def _intra_problem(role: str, views: TripletViews, keys: TripletKeys, samples: d
     "Function, vectors and options of L_intra^role. Of several negatives each is an anchor; then the positive is its one rival."
     per_row = keys.negative.shape[1]
     other = {view: (views.embedding["n"][view], views.present["n"][view] & keys.negative_mask) for view in "ti"}
+    own = {view: views.present[role][view] & (keys.negative_mask if role == "n" else True) for view in "ti"}
     own_keys, other_keys = keys.positive, keys.negative
     if role == "n":
         other = {view: tuple(t.repeat_interleave(per_row, 0)[:, None] for t in (views.embedding["p"][view], views.present["p"][view])) for view in "ti"}
@@ -222,7 +223,8 @@ def _intra_problem(role: str, views: TripletViews, keys: TripletKeys, samples: d
     image, text = (vectors.reshape(-1, vectors.shape[-1]) for vectors in (views.embedding[role]["i"], views.embedding[role]["t"]))
     options = {
         "keys": own_keys, "other_keys": other_keys, "in_batch": config.intra_negatives == "batch", "symmetric": config.intra_symmetric, "weight": weight, "unique": True,
-        "mask": samples[f"intra_{role}"].flatten(), "other_mask": other["t"][1], "other_image": other["i"][0], "other_image_mask": other["i"][1],
+        "mask": samples[f"intra_{role}"].flatten(), "text_mask": own["t"].flatten(), "image_mask": own["i"].flatten(),
+        "other_mask": other["t"][1], "other_image": other["i"][0], "other_image_mask": other["i"][1],
     }
     return intra_product_loss, (image, text, other["t"][0]), config.intra_temperature, options
 

@@ -211,14 +211,17 @@ def intra_product_loss(
     other_mask: Tensor | None = None,  # (B, K) bool, others that have a text
     other_image: Tensor | None = None,  # (B, K, D), images of the other polarity, rivals in text -> image
     other_image_mask: Tensor | None = None,  # (B, K) bool, others that have an image
+    text_mask: Tensor | None = None,  # (B,) bool, products whose text is a rival of other rows; None: those of `mask`
+    image_mask: Tensor | None = None,  # (B,) bool, products whose image is one, in text -> image
     unique: bool = False,  # one column per product key and row
 ) -> Tensor:  # () or (B,)
     "L_intra^v of the paper, v = p or n. A direction that has no negatives gives 0."
-    shared = {"keys": keys, "negative_keys": other_keys, "in_batch": in_batch, "mask": mask, "positive_mask": mask, "unique": unique, "reduction": reduction, "weight": weight}
-    loss = inter_product_loss(image, text, other_text, temperature, negative_mask=other_mask, **shared)
+    shared = {"keys": keys, "negative_keys": other_keys, "in_batch": in_batch, "mask": mask, "unique": unique, "reduction": reduction, "weight": weight}
+    texts, images = (mask if rivals is None else rivals for rivals in (text_mask, image_mask))
+    loss = inter_product_loss(image, text, other_text, temperature, negative_mask=other_mask, positive_mask=texts, **shared)
     if not symmetric:
         return loss
-    back = inter_product_loss(text, image, other_image, temperature, negative_mask=other_image_mask, **shared)
+    back = inter_product_loss(text, image, other_image, temperature, negative_mask=other_image_mask, positive_mask=images, **shared)
     return (loss + back) / 2
 
 # %% ../nbs/30_losses.ipynb #ed0b2745

@@ -29,14 +29,16 @@ class DenseObjective:
         self.temperature = temperature
 
     def __call__(self, views: TripletViews, routing: TripletRouting, keys: TripletKeys) -> dict[str, torch.Tensor]:
-        "Terms by name (for example t_to_mm), and their mean as loss. A product without a view is left out of its terms."
+        """Terms by name (for example t_to_mm), and their mean as loss. A product with one modality has nothing to find
+        (its multimodal vector is the vector of what it has); it is a wrong answer for the others."""
         embedding, present = views.embedding["p"], views.present["p"]
-        terms = {}
-        for query, item in DENSE_TERMS:
-            both = present[query] & present[item]
-            if both.any():
-                terms[f"{query}_to_{item}"] = inter_product_loss(embedding[query][both].float(), embedding[item][both].float(), None, self.temperature, keys=keys.positive[both])
-        return terms | {"loss": torch.stack(list(terms.values())).mean() if terms else embedding["mm"].sum() * 0}
+        complete, terms = present["t"] & present["i"], {}
+        for query, item in DENSE_TERMS if complete.any() else ():
+            masks = {"mask": complete, "positive_mask": present[item]}
+            anchors, candidates = embedding[query].float(), embedding[item].float()
+            terms[f"{query}_to_{item}"] = inter_product_loss(anchors, candidates, None, self.temperature, keys=keys.positive, **masks)
+        loss = torch.stack(list(terms.values())).mean() if terms else torch.nan_to_num(embedding["mm"]).sum() * 0
+        return terms | {"loss": loss}
 
 # %% ../nbs/34_recipes.ipynb #6252cb60
 def self_triplets(
