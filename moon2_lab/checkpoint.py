@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import DataError, read_json, write_json, write_parquet
+from .core import DataError
+from .outputs import read_json, write_json, write_parquet
 from .encoder import Moon2Encoder
 
 # %% ../nbs/26_checkpoint.ipynb #f2907c8c

@@ -25,7 +25,7 @@ def show(
     as_json: bool = False,
 ) -> int:
     "Print an outcome to stdout; returns its exit code."
-    from moon2_lab.core import plain
+    from moon2_lab.outputs import plain
 
     text = json.dumps(plain(outcome.facts), ensure_ascii=False, allow_nan=False) if as_json else outcome.text
     try:

@@ -25,7 +25,8 @@ import pandas as pd
 
 # %% ../nbs/19_coaugment.ipynb #7fd6a312
 from .catalog import Catalog, examine_paths
-from .core import DataError, LabError, UsageError, plain, progress, read_json, usable_cores, write_json, write_parquet
+from .core import DataError, LabError, UsageError, progress, usable_cores
+from .outputs import plain, read_json, write_json, write_parquet
 from .editors import KINDS, make_editor
 from .enrichers import NO_ANSWER, NOT_ASKED, enrich_request, make_enricher
 from .entities import AttributeLexicon

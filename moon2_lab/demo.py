@@ -24,7 +24,8 @@ from gradio.routes import ORJSONResponse
 
 from .cards import header_html
 from .catalog import Catalog
-from .core import DIRECTIONS, VIEWS, LabError, TrainConfig, UsageError, cache_dir, read_json, static_text
+from .core import DIRECTIONS, VIEWS, LabError, TrainConfig, UsageError, cache_dir, static_text
+from .outputs import read_json
 from .encoder import Moon2Encoder
 from .job import model_folder, model_name
 from .queries import MAX_LETTERS

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from .catalog import Catalog, Product
-from .core import VIEWS, DataError, UsageError, atomic_path, progress, read_json, write_json
+from .core import VIEWS, DataError, UsageError, progress
+from .outputs import atomic_path, read_json, write_json
 from .encoder import Moon2Encoder
 from .losses import fits_dim
 from .vectors import DTYPES, VectorBlock, VectorFile, length_kept, neighbours_kept, payload_of, shortened, vector_schema, vector_table

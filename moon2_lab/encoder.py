@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from .backbone import Backbone, Packing, build_backbone
 from .catalog import ImageRef, Item, Product
-from .core import OBJECTIVES, VIEWS, DataError, EncoderConfig, atomic_path, progress, read_json, write_json
+from .core import OBJECTIVES, VIEWS, DataError, EncoderConfig, progress
+from .outputs import atomic_path, read_json, write_json
 from .moe import LayerRouting, MoEFeedForward, upcycle
 
 # %% ../nbs/22_encoder.ipynb #868c074a

@@ -21,7 +21,8 @@ import pandas as pd
 
 # %% ../nbs/41_evaluate.ipynb #a00a9c39
 from .catalog import Catalog, Item, Product
-from .core import VIEWS, DataError, UsageError, write_json, write_parquet
+from .core import VIEWS, DataError, UsageError
+from .outputs import write_json, write_parquet
 from .metrics import Ranks, average_precision_at, bm25, classification_scores, hit_at, nearest_class, normalised, paired_test, precision_at, rank_scores, ranks_chunked, recall_at, with_interval
 from moon2_lab.protocol import (
     Direction, LabelTask, Side, catalog_queries, folded_words, gallery_side, label_tasks, pick_products, plan_directions, query_image_counts, read_gallery,

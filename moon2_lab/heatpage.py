@@ -12,7 +12,8 @@ import html
 import json
 from pathlib import Path
 
-from .core import LabError, UsageError, atomic_path, static_text
+from .core import LabError, UsageError, static_text
+from .outputs import atomic_path
 from .heatdata import first_method, maps_json, pair_payload
 from .maps import PairMaps
 from .tables import printable

@@ -25,7 +25,8 @@ import PIL
 from PIL import Image
 
 # %% ../nbs/05_images.ipynb #a0cf299d
-from .core import DataError, LabError, cache_dir, progress, sha256_hex, usable_cores, write_parquet
+from .core import DataError, LabError, cache_dir, progress, sha256_hex, usable_cores
+from .outputs import write_parquet
 
 # %% ../nbs/05_images.ipynb #696b22e5
 MAX_SIDE = 1024  # longest side of a picture handed out, in pixels

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cells import clean
-from .core import DataError, atomic_path, read_json
+from .core import DataError
+from .outputs import atomic_path, read_json
 from .layouts import LAYOUTS, ProductDraft, TripletDraft, merge_drafts, split_in_name
 from .parts import Parts
 from .store import Pictures

@@ -18,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from .core import DIRECTIONS, TrainConfig, UsageError, cache_dir, read_json, sha256_hex
+from .core import DIRECTIONS, TrainConfig, UsageError, cache_dir, sha256_hex
+from .outputs import read_json
 
 # %% ../nbs/67_job.ipynb #30cc2ba8
 log = logging.getLogger("moon2_lab")

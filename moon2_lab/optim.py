@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .core import DataError, NumericChoices, TrainConfig, cache_dir, pick_device, pick_dtype, read_json, set_threads, write_json
+from .core import DataError, NumericChoices, TrainConfig, cache_dir, pick_device, pick_dtype, set_threads
+from .outputs import read_json, write_json
 from .encoder import Moon2Encoder
 from .moe import faster_kernel
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import LabError, UsageError, pick_device, read_json
+from .core import LabError, UsageError, pick_device
+from .outputs import read_json
 from .encoder import Moon2Encoder
 from .images import ImageRef
 from .products import Item

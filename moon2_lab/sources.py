@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .catalog import TRIPLET_COLUMNS
-from .core import DataError, LabError, UsageError, disk_is_full, progress, read_json, write_json
+from .core import DataError, LabError, UsageError, progress
+from .outputs import disk_is_full, read_json, write_json
 from .fetch import Fetcher
 from .intake import GALLERY, Desk, Settings, merge_products, read_lists, write_queries
 from .layouts import LAYOUTS, ColumnMap, Layout, ProductDraft, TripletDraft, map_columns, read_label_lines, read_row

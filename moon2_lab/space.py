@@ -23,7 +23,8 @@ from typing import Any
 import pandas as pd
 
 from .catalog import Catalog, Product
-from .core import LabError, UsageError, disk_is_full, progress, read_json, sha256_hex, write_json, write_parquet
+from .core import LabError, UsageError, progress, sha256_hex
+from .outputs import disk_is_full, read_json, write_json, write_parquet
 from .demo import catalogue_of, open_model, scores_of, shown_part
 from .encoder import Moon2Encoder
 from .images import bare, fit

@@ -22,7 +22,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from .core import DataError, LabError, UsageError, progress, read_json, write_json, write_parquet
+from .core import DataError, LabError, UsageError, progress
+from .outputs import read_json, write_json, write_parquet
 from .drawing import KINDS, MARKS, draw_look
 from .products import Item, Product
 from .surfaces import BACKDROPS, PALE, Look, Shot, photo

@@ -22,7 +22,8 @@ from fastcore.basics import patch
 
 from .catalog import Catalog, ImageRef, Item
 from .checkpoint import deferred_interrupt, keep_newest, load_tensors, newest_checkpoint, random_state, same_chances, save_checkpoint, set_random_state, state_tensors
-from .core import OBJECTIVES, VIEWS, EncoderConfig, LabError, NumericChoices, TrainConfig, UsageError, plain, progress, run_settings, seed_everything, write_json, write_parquet
+from .core import OBJECTIVES, VIEWS, EncoderConfig, LabError, NumericChoices, TrainConfig, UsageError, progress, run_settings, seed_everything
+from .outputs import plain, write_json, write_parquet
 from .encoder import ItemViews, Moon2Encoder
 from .filtering import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
 from .losses import TripletKeys, TripletRouting, TripletViews, balance_alarm

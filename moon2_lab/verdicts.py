@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import VIEWS, DataError, UsageError, read_json, sha256_hex, write_json
+from .core import VIEWS, DataError, UsageError, sha256_hex
+from .outputs import read_json, write_json
 from .tables import printable
 from .triplets import Triplet, TripletList
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from moon2_lab.catalog import Catalog
 from moon2_lab.checkpoint import load_checkpoint, newest_checkpoint
-from moon2_lab.core import OBJECTIVES, VIEWS, DataError, DriftError, LabError, UsageError, read_json
+from moon2_lab.core import OBJECTIVES, VIEWS, DataError, DriftError, LabError, UsageError
+from moon2_lab.outputs import read_json
 from moon2_lab.encoder import Moon2Encoder
 from moon2_lab.losses import TripletKeys, TripletRouting, TripletViews, inter_product_loss, objective_routing
 from moon2_lab.train import PHASES, Trainer, lay_out
