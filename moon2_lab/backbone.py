@@ -10,7 +10,6 @@ __all__ = ['LITE0_SHA256', 'VISION', 'SPECS', 'SMOLLM2_PACKAGE', 'SMOLLM2_FILE',
 
 # %% ../nbs/20_backbone.ipynb #363b1f65
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 
 from .catalog import ImageRef
 from .core import DataError, EncoderConfig, LabError, cache_dir, progress, sha256_hex
+from .outputs import locked
 
 # %% ../nbs/20_backbone.ipynb #94b31346
 class Packing:
@@ -44,23 +44,26 @@ class Packing:
         device=None,
     ):
         self.causal = causal
-        self.lengths = torch.as_tensor(lengths, device=device)
+        self.lengths = torch.as_tensor(lengths)  # the places are worked out on the CPU, where the lengths are, and then moved
         ends = self.lengths.cumsum(0)
-        self.row = torch.repeat_interleave(torch.arange(len(lengths), device=device), self.lengths)  # (T,) row of each token
-        self.position = torch.arange(int(ends[-1]), device=device) - (ends - self.lengths)[self.row]  # (T,) place in its row
-        self.groups = list(self._groups(lengths))
+        self.row = torch.repeat_interleave(torch.arange(len(lengths)), self.lengths)  # (T,) row of each token
+        self.position = torch.arange(len(self.row)) - (ends - self.lengths)[self.row]  # (T,) place in its row
+        runs = list(self._runs(lengths))
+        slots = [(self.row[tokens] - first) * longest + self.position[tokens] for tokens, first, _, longest in runs]
+        self.lengths, self.row, self.position, slot = (x.to(device) for x in (self.lengths, self.row, self.position, torch.cat(slots)))
+        self.groups = [(tokens, rows, longest, slot[tokens]) for tokens, _, rows, longest in runs]  # (tokens, rows, longest, slot of each token)
 
-    def _groups(self, lengths: list[int], limit: int = 2) -> Iterable[tuple[slice, int, int, torch.Tensor]]:
-        "Runs of rows of similar length, so that attention pads little: (tokens, rows, longest, slot of each token)."
-        start_row = start_token = 0
-        for row in range(1, len(lengths) + 1):
-            run = lengths[start_row:row]
-            if row < len(lengths) and max(run + [lengths[row]]) <= limit * min(run + [lengths[row]]):
-                continue
-            stop_token = start_token + sum(run)
-            inside = slice(start_token, stop_token)
-            yield inside, len(run), max(run), (self.row[inside] - start_row) * max(run) + self.position[inside]
-            start_row, start_token = row, stop_token
+    @staticmethod
+    def _runs(lengths: list[int], limit: int = 2) -> Iterable[tuple[slice, int, int, int]]:
+        "Runs of rows of similar length, so that attention pads little: (tokens, first row, rows, longest)."
+        start_row = start_token = stop_token = 0
+        shortest = longest = lengths[0]
+        for row, length in enumerate([*lengths, None]):
+            if length is None or max(longest, length) > limit * min(shortest, length):
+                yield slice(start_token, stop_token), start_row, row - start_row, longest
+                start_row, start_token, shortest, longest = row, stop_token, length, length
+            if length is not None:
+                stop_token, shortest, longest = stop_token + length, min(shortest, length), max(longest, length)
 
 # %% ../nbs/20_backbone.ipynb #e5257055
 def packed_attention(
@@ -158,11 +161,11 @@ class PatchColours:
     channels = 48
     identity = "patch-colours-1"
 
-    def __call__(self, images: list[Image.Image], image_size: int, visual_tokens: int) -> torch.Tensor:
-        "(N, V, 48), about zero mean."
+    def __call__(self, images: list[Image.Image], image_size: int, visual_tokens: int, device="cpu") -> torch.Tensor:
+        "(N, V, 48) on `device`, about zero mean."
         grid = int(visual_tokens**0.5)
         arrays = [np.asarray(square(image, image_size).resize((grid * 4, grid * 4), Image.Resampling.BOX), dtype=np.float32) for image in images]
-        pixels = torch.from_numpy(np.stack(arrays)) / 128 - 1  # (N, 4g, 4g, 3)
+        pixels = torch.from_numpy(np.stack(arrays)).to(device) / 128 - 1  # (N, 4g, 4g, 3)
         cells = pixels.view(-1, grid, 4, grid, 4, 3).permute(0, 1, 3, 2, 4, 5)
         return cells.reshape(-1, visual_tokens, self.channels)
 
@@ -189,14 +192,13 @@ class EfficientNetLite0:
         return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    @torch.autocast("cpu", enabled=False)  # features are kept for ever: always of float32 weights
-    def __call__(self, images: list[Image.Image], image_size: int, visual_tokens: int) -> torch.Tensor:
-        "(N, V, 1280)."
-        self.model = self.model or self._build()
+    def __call__(self, images: list[Image.Image], image_size: int, visual_tokens: int, device="cpu") -> torch.Tensor:
+        "(N, V, 1280) on `device`, where the model is moved. Features are kept for ever: always of float32 weights, without TF32 and autocast."
+        self.model, grid = (self.model or self._build()).to(device), int(visual_tokens**0.5)
         arrays = np.stack([np.asarray(square(image, image_size), dtype=np.float32) for image in images])
-        pixels = (torch.from_numpy(arrays).permute(0, 3, 1, 2) - 127) / 128  # channels-last in memory; these weights want no ImageNet mean
-        maps = self.model.extract_features(pixels)  # (N, 1280, h, w)
-        grid = int(visual_tokens**0.5)
+        pixels = (torch.from_numpy(arrays).to(device).permute(0, 3, 1, 2) - 127) / 128  # channels-last in memory; these weights want no ImageNet mean
+        with torch.autocast(pixels.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            maps = self.model.extract_features(pixels)  # (N, 1280, h, w)
         return F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
 
 
@@ -222,17 +224,30 @@ class FeatureStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.data, self.keys = self.folder / "features.f16", self.folder / "keys.bin"
         self.rows: dict[bytes, int] = {}
+        self.map: np.memmap | None = None  # (count, V, C)
+        self.count = 0  # features whose keys were read so far
         self.refresh()
 
+    def __deepcopy__(self, memo) -> "FeatureStore":
+        "The same store: a copy of an encoder reads, and adds to, the same files."
+        return self
+
+    def __reduce__(self):
+        "To another process goes the place, not the content."
+        return FeatureStore, (self.folder, self.shape)
+
     def refresh(self) -> None:
-        "Read the keys that other processes have added."
-        known = len(self.rows)
+        "Read the keys that were added since, by this process or by others."
         size = self.shape[0] * self.shape[1] * 2
         whole = min(self.keys.stat().st_size // 32 if self.keys.exists() else 0, self.data.stat().st_size // size if self.data.exists() else 0)
-        if whole > known:
-            raw = self.keys.read_bytes()
-            self.rows.update((raw[32 * i : 32 * i + 32], i) for i in range(known, whole))
-        self.map = np.memmap(self.data, dtype=np.float16, mode="r", shape=(whole, *self.shape)) if whole else None
+        if whole > self.count:
+            with open(self.keys, "rb") as file:
+                file.seek(32 * self.count)
+                raw = file.read(32 * (whole - self.count))
+            self.rows.update((raw[32 * i : 32 * i + 32], self.count + i) for i in range(whole - self.count))
+            self.count = whole
+        if whole and (self.map is None or len(self.map) != whole):
+            self.map = np.memmap(self.data, dtype=np.float16, mode="r", shape=(whole, *self.shape))
 
     def missing(self, keys: list[bytes]) -> list[int]:
         "Places in `keys` that are not stored (each key named once)."
@@ -240,15 +255,13 @@ class FeatureStore:
         return sorted(place for key, place in first.items() if key not in self.rows)
 
     def add(self, keys: list[bytes], features: np.ndarray) -> None:
-        "Append (n, V, C) features; safe beside other processes, and when the disk is full."
-        with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        "Append (n, V, C) features of keys that are not stored yet, each once; safe beside other processes, and when the disk is full."
+        with locked(self.folder / "lock"):
             self.refresh()
-            fresh = [i for i, key in enumerate(keys) if key not in self.rows]
-            count = len(self.rows)
+            fresh = self.missing(keys)
             try:
-                _write_at(self.data, count * self.shape[0] * self.shape[1] * 2, np.ascontiguousarray(features[fresh], dtype=np.float16).tobytes())
-                _write_at(self.keys, count * 32, b"".join(keys[i] for i in fresh))  # keys last: a key without features never exists
+                _write_at(self.data, self.count * self.shape[0] * self.shape[1] * 2, np.ascontiguousarray(features[fresh], dtype=np.float16).tobytes())
+                _write_at(self.keys, self.count * 32, b"".join(keys[i] for i in fresh))  # keys last: a key without features never exists
             except OSError as error:
                 raise LabError(f"cannot write vision features ({error.strerror})", where=str(self.folder), advice="free some space, or move the cache with MOON2_CACHE") from error
             self.refresh()
@@ -295,8 +308,7 @@ def mini_assets() -> Path:
     "Folder with SmolLM2 as safetensors + tokenizer; fetched and converted at the first call."
     folder = cache_dir("backbones") / f"smollm2-{SMOLLM2_SHA256[:12]}"
     if not (folder / "complete").exists():
-        with open(cache_dir("backbones") / "lock", "w") as lock:  # two processes: one converts, the other waits
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(cache_dir("backbones") / "lock"):  # two processes: one converts, the other waits
             if not (folder / "complete").exists():
                 _convert_mini(folder)
     return folder
@@ -380,12 +392,12 @@ class Backbone(nn.Module):
         return self._store
 
     def cache_features(self, refs: list[ImageRef], batch_size: int = 32) -> int:
-        "Encode the images that the store does not have yet; returns how many those were."
+        "Encode the images that the store does not have yet, on the device of the weights; returns how many those were."
         keys, new = self._keys(refs), self.missing_features(refs)
         for start in progress(range(0, len(new), batch_size), desc="vision features"):
             places = new[start : start + batch_size]
-            features = self.vision([refs[i].load() for i in places], self.config.image_size, self.config.visual_tokens)
-            self.store.add([keys[i] for i in places], features.numpy())
+            features = self.vision([refs[i].load() for i in places], self.config.image_size, self.config.visual_tokens, self.device)
+            self.store.add([keys[i] for i in places], features.cpu().numpy())
         return len(new)
 
     def missing_features(self, refs: list[ImageRef]) -> list[int]:

@@ -4,25 +4,22 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'EFFICIENCY', 'BASE_BYTES', 'prepare_trainable', 'group_of', 'parameter_groups', 'make_optimizer',
-           'lr_factor', 'set_learning_rate', 'measured_once', 'choose_numerics', 'apply_numerics', 'release_memory',
-           'flops_per_token', 'activation_bytes', 'matmul_speed', 'predict_cost']
+           'lr_factor', 'set_learning_rate', 'choose_numerics', 'apply_numerics', 'release_memory', 'flops_per_token',
+           'activation_bytes', 'matmul_speed', 'predict_cost']
 
 # %% ../nbs/25_optim.ipynb #60dfb0bf
 import contextlib
 import ctypes
 import math
 import os
-import platform
 import time
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .core import DataError, NumericChoices, TrainConfig, cache_dir, pick_device, pick_dtype, set_threads
-from .outputs import read_json, write_json
+from .core import DataError, NumericChoices, TrainConfig, device_name, pick_device, pick_dtype, set_threads
 from .encoder import Moon2Encoder
-from .moe import faster_kernel
+from .moe import faster_kernel, measured_once
 
 # %% ../nbs/25_optim.ipynb #3e8791db
 def prepare_trainable(
@@ -90,37 +87,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 # %% ../nbs/25_optim.ipynb #0e18c92d
-def measured_once(
-    key: str,  # what was measured, with its shape
-    measure: Callable[[], str],
-) -> str:
-    "The stored answer for `key` on this machine and torch version, measured at the first call."
-    path = cache_dir("probes") / "answers.json"
-    known = read_json(path) if path.exists() else {}
-    full = f"{platform.node()} {platform.machine()} torch-{torch.__version__} {key}"
-    if full not in known:
-        known[full] = measure()
-        write_json(path, known)
-    return known[full]
-
-
 def choose_numerics(
     encoder: Moon2Encoder,
     config: TrainConfig,
     tokens: int = 2048,  # tokens a step will have, about
 ) -> NumericChoices:
-    "Device, dtype, threads and kernels for this run, by the stored rule."
+    "Device, dtype, threads and kernels for this run, by the stored rule. The encoder is moved first: what is measured is measured on the device that will run it."
     device = pick_device(config.device)
     threads = set_threads(config.num_threads)
+    encoder.to(device)
     width = encoder.embedding_dim
     dtype = config.dtype
     if dtype == "auto":  # small matrices gain nothing from bfloat16
-        dtype = "float32" if width < 256 else measured_once(f"dtype {device.type}", lambda: str(pick_dtype(device)).removeprefix("torch."))
+        dtype = "float32" if width < 256 else measured_once(f"dtype {device_name(device)}", lambda: str(pick_dtype(device)).removeprefix("torch."))
     kernel = "loop"
     if encoder.moe_blocks and width >= 256:
         block, low = encoder.moe_blocks[0], getattr(torch, dtype)
         shape = "x".join(map(str, block.gate_up_proj.shape))
-        kernel = measured_once(f"experts {device.type} {dtype} {shape} top{block.top_k} {threads} threads {tokens // 1024}k tokens", lambda: faster_kernel(block, tokens, dtype=low)[0])
+        kernel = measured_once(f"experts {device_name(device)} {dtype} {shape} top{block.top_k} {threads} threads {tokens // 1024}k tokens", lambda: faster_kernel(block, tokens, dtype=low)[0])
     return NumericChoices(device.type, dtype, threads, kernel, "sdpa on packed rows", torch.__version__)
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FULL', 'DAY', 'LOCK', 'EXCHANGE', 'HERE', 'SUMS', 'disk_is_full', 'unwritable', 'claim', 'is_left', 'sweep',
-           'new_temporary', 'atomic_path', 'umask', 'plain', 'write_json', 'read_json', 'write_parquet', 'try_file',
-           'try_folder', 'is_rubbish', 'holds_nothing', 'require_new', 'clear_rubbish', 'lock_file', 'Hold', 'held',
-           'require_free', 'exchange', 'whole_folder', 'copy_whole', 'file_sha256', 'write_checksums',
+           'new_temporary', 'atomic_path', 'umask', 'locked', 'plain', 'write_json', 'read_json', 'write_parquet',
+           'try_file', 'try_folder', 'is_rubbish', 'holds_nothing', 'require_new', 'clear_rubbish', 'lock_file', 'Hold',
+           'held', 'require_free', 'exchange', 'whole_folder', 'copy_whole', 'file_sha256', 'write_checksums',
            'require_checksums']
 
 # %% ../nbs/01_outputs.ipynb #2ecb1d3d
@@ -172,6 +172,17 @@ def umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+# %% ../nbs/01_outputs.ipynb #5828edcf
+@contextlib.contextmanager
+def locked(
+    path: str | Path,  # the lock file; it stays
+) -> Iterator[None]:
+    "Hold the lock file for the block. Others that ask for it wait until the block is done; a killed process holds nothing."
+    with open(path, "a") as file:
+        while not claim(file.fileno()):
+            time.sleep(0.01)
+        yield
 
 # %% ../nbs/01_outputs.ipynb #49c08004
 def plain(value: Any) -> Any:
