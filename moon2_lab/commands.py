@@ -194,12 +194,14 @@ def heatmap(args: argparse.Namespace) -> Outcome:
 
 def heat_facts(pair) -> list[dict]:  # PairMaps
     "Method, side, faithfulness and the words with their numbers, for --json."
+    from moon2_lab.heatdata import trust_facts
+
     found = []
     for side in (pair.query, pair.item):
         for method, one in side.maps.items():
             faith = side.faith.get(method)
             found.append({"side": side.side, "method": method, "words": side.scored(one), "cells": None if one.cells is None else one.cells.tolist(), "gain": None if faith is None else faith.gain,
-                          "better_than": None if faith is None else faith.better_than, "redrawn": None if faith is None else faith.redrawn, "warning": "" if faith is None else faith.warning})
+                          "redrawn": None if faith is None else faith.redrawn, **trust_facts(faith)})
     return found
 
 
@@ -208,7 +210,7 @@ def heat_lines(pair, page: str) -> list[str]:
     lines = [f"score {pair.score:.3f}"]
     for fact in heat_facts(pair):
         strongest = sorted(fact["words"], key=lambda word: -word[3])[:3]
-        trust = "" if fact["better_than"] is None else f"; better than {fact['better_than']:.0%} of random maps"
+        trust = f"; {fact['trust']}" if fact["trust"] else ""
         lines.append(f"  {fact['side']}, {fact['method']}: {', '.join(f'{word} {value:+.3f}' for word, _, _, value in strongest) or 'no words'}{trust}")
     return [*lines, page]
 

@@ -22,9 +22,9 @@ from .catalog import Item
 from .core import UsageError
 from .core import progress as progress_bar
 from .encoder import Moon2Encoder
-from .faithful import faithfulness, redrawn_twin
+from .faithful import faithfulness, random_gains, redrawn_twin, without_own
 from .heatmaps import HeatmapWidget
-from .maps import Faith, PairMaps, SideMaps, TokenMap
+from .maps import FEW, LEVEL, Faith, PairMaps, SideMaps, TokenMap, correct_for_methods
 from .routing import plain_item, token_routing
 
 # %% ../nbs/65_explain.ipynb #46e9193b
@@ -49,6 +49,11 @@ def read_side(
     )
 
 # %% ../nbs/65_explain.ipynb #b5428902
+def _plain(settings: dict) -> tuple:
+    "Settings as a key: what a map depends on, but for the mean vector."
+    return tuple(sorted((name, value) for name, value in settings.items() if name != "mean"))
+
+
 class Explainer:
     "Maps of one pair, and their faithfulness, each computed once."
 
@@ -58,13 +63,13 @@ class Explainer:
         query: Item,
         item: Item,
         model: str = "",  # its name, for headings
-        trials: int = 20,  # random maps that a map is compared with; 0: faithfulness is not measured
+        trials: int = 99,  # random maps that a map is compared with, more beside many maps; 0: it is not measured
         redrawn: bool = False,  # compare with a model with re-drawn weights, too: each method runs twice
         seed: int = 0,
         **choices,  # routing, baseline, mean, steps, most_steps, samples of `attribute_side`
     ):
         if trials < 0:
-            raise UsageError(f"trials={trials}", where="Explainer", advice="0 or more; 20 are usual")
+            raise UsageError(f"trials={trials}", where="Explainer", advice="0 or more; 99 are usual")
         self.encoder, self.query, self.item, self.trials, self.seed, self.choices = encoder, query, item, trials, seed, choices
         self.twin = redrawn_twin(encoder, seed) if redrawn and trials else None
         vectors = encoder.encode([plain_item(query), plain_item(item)])
@@ -72,6 +77,7 @@ class Explainer:
         ids = (query.item_id or "query", item.item_id or "item")
         self.pair = PairMaps(*sides, float(vectors[0] @ vectors[1]), model, ids)
         self._kept: dict = {}  # (what, side, ...) -> found
+        self._measured: dict[str, dict] = {}  # side -> (method, settings) -> Faith
         self._lock = threading.RLock()
 
     @property
@@ -97,8 +103,7 @@ def map(
 ) -> TokenMap:
     "The map of one method over one side. Errors as in `attribute_side`."
     settings = self.choices | settings
-    plain = tuple(sorted((name, value) for name, value in settings.items() if name != "mean"))
-    return self._once(("map", side, method, plain), lambda: attribute_side(self.encoder, self.query, self.item, side, method, progress=progress, cancelled=cancelled, **settings))
+    return self._once(("map", side, method, _plain(settings)), lambda: attribute_side(self.encoder, self.query, self.item, side, method, progress=progress, cancelled=cancelled, **settings))
 
 # %% ../nbs/65_explain.ipynb #1703a9e3
 @patch
@@ -110,11 +115,15 @@ def _ready(self: Explainer, side: str):
 
 
 @patch
-def _random_gains(self: Explainer, side: str, **asking) -> np.ndarray:
-    "(trials,) gains of random maps."
-    case = self._ready(side)
-    measure = lambda: faithfulness(case.score, case.real, case.blank, case.pieces, np.zeros(case.count), self.trials, self.seed, **asking).random
-    return self._once(("random", side), measure)
+def _random_gains(self: Explainer, side: str, maps: int, **asking) -> np.ndarray:
+    "Gains of random maps: at least `trials`, and so many that one of `maps` maps can pass (Holm); earlier ones are kept."
+    case, known = self._ready(side), self._kept.get(("random", side))
+    wanted = max(self.trials, round(maps / LEVEL) - 1 if self.trials >= 1 / LEVEL - 1 else 0)
+    first = 0 if known is None else len(known)
+    if known is None or (case.count > FEW and first < wanted):
+        more = random_gains(case.score, case.real, case.blank, case.pieces, wanted - first, self.seed, first, **asking)
+        known = self._kept["random", side] = more if known is None else np.concatenate([known, more])
+    return known
 
 
 @patch
@@ -126,14 +135,25 @@ def faith(
     cancelled: Callable | None = None,
     **settings,
 ) -> Faith | None:  # None when trials=0
-    "How far the map can be trusted."
+    "How far the map can be trusted; `p_holm` of the side's other maps moves with each that is measured."
     if not self.trials:
         return None
-    asking, case = {"progress": progress, "cancelled": cancelled}, self._ready(side)
+    asking, case, plain = {"progress": progress, "cancelled": cancelled}, self._ready(side), _plain(self.choices | settings)
     values = self.map(side, method, **asking, **settings).values
-    twin = attribute_side(self.twin, self.query, self.item, side, method, cancelled=cancelled, **self.choices | settings).values if self.twin is not None else None
-    random = self._random_gains(side, **asking)
-    return faithfulness(case.score, case.real, case.blank, case.pieces, values, random, self.seed, twin, **asking)
+    with self._lock:
+        measured = self._measured.setdefault(side, {})
+        random = self._random_gains(side, len(measured.keys() | {(method, plain)}), **asking)
+        if (method, plain) not in measured:
+            twin = None
+            if self.twin is not None:
+                choices = self.choices | settings
+                twin = attribute_side(self.twin, self.query, self.item, side, method, cancelled=cancelled, **choices).values
+            measured[method, plain] = faithfulness(
+                case.score, case.real, case.blank, case.pieces, values, random, self.seed, twin, **asking)
+        for faith in measured.values():
+            faith.random = without_own(random, faith.gain, case.count)
+        correct_for_methods(list(measured.values()))
+        return measured[method, plain]
 
 # %% ../nbs/65_explain.ipynb #229d6ef4
 @patch

@@ -235,8 +235,10 @@ def _keep(self: HeatmapWidget, side: str, method: str, found: TokenMap, faith: F
     mine.maps[method] = found
     if faith is not None:
         mine.faith[method] = faith
-    told = map_json(found, mine.faith.get(method), tried=True)
-    self.found = self.found | {side: self.found.get(side, {}) | {method: told}}
+    drawn = self.found.get(side, {})
+    tried = lambda name: name == method or drawn.get(name, {}).get("tried", False)
+    told = {name: map_json(mine.maps[name], mine.faith.get(name), tried(name)) for name in mine.maps}
+    self.found = self.found | {side: drawn | told}  # all of them: p of the others moves with each map that is measured
 
 
 class _Progress:

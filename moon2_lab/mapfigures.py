@@ -263,7 +263,7 @@ def faith_figure(
         figure.add_hrect(y0=low, y1=high, fillcolor=colours["soft"], opacity=0.25, line_width=0, row=1, col=2)
     figure.update_xaxes(range=[-0.6, len(marks) + 0.6 - (not len(faith.random))], row=1, col=2)
     figure.update_xaxes(tickformat=".0%", title_text="share of the parts taken away or put in", row=1, col=1)
-    lines = [faith.warning, faith_line(faith), "Band: 5 % to 95 % of random maps."]
+    lines = [faith.warning or faith.remark, faith_line(faith), "Band: 5 % to 95 % of random maps."]
     in_theme(figure, f"How faithful: {NAMES.get(method, method) or 'a map'}", [line for line in lines if line], colours, 370)
     return figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.25, "yanchor": "top", "x": 0, "font": {"size": 11}}, margin={"l": 50, "b": 84})
 

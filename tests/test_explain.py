@@ -185,7 +185,8 @@ def test_odd_items_on_either_side(name):
 
 def test_one_piece_cannot_be_compared_and_says_so():
     found = Explainer(tiny(), Item("red", None), Item("box", None), trials=5).maps(["gradient"])
-    assert "not known" in found.item.faith["gradient"].warning
+    faith = found.item.faith["gradient"]
+    assert (faith.verdict, faith.warning) == ("too_few", "") and "Too few parts to measure" in faith.remark
 
 
 @pytest.mark.parametrize("item, says", [(Item(None, None, "p7"), "p7"), (Item("  ", None, "p8"), "p8")])

@@ -144,11 +144,11 @@ def test_still_picture_and_mimebundle():
 
 def test_figures_carry_the_warning():
     pair = made_up_pair()
-    pair.item.faith["gradient"] = Faith(0.5, 0.5, np.linspace(-1, 1, 9))
-    assert "item: Do not trust this map" in pair_map_figure(pair, "gradient").layout.title.subtitle.text
+    pair.item.faith["gradient"] = Faith(0.5, 0.5, np.linspace(-1, 1, 99), pieces=20)
+    assert "item: Do not trust this map" in pair_map_figure(pair, "gradient").layout.title.subtitle.text.replace("<br>", " ")
     assert "item: Do not trust this map" in pair_map_plot(pair, "gradient").texts[-1].get_text()
     told = map_json(pair.item.maps["gradient"], pair.item.faith["gradient"])["faith"]
-    assert told["warning"].startswith("Do not trust") and "50% of 9 random maps" in told["line"]
+    assert told["warning"].startswith("Do not trust") and "50 of 99 random maps" in told["line"]
     assert layer_head_figure(pair.item).data[0].z.shape == (3, 2)
 
 
@@ -179,7 +179,7 @@ class Counting:
 
 def test_computed_on_demand_once():
     pair = made_up_pair()
-    compute = Counting(pair, Faith(0.1, 0.5, np.zeros(20)))
+    compute = Counting(pair, Faith(0.1, 0.5, np.zeros(99)))
     widget = HeatmapWidget(pair, compute)
     assert widget.job["state"] == "idle" and compute.calls == []
     widget.method = "ig"
@@ -251,7 +251,7 @@ def test_a_map_that_does_not_fit_is_an_error_not_a_picture():
 
 def test_measure_keeps_the_map_and_adds_the_number():
     pair = made_up_pair()
-    compute = Counting(pair, Faith(0.3, 0.2, np.zeros(20)))
+    compute = Counting(pair, Faith(0.3, 0.2, np.zeros(99)))
     compute.go.set()
     widget = HeatmapWidget(pair, compute)
     assert widget.found["item"]["attention"]["faith"] is None
@@ -365,7 +365,7 @@ def test_page_shows_the_numbers_of_the_maps(opened):
         assert np.allclose([alpha(colour) for colour in drawn], strongest * abs(numbers) / most, atol=0.006)
         assert [colour.startswith("rgba(213, 94, 0") for colour in drawn] == [bool(number > 0) for number in numbers]
     assert page.locator("[data-side=item] .m2h-cell").nth(5).get_attribute("aria-label") == f"row 2, column 2: {found.cells[1, 1]:+.3f}".replace("-", "−")
-    assert "better than" in page.locator("[data-side=item] .m2h-trust").inner_text()
+    assert "do as well" in page.locator("[data-side=item] .m2h-trust").inner_text()
 
 
 def test_method_layer_head_and_expert_change_the_map(opened):
@@ -452,7 +452,7 @@ def rgb(text):
 def test_fits_and_can_be_read(opened, scheme, width):
     "No sideways scrolling; every text, also on a word in full colour, has a contrast of 4.5."
     pair = edge_pairs()["64 words"]
-    pair.item.faith["gradient"] = Faith(0.5, 0.5, np.linspace(-1, 1, 20))
+    pair.item.faith["gradient"] = Faith(0.5, 0.5, np.linspace(-1, 1, 99))
     page = opened(pair, width, scheme, "gradient")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     paper = rgb(page.eval_on_selector(".m2h", "one => getComputedStyle(one).backgroundColor"))
@@ -520,7 +520,7 @@ def compute(side, method, progress, cancelled):
         progress(step, 400 if method == "shapley" else 10, "samples")
         time.sleep(0.05)
     mine = pair.side(side)
-    return TokenMap(method, np.linspace(-1, 1, len(mine.words)), np.eye(4)), Faith(0.5, 0.5, np.linspace(-1, 1, 9))
+    return TokenMap(method, np.linspace(-1, 1, len(mine.words)), np.eye(4)), Faith(0.5, 0.5, np.linspace(-1, 1, 99))
 
 widget = HeatmapWidget(pair, compute)
 widget.method = "gradient"

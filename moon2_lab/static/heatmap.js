@@ -169,6 +169,7 @@ class Side extends Pointing {
     else if (map.faith) {
       lines.push(make("p", {}, map.faith.line));
       if (map.faith.warning) lines.unshift(make("p", { class: "m2h-warning", role: "note" }, make("b", { "aria-hidden": "true" }, "⚠ "), map.faith.warning));
+      if (map.faith.remark) lines.unshift(make("p", { class: "m2h-note", role: "note" }, map.faith.remark));
     } else {
       const failed = mine && job.state === "failed", line = make("p", failed ? { class: "m2h-warning", role: "alert" } : {}, failed ? `Not measured: ${job.message}` : map.tried ? "Faithfulness: it could not be measured." : "Faithfulness: not measured.");
       lines.push(line, ...(offered && !map.tried ? [button("Measure", true)] : []));
