@@ -29,6 +29,7 @@ from .encoder import Moon2Encoder
 from .evaluate import answer, ask
 from .explain import ExplainerShelf
 from .filters import field_values, fold_value, parse_filter
+from .heatdata import trust_facts
 from .maps import PairMaps, TokenMap
 from .queries import named_query
 from .text import Lexicon, search_phrase
@@ -209,7 +210,7 @@ class Shop:
             raise UsageError("no such product", where=str(item_id)[:80], advice="give the product_id of a hit")
         pair, found = self.model(model).explain_place(self.asked(query_text, query_image), product.item(), method, layer, head)
         faith = pair.item.faith.get(method) if layer is None and head is None else None
-        told = None if faith is None else {"gain": faith.gain, "better_than": faith.better_than, "random_maps": len(faith.random), "warning": faith.warning}
+        told = None if faith is None else {"gain": faith.gain, "random_maps": len(faith.random), **trust_facts(faith)}
         return {"words": pair.item.scored(found), "cells": None if found.cells is None else found.cells.tolist(), "score": pair.score, "faithfulness": told, "note": found.note}
 
 # %% ../nbs/74_shop.ipynb #f2bd59dd
