@@ -56,10 +56,11 @@ def drawn_catalogue(
     noise: float = 0.1,  # share of triplets that are spoilt, and labelled
 ) -> Path:
     "The folder of a drawn catalogue, made on first use."
-    from moon2_lab import drawing, surfaces, synth
+    from moon2_lab import drawing, surfaces, synth, triplets
 
-    code = "".join(inspect.getsource(module) for module in (drawing, surfaces, synth))
-    folder = cache_dir("catalogues", hashlib.sha256(code.encode()).hexdigest()[:8]) / f"drawn-{products}-seed-{seed}-noise-{noise:g}"
+    code = "".join(inspect.getsource(module) for module in (drawing, surfaces, synth, triplets))
+    name = f"v{synth.GENERATOR_VERSION}-{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+    folder = cache_dir("catalogues", name) / f"drawn-{products}-seed-{seed}-noise-{noise:g}"
     started, new = time.perf_counter(), not folder.exists()
     synth.make_catalog(folder, products=products, seed=seed, noise=noise)
     if new:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHELVES', 'BRANDS', 'COLOURS', 'PATTERN_WEIGHTS', 'RECORDED', 'JOINS', 'CHANGED', 'LINES', 'SYNONYMS', 'FILLERS',
-           'STATED', 'RICH', 'REWORDED', 'QUERIES', 'LABEL', 'Shelf', 'Facts', 'family_of', 'describe', 'make_title',
-           'make_phrase', 'make_description', 'plan_shots', 'DrawnProduct', 'draw_product', 'make_triplets',
-           'make_catalog']
+           'SHARES', 'STATED', 'RICH', 'REWORDED', 'QUERIES', 'LABEL', 'GENERATOR_VERSION', 'Shelf', 'Facts',
+           'family_of', 'family_splits', 'describe', 'make_title', 'make_phrase', 'make_description', 'plan_shots',
+           'DrawnProduct', 'draw_product', 'make_triplets', 'make_catalog', 'drawn_from']
 
 # %% ../nbs/14_synth.ipynb #59f9d771
 import errno
@@ -15,8 +15,9 @@ import math
 import os
 import random
 import shutil
+from collections import Counter
 from dataclasses import dataclass, replace
-from hashlib import sha1
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -147,9 +148,8 @@ class Facts:
 
     @property
     def split(self) -> str:
-        "train, valid or test (about 80/10/10), by a hash of the id."
-        place = int(sha1(f"moon2-split-v1:{self.product_id}".encode()).hexdigest()[:8], 16) % 100
-        return "train" if place < 80 else "valid" if place < 90 else "test"
+        "train, valid or test (80/10/10 as far as whole families allow): that of the family."
+        return family_splits(self.seed, 1 << self.index.bit_length())[self.index]
 
 
 def family_of(seed: int, index: int) -> int:
@@ -159,6 +159,25 @@ def family_of(seed: int, index: int) -> int:
         index = rng.randrange(index)
         rng = random.Random(f"{seed}:{index}:family")
     return index
+
+
+SHARES = {"train": .8, "valid": .1, "test": .1}
+
+
+@lru_cache(maxsize=16)
+def family_splits(
+    seed: int,
+    products: int,  # how many, from the first
+) -> tuple[str, ...]:
+    "The split of each product: a new family goes where most products are missing just then, its later members go where it is."
+    split_of, counts, splits = {}, Counter(), []
+    for index in range(products):
+        family = family_of(seed, index)
+        if family == index:
+            split_of[index] = max(SHARES, key=lambda name: SHARES[name] * (index + 1) - counts[name])
+        splits.append(split_of[family])
+        counts[splits[-1]] += 1
+    return tuple(splits)
 
 
 def _pick(rng: random.Random, weighted: dict) -> str:
@@ -349,6 +368,7 @@ def _row(triplet: Triplet, facts: dict[str, Facts], products: list[Product], see
 
 # %% ../nbs/14_synth.ipynb #58010e1f
 LABEL = "synth.json"  # what a folder was drawn from
+GENERATOR_VERSION = 2  # 1 split by product id, 2 by family; counts up whenever the same options give other products, splits or triplets
 
 
 def make_catalog(
@@ -361,7 +381,7 @@ def make_catalog(
 ) -> Path:
     "Draw a catalogue (products.parquet, images/, triplets.parquet) into `out_dir`; `UsageError` for values that cannot be drawn."
     out = Path(out_dir)
-    made_from = {"generator": "moon2_lab.synth", "version": 1, "products": products, "seed": seed, "noise": noise, "image_size": image_size, "quality": quality}
+    made_from = {"generator": "moon2_lab.synth", "version": GENERATOR_VERSION, "products": products, "seed": seed, "noise": noise, "image_size": image_size, "quality": quality}
     _check(made_from)
     if _holds(out, made_from):
         return out
@@ -393,12 +413,24 @@ def _holds(out: Path, made_from: dict) -> bool:
     "Whether `out` is this catalogue already; `UsageError` when it is something else."
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return False
+    label = drawn_from(out)
+    if label == made_from:
+        return True
+    holds = "something else"
+    if label and {**label, "version": GENERATOR_VERSION} == made_from:
+        holds = f"this catalogue as version {label.get('version')} of the generator drew it; now it is version {GENERATOR_VERSION}"
+    raise UsageError(f"the folder is not empty and holds {holds}", where=str(out), advice="give a new folder, or remove this one")
+
+
+def drawn_from(
+    folder: str | Path,  # of a catalogue, or a copy with better titles and more pictures
+) -> dict | None:
+    "What `make_catalog` was told (generator, version, products, seed, noise, ...); None for a catalogue that was not drawn."
     try:
-        if read_json(out / LABEL) == made_from:
-            return True
+        label = read_json(Path(folder) / LABEL)
     except DataError:
-        pass
-    raise UsageError("the folder is not empty and holds something else", where=str(out), advice="give a new folder, or remove this one")
+        return None
+    return label if isinstance(label, dict) else None
 
 
 def _write_products(folder: Path, made_from: dict) -> None:
