@@ -13,13 +13,15 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cells import clean, pictures_in, text_and_pictures, unpack_attributes
+from .attribute_cells import read_attribute_cell
+from .cells import Reading, clean, read_category_cell, read_id_cell, read_text_cell, spread_levels
 from .core import DataError, UsageError
+from .picture_cells import read_picture_cell, read_text_and_pictures
 from .rows import MAX_LINE, Row, decode_line, read_lines
 
 # %% ../nbs/04_layouts.ipynb #a987469e
@@ -187,22 +189,35 @@ def read_product(
     row: Row,
     columns: ColumnMap,
     side: str = "",  # "positive.", "negative." ... in triplets
+    exists: Callable[[str], bool] | None = None,  # whether a picture of that name is there
 ) -> ProductDraft:
     "The product of a row; its `product_id` is None when the row has none."
-    values, troubles = row.values, []
-    texts = {name: clean(columns.first(values, side + name)) for name in FIELDS[:6]}
-    attributes, nameless = unpack_attributes(columns.first(values, f"{side}attributes"))
-    troubles += [("attributes", f"attribute without a name: {piece[:60]}") for piece in nameless]
+    values, draft = row.values, ProductDraft(None, where=row.where)
+
+    def keep(name: str, reading: Reading) -> Any:
+        draft.troubles.extend((name, reason) for reason in reading.notes)
+        return reading.value
+
+    draft.product_id = keep("product_id", read_id_cell(columns.first(values, f"{side}product_id")))
+    draft.title, draft.description = (keep(name, read_text_cell(columns.first(values, side + name))) for name in FIELDS[1:3])
+    levels = [keep(name, read_category_cell(columns.first(values, side + name))) for name in FIELDS[3:6]]
+    deeper = {}
+    if len(levels[0]) > 1 and not any(levels[1:]):
+        (draft.category_l1, draft.category_l2, draft.category_l3), deeper = spread_levels(levels[0])
+    else:
+        draft.category_l1, draft.category_l2, draft.category_l3 = (" > ".join(names) or None for names in levels)
+    draft.attributes = keep("attributes", read_attribute_cell(columns.first(values, f"{side}attributes"))) | deeper
     start = f"{side}attributes."
-    for ours in columns.columns:
-        if ours.startswith(start) and (value := columns.first(values, ours)) is not None:
-            attributes |= unpack_attributes({ours[len(start) :]: value})[0]
-    images = [picture for value in columns.all(values, f"{side}image") for picture in pictures_in(value)]
+    for ours in (name for name in columns.columns if name.startswith(start)):
+        name = ours[len(start) :]
+        draft.attributes |= keep(f"attributes.{name}", read_attribute_cell(columns.first(values, ours), name))
+    for value in columns.all(values, f"{side}image"):
+        draft.images += keep("image", read_picture_cell(value, exists))
     named = clean(columns.first(values, "split"))
-    split = SPLITS.get(named.lower()) if named else None
-    if named and not split:
-        troubles.append(("split", f"unknown split: {named[:40]}"))
-    return ProductDraft(**texts, attributes=attributes, images=images, split=split, where=row.where, troubles=troubles)
+    draft.split = SPLITS.get(named.lower()) if named else None
+    if named and not draft.split:
+        draft.troubles.append(("split", f"unknown split: {named[:40]}"))
+    return draft
 
 # %% ../nbs/04_layouts.ipynb #f553ecd0
 PLACEHOLDER = re.compile(r"<\|?image(?:_\d+|_pad)?\|?>\s*")
@@ -214,24 +229,27 @@ def content_id(kind: str, text: str | None, pictures: list[str | bytes]) -> str:
     return f"{kind}-{hashlib.sha256(json.dumps([text, parts]).encode()).hexdigest()[:20]}"
 
 
-def _cell_item(row: Row, columns: ColumnMap, side: str) -> ProductDraft | None:
+def _cell_item(row: Row, columns: ColumnMap, side: str, exists: Callable[[str], bool] | None) -> ProductDraft | None:
     "One side of a triplet; None when it is empty."
-    draft = read_product(row, columns, side)
-    text, pictures = text_and_pictures(columns.first(row.values, f"{side}title"))
-    draft.title, draft.images = PLACEHOLDER.sub("", text or "").strip() or None, pictures + draft.images
+    draft = read_product(row, columns, side, exists)
+    text, pictures = read_text_and_pictures(columns.first(row.values, f"{side}title"), exists)
+    draft.troubles = [trouble for trouble in draft.troubles if trouble[0] != "title"]
+    draft.troubles += [("title", reason) for reason in text.notes + pictures.notes]
+    draft.title, draft.images = PLACEHOLDER.sub("", text.value or "").strip() or None, pictures.value + draft.images
     draft.product_id = draft.product_id or content_id("item", draft.title, draft.images)
     return draft if draft.title or draft.images else None
 
 
-def read_triplet(row: Row, columns: ColumnMap) -> TripletDraft | str:
+def read_triplet(row: Row, columns: ColumnMap, exists: Callable[[str], bool] | None = None) -> TripletDraft | str:
     "The triplet of a row, or what it lacks."
-    text, pictures = text_and_pictures(columns.first(row.values, "query_text"))
-    text = PLACEHOLDER.sub("", text or "").strip() or None
-    pictures += [picture for value in columns.all(row.values, "query_image") for picture in pictures_in(value)]
+    text, shown = read_text_and_pictures(columns.first(row.values, "query_text"), exists)
+    text, pictures = PLACEHOLDER.sub("", text.value or "").strip() or None, shown.value
+    for value in columns.all(row.values, "query_image"):
+        pictures += read_picture_cell(value, exists).value
     if not (text or pictures):
         return "empty query: neither text nor picture"
     sides = sorted({ours.split(".")[0] for ours in columns.columns if ours.startswith("negative")}, key=lambda side: (len(side), side))
-    positive, *negatives = (_cell_item(row, columns, f"{side}.") for side in ("positive", *sides))
+    positive, *negatives = (_cell_item(row, columns, f"{side}.", exists) for side in ("positive", *sides))
     if positive is None:
         return "no positive: neither title nor picture"
     query_id = clean(columns.first(row.values, "query_id")) or content_id("query", text, pictures[:1])
@@ -282,13 +300,20 @@ def merge_drafts(drafts: Iterable[ProductDraft]) -> ProductDraft:
     )
 
 # %% ../nbs/04_layouts.ipynb #48c9b315
-def read_row(layout: Layout, row: Row, columns: ColumnMap | None) -> ProductDraft | TripletDraft | str:
+def read_row(
+    layout: Layout,
+    row: Row,
+    columns: ColumnMap | None,
+    exists: Callable[[str], bool] | None = None,  # whether a picture of that name is there
+) -> ProductDraft | TripletDraft | str:
     "What a readable row tells, or what it lacks."
     if layout.triplets:
-        return read_triplet(row, columns)
-    draft = read_label(row) if columns is None else read_product(row, columns)
-    if isinstance(draft, str) or draft.product_id is None:
-        return draft if isinstance(draft, str) else "no product id"
+        return read_triplet(row, columns, exists)
+    draft = read_label(row) if columns is None else read_product(row, columns, exists=exists)
+    if isinstance(draft, str):
+        return draft
+    if draft.product_id is None:
+        return "; ".join(["no product id", *(reason for name, reason in draft.troubles if name == "product_id")]).replace("; ", ": ", 1)
     if layout.name == "fashion200k" and columns is not None:
         draft.product_id = re.sub(r"_\d+$", "", draft.product_id)
     if layout.grouped:
