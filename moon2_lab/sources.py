@@ -154,7 +154,7 @@ class Importer:
     def draft(self, row: Row, columns: ColumnMap | None) -> ProductDraft | TripletDraft | None:
         "What a row tells; None when it had to be set aside."
         self.desk.counts["seen"] += 1
-        draft = row.reason or read_row(self.layout, row, columns)
+        draft = row.reason or read_row(self.layout, row, columns, self.desk.pictures.finder.holds)
         if isinstance(draft, str):
             return self.desk.aside(None, row.where, "record", draft)
         self.desk.counts["rows"] += 1
