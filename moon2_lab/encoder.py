@@ -74,7 +74,17 @@ class ItemViews:
     routing: dict[str, torch.Tensor]  # view -> (N, Z): mean G~ over MoE layers and the view's tokens
     layers: list[LayerGates] = field(default_factory=list)
     tokens: int = 0  # tokens that went through the decoder
-    near_tie: torch.Tensor | None = None  # (N,) bool: some token's choice of experts hangs on rounding
+    owner: torch.Tensor | None = None  # (T,) of each token in `layers`: its item, counted without repeats
+    place: torch.Tensor | None = None  # (N,) of each item: its place when repeats are left out
+
+    @property
+    def near_tie(self) -> torch.Tensor:  # (N,) bool
+        "Whether some token's choice of experts hangs on rounding; worked out when it is asked for, never in a training step."
+        tied = torch.zeros_like(self.place)
+        for layer in self.layers:
+            near = LayerRouting(layer.gates, layer.selected, layer.selected).near_ties()
+            tied = tied.scatter_reduce(0, self.owner, near.long(), "amax")
+        return tied.index_select(0, self.place) > 0
 
 # %% ../nbs/22_encoder.ipynb #ac6684e6
 def pool_index(rows: list[Row], view: str, device=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +102,8 @@ def pool_index(rows: list[Row], view: str, device=None) -> tuple[torch.Tensor, t
 def mean_by_item(values: torch.Tensor, places: torch.Tensor, items: torch.Tensor, count: int) -> torch.Tensor:
     "(T, C) token values -> (count, C) means; zeros for an item without tokens."
     total = values.new_zeros(count, values.shape[1]).index_add(0, items, values.index_select(0, places))
-    return total / torch.bincount(items, minlength=count).clamp(min=1).unsqueeze(1).to(values.dtype)
+    number = torch.zeros(count, dtype=torch.int64, device=items.device).index_add(0, items, torch.ones_like(items))  # bincount would wait for the device
+    return total / number.clamp(min=1).unsqueeze(1).to(values.dtype)
 
 # %% ../nbs/22_encoder.ipynb #5cb48b00
 class Moon2Encoder(nn.Module):
@@ -176,14 +187,15 @@ class Moon2Encoder(nn.Module):
         number = {key: place for place, key in enumerate(once)}
         place = torch.tensor([number[key] for key in keys], dtype=torch.int64, device=self.backbone.device)
         used = {view: mask.to(place.device) for view, mask in (uses or {}).items()}
-        copies = {v: torch.bincount(place[used[v]] if v in used else place, minlength=len(once)) for v in views}
+        each = {view: used.get(view, torch.ones_like(place, dtype=torch.bool)).long() for view in views}
+        copies = {view: torch.zeros(len(once), dtype=torch.int64, device=place.device).index_add(0, place, mask) for view, mask in each.items()}
         share = self.shares_rows if share is None else share
         passes = [tuple(views)] if share else [(view,) for view in VIEWS if view in views]
         with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             found = _join([self._encode_rows(list(once.values()), group, self.rows_of(list(once.values()), group, share), copies) for group in passes])
         spread = {name: {view: x.index_select(0, place) for view, x in getattr(found, name).items()} for name in ("embedding", "present", "routing")}
         spread["present"] |= {view: spread["present"][view] & mask for view, mask in used.items() if view in views}
-        return dataclasses.replace(found, **spread, near_tie=found.near_tie.index_select(0, place))
+        return dataclasses.replace(found, **spread, place=place)
 
     def forward(
         self,
@@ -204,18 +216,16 @@ class Moon2Encoder(nn.Module):
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         experts = max(self.config.num_experts, 1)
         spread = torch.stack([r.spread() for r in tape]).mean(0) if tape else hidden.new_full((len(hidden), experts), 1 / experts)  # (T, Z)
-        out = ItemViews({}, {}, {}, tokens=len(hidden), near_tie=torch.zeros(count, dtype=torch.bool, device=device))
+        out = ItemViews({}, {}, {}, tokens=len(hidden))
         weight = hidden.new_zeros(len(hidden))
         for view in views:
             places, owners = pool_index(rows, view, device)
-            out.present[view] = torch.bincount(owners, minlength=count) > 0
+            out.present[view] = torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, owners, True)
             out.embedding[view] = F.normalize(mean_by_item(hidden, places, owners, count), dim=1)
             out.routing[view] = mean_by_item(spread, places, owners, count)
             weight = weight.index_add(0, places, copies[view][owners].to(weight.dtype))
         out.layers = [LayerGates(r.gates, r.selected, weight) for r in tape]
-        owner = torch.tensor([row.item for row in rows for _ in range(len(row))], dtype=torch.int64, device=device)
-        for r in tape:
-            out.near_tie[owner[r.near_ties()]] = True
+        out.owner = torch.tensor([row.item for row in rows for _ in range(len(row))], dtype=torch.int64, device=device)
         return out
 
     @torch.no_grad()
@@ -282,7 +292,8 @@ def _join(parts: list[ItemViews]) -> ItemViews:
         return parts[0]
     merged = {name: {view: x for part in parts for view, x in getattr(part, name).items()} for name in ("embedding", "present", "routing")}
     layers = [LayerGates(*(torch.cat([getattr(layer, name) for layer in same]) for name in ("gates", "selected", "weight"))) for same in zip(*(part.layers for part in parts if part.layers), strict=True)]
-    return ItemViews(**merged, layers=layers, tokens=sum(part.tokens for part in parts), near_tie=torch.stack([part.near_tie for part in parts]).any(0))
+    owner = torch.cat([part.owner for part in parts if part.layers]) if layers else None
+    return ItemViews(**merged, layers=layers, tokens=sum(part.tokens for part in parts), owner=owner)
 
 # %% ../nbs/22_encoder.ipynb #c59d767b
 @patch(cls_method=True)

@@ -199,13 +199,13 @@ def _blind(vectors: Tensor | None) -> Tensor | None:
     return None if vectors is None else torch.zeros_like(vectors[..., :1])
 
 
-def _inter_problem(view: str, views: TripletViews, keys: TripletKeys, samples: dict, weight: Tensor, config: TrainConfig) -> tuple:
-    "Function, vectors and options of L_inter^view."
+def _inter_problem(view: str, views: TripletViews, keys: TripletKeys, samples: dict, weight: Tensor, config: TrainConfig, masks: CandidateMasks) -> tuple:
+    "Function, vectors and options of L_inter^view; the `batch_masks` are those of all three views."
     vectors = (views.embedding["q"][view], views.embedding["p"]["mm"], views.embedding["n"]["mm"])
     options = {
         "keys": keys.positive, "negative_keys": keys.negative, "query_keys": keys.query, "in_batch": config.in_batch_negatives, "weight": weight, "unique": True,
         "mask": samples[f"inter_{view}"], "positive_mask": views.present["p"]["mm"], "negative_mask": views.present["n"]["mm"] & keys.negative_mask,
-        "dims": config.matryoshka_dims,
+        "dims": config.matryoshka_dims, "masks": masks,
     }
     return inter_product_loss, vectors, config.temperature, options
 
@@ -220,11 +220,19 @@ def _intra_problem(role: str, views: TripletViews, keys: TripletKeys, samples: d
         other = {view: tuple(t.repeat_interleave(per_row, 0)[:, None] for t in (views.embedding["p"][view], views.present["p"][view])) for view in "ti"}
         own_keys, other_keys = keys.negative.flatten(), keys.positive.repeat_interleave(per_row)[:, None]
         weight = None if weight is None else weight.repeat_interleave(per_row)
+    masks = [
+        candidate_masks(
+            own[view].numel(), other_keys.shape[1], keys=own_keys, negative_keys=other_keys, positive_mask=own[view].flatten(), negative_mask=other[view][1],
+            in_batch=config.intra_negatives == "batch", unique=True, device=own_keys.device,
+        )
+        for view in ("ti" if config.intra_symmetric else "t")
+    ]
     image, text = (vectors.reshape(-1, vectors.shape[-1]) for vectors in (views.embedding[role]["i"], views.embedding[role]["t"]))
     options = {
         "keys": own_keys, "other_keys": other_keys, "in_batch": config.intra_negatives == "batch", "symmetric": config.intra_symmetric, "weight": weight, "unique": True,
         "mask": samples[f"intra_{role}"].flatten(), "text_mask": own["t"].flatten(), "image_mask": own["i"].flatten(),
         "other_mask": other["t"][1], "other_image": other["i"][0], "other_image_mask": other["i"][1],
+        "masks": (masks[0], masks[-1]),
     }
     return intra_product_loss, (image, text, other["t"][0]), config.intra_temperature, options
 
@@ -249,8 +257,9 @@ class Moon2Objective:
         with torch.autocast(keys.positive.device.type, enabled=False):  # scores need more digits than bfloat16 has
             terms = self.filter_terms(views, keys)
             samples = objective_samples(views, keys.negative_mask)
-            losses, relative = self.alignment_losses(views, keys, samples, terms["filter_weight"])
-            terms |= losses | self.weight_terms(views, routing, keys, samples, relative) | self.receipt_terms(views, keys)
+            masks = batch_masks(keys, views, self.config.in_batch_negatives)  # once a batch: the losses, their chance levels and the receipt look at the same
+            losses, relative = self.alignment_losses(views, keys, samples, terms["filter_weight"], masks)
+            terms |= losses | self.weight_terms(views, routing, keys, samples, relative) | self.receipt_terms(views, keys, masks)
             parts = [terms["omega"][m] * losses[name] for m, name in enumerate(OBJECTIVES) if name in losses]
             parts += [weight * terms[name] for name, weight in self.extra_weights().items() if name in terms]
             return terms | {"loss": sum(parts, 0.0 * torch.nan_to_num(views.embedding["q"]["mm"]).sum())}  # a batch without any sample still has a gradient
@@ -269,16 +278,18 @@ class Moon2Objective:
         share = (weight < 1).sum() / (~phi.isnan()).sum().clamp(min=1)
         return {"phi": phi, "filter_weight": weight, "margin": phi.new_tensor(margin), "share_down_weighted": share}
 
-    def alignment_losses(self, views: TripletViews, keys: TripletKeys, samples: dict, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        "The losses that have samples, by name, and (M,) their relation to chance."
+    def alignment_losses(self, views: TripletViews, keys: TripletKeys, samples: dict, weight: Tensor, masks: CandidateMasks | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        "The losses that have samples, by name, and (M,) their relation to chance. One wait for the device: which objectives have samples."
         asked = torch.stack([samples[f"inter_{view}"] for view in VIEWS])
         on_intra = (weight * asked).sum(0) / asked.sum(0).clamp(min=1) if self.config.filter_on_intra else None  # mean over the query views there are
-        problems = {f"inter_{view}": _inter_problem(view, views, keys, samples, row, self.config) for view, row in zip(VIEWS, weight)}
-        problems |= {f"intra_{role}": _intra_problem(role, views, keys, samples, on_intra, self.config) for role in "pn"}
+        present = torch.stack([samples[name].any() for name in OBJECTIVES]).tolist()
+        masks = masks or batch_masks(keys, views, self.config.in_batch_negatives)
         losses, relative = {}, weight.new_zeros(len(OBJECTIVES))
         for m, name in enumerate(OBJECTIVES):
-            if samples[name].any():
-                function, vectors, temperature, options = problems[name]
+            if present[m]:
+                kind, of = name.split("_")
+                problem = (_inter_problem, weight[VIEWS.index(of)], self.config, masks) if kind == "inter" else (_intra_problem, on_intra, self.config)
+                function, vectors, temperature, options = problem[0](of, views, keys, samples, *problem[1:])
                 losses[name] = function(*vectors, temperature, **options)
                 blind = {key: _blind(value) if key == "other_image" else value for key, value in options.items() if key != "dims"}  # chance is the same at every length
                 relative[m] = losses[name].detach() / function(*map(_blind, vectors), temperature, **blind).clamp(min=1e-9)
@@ -303,7 +314,7 @@ class Moon2Objective:
                 terms["balance"] = balance_loss(alignment, support, relative, temperature=config.balance_temperature, present=weighed)
         return terms
 
-    def receipt_terms(self, views: TripletViews, keys: TripletKeys) -> dict[str, Tensor]:
+    def receipt_terms(self, views: TripletViews, keys: TripletKeys, masks: CandidateMasks | None = None) -> dict[str, Tensor]:
         "What each query was compared with."
-        receipt = loss_receipt(batch_masks(keys, views, self.config.in_batch_negatives))
+        receipt = loss_receipt(masks or batch_masks(keys, views, self.config.in_batch_negatives))
         return {"masked_pairs": receipt.masked.sum(), "repeated_pairs": receipt.repeated.sum(), "negatives_per_query": (receipt.hard + receipt.in_batch).float().mean()}

@@ -92,11 +92,20 @@ def _key_ids(
     "Small numbers, equal exactly where keys are equal; a key that was not given is like no other."
     sizes = (rows, rows * per_row, rows)
     given = [None if k is None else k.reshape(-1) for k in (keys, negative_keys, query_keys)]
-    ids = torch.arange(sum(sizes), 2 * sum(sizes), device=device)  # above every dense id
-    stated = torch.cat([torch.full((size,), k is not None, device=device) for k, size in zip(given, sizes)])
-    if stated.any():
-        ids[stated] = torch.unique(torch.cat([k for k in given if k is not None]), return_inverse=True)[1]
-    return ids.split(sizes)
+    stated = [k for k in given if k is not None]
+    dense = iter(_dense(torch.cat(stated)).split([len(k) for k in stated]) if stated else ())
+    own = torch.arange(sum(sizes), 2 * sum(sizes), device=device).split(sizes)  # above every dense id
+    return tuple(other if k is None else next(dense) for k, other in zip(given, own, strict=True))
+
+
+def _dense(
+    values: Tensor,  # (N,) int64
+) -> Tensor:  # (N,)
+    "Numbers from 0 on, equal exactly where values are equal, in their order: `torch.unique`'s inverse, for which a GPU need not be waited for."
+    ordered, order = values.sort(stable=True)
+    new = torch.zeros_like(order)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(order).scatter_(0, order, new.cumsum(0))
 
 # %% ../nbs/30_losses.ipynb #f21bb103
 def _repeated(
@@ -106,17 +115,17 @@ def _repeated(
     rows: int,  # B
 ) -> Tensor:  # (B, C) bool
     "Columns whose product row b has already: its own explicit negatives come first, then the first column of the batch."
-    ids = torch.unique(column_ids, return_inverse=True)[1]
-    columns, n_ids = torch.arange(len(ids), device=ids.device), int(ids.max()) + 1
+    ids, count = _dense(column_ids), len(column_ids)
+    columns = torch.arange(count, device=ids.device)
 
     def later(group: Tensor, size: int) -> Tensor:  # (C,) bool: not the first valid column of its group
-        first = torch.full((size,), len(ids), device=ids.device).scatter_reduce(0, group[valid], columns[valid], "amin")
+        first = torch.full((size,), count, device=ids.device).scatter_reduce(0, group, torch.where(valid, columns, count), "amin")
         return first[group] != columns
 
-    brought = torch.zeros(rows, n_ids, dtype=torch.bool, device=ids.device)
-    brought[owner[valid], ids[valid]] = True  # the products row b brings itself
+    brought = torch.zeros(rows * count, dtype=torch.int64, device=ids.device).scatter_reduce(0, owner * count + ids, valid.long(), "amax")
+    brought = brought.view(rows, count) > 0  # the products row b brings itself
     own = owner == torch.arange(rows, device=ids.device)[:, None]
-    return torch.where(own, later(owner * n_ids + ids, rows * n_ids), later(ids, n_ids) | brought[:, ids])
+    return torch.where(own, later(owner * count + ids, rows * count), later(ids, count) | brought[:, ids])
 
 # %% ../nbs/30_losses.ipynb #37280b4c
 def candidate_masks(
@@ -167,11 +176,12 @@ def inter_product_loss(
     negative_mask: Tensor | None = None,  # (B, K) bool, negatives that exist
     unique: bool = False,  # one column per product key and row
     dims: Sequence[int] = (),  # prefixes of the vectors that are trained too, each shorter than D
+    masks: CandidateMasks | None = None,  # made already, with the keys and masks given here
 ) -> Tensor:  # () or (B,)
     "L_inter^theta of the paper. What a mask leaves out may hold anything, NaN too. A row without negatives gives 0."
     if negatives is None:
         negatives, negative_keys, negative_mask = positive.new_zeros(len(positive), 0, positive.shape[-1]), None, None
-    masks = candidate_masks(
+    masks = masks or candidate_masks(
         len(query), negatives.shape[1], keys=keys, negative_keys=negative_keys, query_keys=query_keys, positive_mask=positive_mask, negative_mask=negative_mask,
         in_batch=in_batch, unique=unique, device=query.device,
     )
@@ -192,7 +202,7 @@ def _reduce(loss: Tensor, weight: Tensor | None, mask: Tensor | None, reduction:
         loss = loss * weight.detach()
     if mask is not None:
         loss = loss * mask
-    return loss if reduction == "none" else loss.sum() / max(len(loss) if mask is None else int(mask.sum()), 1)
+    return loss if reduction == "none" else loss.sum() / (max(len(loss), 1) if mask is None else mask.sum().clamp(min=1))
 
 # %% ../nbs/30_losses.ipynb #dbc77a5a
 def intra_product_loss(
@@ -214,14 +224,16 @@ def intra_product_loss(
     text_mask: Tensor | None = None,  # (B,) bool, products whose text is a rival of other rows; None: those of `mask`
     image_mask: Tensor | None = None,  # (B,) bool, products whose image is one, in text -> image
     unique: bool = False,  # one column per product key and row
+    masks: tuple[CandidateMasks, CandidateMasks] | None = None,  # image -> text and text -> image, made already
 ) -> Tensor:  # () or (B,)
     "L_intra^v of the paper, v = p or n. A direction that has no negatives gives 0."
     shared = {"keys": keys, "negative_keys": other_keys, "in_batch": in_batch, "mask": mask, "unique": unique, "reduction": reduction, "weight": weight}
     texts, images = (mask if rivals is None else rivals for rivals in (text_mask, image_mask))
-    loss = inter_product_loss(image, text, other_text, temperature, negative_mask=other_mask, positive_mask=texts, **shared)
+    to_text, to_image = masks or (None, None)
+    loss = inter_product_loss(image, text, other_text, temperature, negative_mask=other_mask, positive_mask=texts, masks=to_text, **shared)
     if not symmetric:
         return loss
-    back = inter_product_loss(text, image, other_image, temperature, negative_mask=other_image_mask, positive_mask=images, **shared)
+    back = inter_product_loss(text, image, other_image, temperature, negative_mask=other_image_mask, positive_mask=images, masks=to_image, **shared)
     return (loss + back) / 2
 
 # %% ../nbs/30_losses.ipynb #ed0b2745
@@ -374,7 +386,8 @@ def balance_loss(
     "Divergence sum(omega log(omega / t) - omega + t) of the printed omega from its target t."
     target = balance_target(relative, temperature, present).to(alignment.dtype)
     wanted = target > 0  # an absent objective has no routing: leave it out before the logarithm
-    omega, target = collective_support(alignment, routing.detach())[wanted].clamp(min=1e-30), target[wanted]
+    omega = torch.where(wanted, collective_support(alignment, routing.detach()), 1.0).clamp(min=1e-30)
+    target = torch.where(wanted, target, 1.0)  # 1 log(1 / 1) - 1 + 1 = 0
     return (omega * (omega / target).log() - omega + target).sum()
 
 # %% ../nbs/30_losses.ipynb #93a2b5fd

@@ -187,7 +187,10 @@ def _views(self: Trainer, now) -> dict:
 @patch
 def _routing(self: Trainer, now) -> dict:
     with torch.no_grad():
-        now.load = {view: weights[now.found.present[view]].mean(0) for view, weights in now.found.routing.items()}
+        now.load = {}  # mean over the items that have the view
+        for view, weights in now.found.routing.items():
+            present = now.found.present[view][:, None]
+            now.load[view] = torch.where(present, weights, 0).sum(0) / present.sum()
     return {"routing": now.routing, "load": now.load}
 
 
@@ -211,10 +214,21 @@ def _gradients(self: Trainer, now) -> dict:
     self.optimizer.zero_grad()
     self.accelerator.backward(now.terms["loss"])
     groups = {name: [p for g in self.optimizer.param_groups if g["name"] == name for p in g["params"]] for name in GROUPS}
-    now.norms = {name: float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])) for name, params in groups.items() if params}
-    now.norm = float(self.accelerator.clip_grad_norm_(self.encoder.parameters(), self.config.max_grad_norm))
-    now.finite = bool(torch.isfinite(now.terms["loss"])) and now.norm == now.norm and now.norm != float("inf")
+    norms = {name: torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]) for name, params in groups.items() if params}
+    whole = self.accelerator.clip_grad_norm_(self.encoder.parameters(), self.config.max_grad_norm)
+    now.norm, loss, *parts = _to_host([whole, now.terms["loss"], *norms.values()])  # one wait for the device
+    now.norms = {name: float(part) for name, part in zip(norms, parts, strict=True)}
+    now.norm, now.finite = float(now.norm), bool(torch.isfinite(loss) & torch.isfinite(now.norm))
     return {"grad_norm": now.norm, "by_group": now.norms, "finite": now.finite}
+
+
+def _to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    "Numbers (floats of one precision, small counts) copied to the CPU together: a GPU is waited for once, not for each of them."
+    if not tensors or tensors[0].device.type == "cpu":
+        return [x.detach() for x in tensors]
+    dtype = max((x.dtype for x in tensors if x.is_floating_point()), key=lambda kind: kind.itemsize, default=torch.float32)
+    flat = torch.cat([x.detach().reshape(-1).to(dtype) for x in tensors]).cpu()
+    return [part.view(x.shape).to(x.dtype) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
 
 # %% ../nbs/33_train.ipynb #6649f264
 @patch
@@ -224,6 +238,7 @@ def _step(self: Trainer, now) -> dict:
         if now.finite:
             self.optimizer.step()
         self.skipped += not now.finite
+        now.host = _on_host(now.terms, now.load)
         self._note_filter(now)
         row = self._row(now)
         self.history.append(row)
@@ -239,16 +254,24 @@ def _note_filter(self: Trainer, now) -> None:
     if "filter_weight" not in now.terms:
         return  # an objective of one's own
     ids = [triplet.query_id for triplet in now.batch]
-    self.ledger.add(self.step, ids, now.terms["phi"], now.terms["filter_weight"])
+    self.ledger.add(self.step, ids, now.host["phi"], now.host["filter_weight"])
     names = [t.positive.product_id for t in now.batch] + [n.product_id for t in now.batch for n in t.negatives]
-    if len(names) == now.keys.negative.numel() + len(now.batch):
+    if len(names) == now.keys.negative.numel() + len(now.batch) and now.host.get("masked_pairs", 1):
         self.ledger.add_masked(self.step, ids, names, batch_masks(now.keys, now.views, self.config.in_batch_negatives))
+
+
+def _on_host(terms: dict[str, Any], load: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "What the history and the ledger need of a step, on the CPU: single numbers, the weights of objectives and triplets, and the load of each view."
+    tables = ("omega", "preference", "phi", "filter_weight")
+    wanted = {name: value for name, value in terms.items() if torch.is_tensor(value) and (value.dim() == 0 or name in tables)}
+    wanted |= {f"load_{view}": share for view, share in load.items()}
+    return dict(zip(wanted, _to_host(list(wanted.values())), strict=True))
 
 
 @patch
 def _row(self: Trainer, now) -> dict:
     "One row of the history."
-    terms = {name: value.detach() for name, value in now.terms.items() if torch.is_tensor(value)}
+    terms = {name: value for name, value in now.host.items() if name in now.terms}
     row = {"step": self.step, "loss": float(terms["loss"]), **{f"loss_{name}": float(terms[name]) if name in terms else float("nan") for name in OBJECTIVES}}
     row |= {f"loss_{name}": float(terms[name]) for name in ("aux", "sparsity", "balance") if name in terms}
     row |= {f"term_{name}": float(value) for name, value in terms.items() if value.dim() == 0 and name not in KNOWN_TERMS}
@@ -256,7 +279,7 @@ def _row(self: Trainer, now) -> dict:
         if table is not None:
             rows = enumerate(table.reshape(-1, len(OBJECTIVES)).tolist())
             row |= {f"{name}_{objective}" if name == "omega" else f"p_{z}_{objective}": value for z, values in rows for objective, value in zip(OBJECTIVES, values, strict=True)}
-    row |= {f"load_{view}_{z}": value for view, load in now.load.items() for z, value in enumerate(load.tolist())}
+    row |= {f"load_{view}_{z}": value for view in now.load for z, value in enumerate(now.host[f"load_{view}"].tolist())}
     row |= phi_quantiles(terms["phi"]) if "phi" in terms else {}
     row |= {name: float(terms[name]) for name in ("omega_sum_raw", "share_down_weighted", "masked_pairs", "repeated_pairs", "negatives_per_query", "margin") if name in terms}
     row["alarm"] = "; ".join(balance_alarm(terms["omega"], terms["omega_sum_raw"])) if "omega_sum_raw" in terms else ""
