@@ -114,6 +114,7 @@ def mix_experts(
     down: torch.Tensor,  # (Z, D, I)
     act: Callable = F.silu,
     kernel: str = "loop",  # loop or grouped
+    gate_scale: bool = False,  # multiply by the sum of the chosen gates, as Switch does
 ) -> torch.Tensor:
     "sum_z G~_z f_z(h) over the chosen experts, dropless: (T, D)."
     if torch.is_autocast_enabled(hidden.device.type):
@@ -126,7 +127,8 @@ def mix_experts(
     counts = (flat == torch.arange(len(gate_up), device=flat.device)[:, None]).sum(1)  # (Z,); bincount would wait for the device
     out = KERNELS[kernel](blocks, counts, gate_up, down, act)
     out = TakeTokens.apply(out, inverse, order, 1).view(-1, repeats, hidden.shape[-1])  # (T, k, D)
-    return (out * routing.weights.unsqueeze(-1).to(out.dtype)).sum(1)
+    weights = routing.weights * routing.gates.gather(1, routing.selected).sum(1, keepdim=True) if gate_scale else routing.weights
+    return (out * weights.unsqueeze(-1).to(out.dtype)).sum(1)
 
 # %% ../nbs/21_moe.ipynb #5968d43f
 class MoEFeedForward(nn.Module):
@@ -139,9 +141,10 @@ class MoEFeedForward(nn.Module):
         num_experts: int,  # Z
         top_k: int,
         act: Callable = F.silu,
+        gate_scale: bool = False,  # see mix_experts
     ):
         super().__init__()
-        self.top_k, self.act, self.kernel = top_k, act, "loop"
+        self.top_k, self.act, self.kernel, self.gate_scale = top_k, act, "loop", gate_scale
         self.router = nn.Parameter(torch.zeros(num_experts, width))
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner))
@@ -153,7 +156,7 @@ class MoEFeedForward(nn.Module):
         routing = route(flat, self.router, self.top_k)
         if self.tape is not None:
             self.tape.append(routing)
-        return mix_experts(flat, routing, self.gate_up_proj, self.down_proj, self.act, self.kernel).view(hidden.shape)
+        return mix_experts(flat, routing, self.gate_up_proj, self.down_proj, self.act, self.kernel, self.gate_scale).view(hidden.shape)
 
 # %% ../nbs/21_moe.ipynb #5002513c
 def upcycle(
@@ -162,13 +165,14 @@ def upcycle(
     top_k: int,
     router_std: float = 0.02,  # standard deviation of the initial router
     generator: torch.Generator | None = None,  # for the router
+    gate_scale: bool = False,  # see mix_experts
 ) -> MoEFeedForward:
     "A mixture of `num_experts` copies of a dense SwiGLU block. Raises `DataError` for a block of another kind."
     parts = [getattr(ffn, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(part, nn.Linear) and part.bias is None for part in parts):
         raise DataError("cannot upcycle this feed-forward block", where=type(ffn).__name__, advice="it needs bias-free gate_proj, up_proj and down_proj; leave the layer out of moe_layers")
     gate, up, down = (part.weight.detach() for part in parts)
-    block = MoEFeedForward(gate.shape[1], gate.shape[0], num_experts, top_k, getattr(ffn, "act_fn", F.silu)).to(gate)
+    block = MoEFeedForward(gate.shape[1], gate.shape[0], num_experts, top_k, getattr(ffn, "act_fn", F.silu), gate_scale).to(gate)
     with torch.no_grad():
         block.gate_up_proj.copy_(torch.cat([gate, up]).expand(num_experts, -1, -1))
         block.down_proj.copy_(down.expand(num_experts, -1, -1))

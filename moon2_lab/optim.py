@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'EFFICIENCY', 'BASE_BYTES', 'prepare_trainable', 'group_of', 'parameter_groups', 'make_optimizer',
-           'lr_factor', 'set_learning_rate', 'choose_numerics', 'apply_numerics', 'release_memory', 'flops_per_token',
-           'activation_bytes', 'matmul_speed', 'predict_cost']
+           'lr_factor', 'set_learning_rate', 'adamw_seconds', 'choose_numerics', 'apply_numerics', 'release_memory',
+           'flops_per_token', 'activation_bytes', 'matmul_speed', 'predict_cost']
 
 # %% ../nbs/25_optim.ipynb #60dfb0bf
 import contextlib
@@ -13,6 +13,7 @@ import ctypes
 import math
 import os
 import time
+import warnings
 
 import torch
 from torch import nn
@@ -26,7 +27,10 @@ def prepare_trainable(
     encoder: Moon2Encoder,
     config: TrainConfig,
 ) -> None:
-    "Set which parameters get gradients, in place; adds LoRA when `lora_r` is set."
+    """Set which parameters get gradients, in place; adds LoRA when `lora_r` is set. Warns where a router gets no gradient
+    from the task: the renormalised weight of a single chosen expert is 1, whatever its gate."""
+    if encoder.moe_blocks and encoder.config.top_k == 1 < encoder.config.num_experts and not encoder.config.gate_scale:
+        warnings.warn("top_k=1: the router gets no gradient from the task -> set gate_scale=true, or top_k=2", stacklevel=3)
     if config.lora_r and not getattr(encoder, "lora", None):
         encoder.add_lora(config.lora_r, config.lora_alpha)
     pretrained = encoder.backbone.spec.trained
@@ -85,6 +89,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     "Each group's rate = its base rate times `factor`."
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+# %% ../nbs/25_optim.ipynb #8b8a43db
+def adamw_seconds(
+    parameters: int,  # how many are trained
+    device: torch.device | str = "cpu",
+    most: int = 4_000_000,  # parameters of the probe
+) -> float:
+    "Seconds of one AdamW update of so many parameters on `device`: the best of three, of a probe that is thrown away."
+    count = min(max(parameters, 1), most)
+    probe = torch.nn.Parameter(torch.zeros(count, device=device))
+    optimizer = torch.optim.AdamW([probe], lr=0.0, fused=torch.device(device).type in ("cpu", "cuda"))
+    probe.grad, best = torch.zeros_like(probe), math.inf
+    for _ in range(4):  # the first makes the moments
+        start = time.perf_counter()
+        optimizer.step()
+        float(probe[0].detach())  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return best * parameters / count
 
 # %% ../nbs/25_optim.ipynb #0e18c92d
 def choose_numerics(

@@ -131,7 +131,7 @@ class HeldExperts(nn.Module):
         selected = self.selected.repeat(len(flat) // len(self.selected), 1)
         chosen = gates.gather(1, selected)
         routing = LayerRouting(gates, selected, chosen / chosen.sum(-1, keepdim=True))
-        return mix_experts(flat, routing, block.gate_up_proj, block.down_proj, block.act, block.kernel).view(hidden.shape)
+        return mix_experts(flat, routing, block.gate_up_proj, block.down_proj, block.act, block.kernel, block.gate_scale).view(hidden.shape)
 
 
 @torch.no_grad()
