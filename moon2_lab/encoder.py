@@ -314,7 +314,7 @@ def _assemble(backbone: Backbone, config: EncoderConfig) -> Moon2Encoder:
     "Upcycle the FFNs of the MoE layers and set W*."
     ffns = backbone.ffns()
     for layer in config.moe_layer_ids():
-        backbone.set_ffn(layer, upcycle(ffns[layer], config.num_experts, config.top_k, config.router_std))
+        backbone.set_ffn(layer, upcycle(ffns[layer], config.num_experts, config.top_k, config.router_std, gate_scale=config.gate_scale))
     encoder = Moon2Encoder(backbone, config)
     with torch.no_grad():
         encoder.alignment.normal_(std=config.router_std if config.num_experts else 0.0)
