@@ -117,8 +117,9 @@ class HashTokenizer:
         found = list(self.pattern.finditer(text))
         return [zlib.crc32(m[0].lower().encode()) % self.vocabulary for m in found], [m.span() for m in found]
 
-    def save(self, folder: Path) -> None:
-        "Nothing to write: the vocabulary size is in the config."
+    def save(self, folder: Path) -> list[str]:
+        "Nothing to write: the vocabulary size is in the config. Returns the names of the files written: none."
+        return []
 
 
 class FileTokenizer:
@@ -138,9 +139,9 @@ class FileTokenizer:
         coded = self.inner(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return coded["input_ids"], coded["offset_mapping"]
 
-    def save(self, folder: Path) -> None:
-        "Write the tokenizer's files into `folder`."
-        self.inner.save_pretrained(folder)
+    def save(self, folder: Path) -> list[str]:
+        "Write the tokenizer's files into `folder`; returns their names."
+        return [name for path in self.inner.save_pretrained(folder) if (folder / (name := Path(path).name)).is_file()]
 
 # %% ../nbs/20_backbone.ipynb #4b98ff6b
 def square(

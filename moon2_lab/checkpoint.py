@@ -11,7 +11,6 @@ import contextlib
 import random
 import shutil
 import signal
-import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -21,7 +20,7 @@ import pandas as pd
 import torch
 
 from .core import DataError
-from .outputs import read_json, write_json, write_parquet
+from .outputs import read_json, require_checksums, whole_folder, write_checksums, write_json, write_parquet
 from .encoder import Moon2Encoder
 
 # %% ../nbs/26_checkpoint.ipynb #f2907c8c
@@ -84,37 +83,28 @@ def save_checkpoint(
     meta: dict,  # JSON values
     history: pd.DataFrame,
 ) -> None:
-    "Write a checkpoint folder, whole or not at all."
-    from safetensors import SafetensorError
+    "Write a checkpoint folder, whole or not at all, with its checksums. `LabError` for a full disk or a place that cannot be written."
     from safetensors.torch import save_file
 
-    folder, work = Path(folder), None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with whole_folder(folder, replace=True) as work:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work / "state.safetensors")
         write_json(work / "trainer.json", meta)
         write_parquet(work / "history.parquet", history)
-        shutil.rmtree(folder, ignore_errors=True)
-        work.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot write the checkpoint ({getattr(error, 'strerror', None) or error})", where=str(folder), advice="free some space; earlier checkpoints are untouched") from error
-    finally:
-        if work:
-            shutil.rmtree(work, ignore_errors=True)
+        write_checksums(work)
 
 
 def load_checkpoint(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict, pd.DataFrame]:
-    "(tensors, meta, history). Raises `DataError` naming the file that is missing or cut."
+    "(tensors, meta, history). Raises `DataError` naming the file that is missing, cut or damaged."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
+    folder, advice = Path(folder), "it is cut or incomplete: delete this folder and resume from the one before"
+    require_checksums(folder, advice)
     meta = read_json(folder / "trainer.json")
     try:
         return load_file(folder / "state.safetensors"), meta, pd.read_parquet(folder / "history.parquet")
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"the checkpoint cannot be read ({str(error).splitlines()[0]})", where=str(folder), advice="it is cut or incomplete: delete this folder and resume from the one before") from error
+        raise DataError(f"the checkpoint cannot be read ({str(error).splitlines()[0]})", where=str(folder), advice=advice) from error
 
 # %% ../nbs/26_checkpoint.ipynb #8b4fe395
 def newest_checkpoint(run: str | Path) -> tuple[Path, tuple]:

@@ -42,13 +42,14 @@ def explain(
 ) -> tuple[str, int]:  # the line for stderr, the exit code
     "What to tell about an error."
     from moon2_lab.core import LabError
+    from moon2_lab.outputs import disk_is_full, unwritable
 
     if isinstance(error, KeyboardInterrupt):
         return "stopped; a training run or an import continues with --resume", 130
     if isinstance(error, LabError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f" [{error.filename}]" if error.filename else ""), 2
+        return (str(unwritable(error, error.filename or "output")) if disk_is_full(error) else error.strerror + (f" [{error.filename}]" if error.filename else "")), 2
     return f"{type(error).__name__}: {' '.join(str(error).split())} -> run it again with --debug to see where", 2
 
 # %% ../nbs/80_cli.ipynb #a1877c49
@@ -263,7 +264,10 @@ def main(
     try:
         with contextlib.redirect_stdout(sys.stderr), messages():
             outcome = args.act(args)
-        return show(outcome, args.json)
+        shown = show(outcome, args.json)
+        if outcome.trouble is None:
+            return shown
+        raise outcome.trouble
     except (Exception, KeyboardInterrupt) as error:
         if args.debug:
             traceback.print_exc()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FULL', 'DAY', 'LOCK', 'EXCHANGE', 'HERE', 'SUMS', 'disk_is_full', 'unwritable', 'claim', 'is_left', 'sweep',
-           'new_temporary', 'atomic_path', 'umask', 'locked', 'plain', 'write_json', 'read_json', 'write_parquet',
-           'try_file', 'try_folder', 'is_rubbish', 'holds_nothing', 'require_new', 'clear_rubbish', 'lock_file', 'Hold',
-           'held', 'require_free', 'exchange', 'whole_folder', 'copy_whole', 'file_sha256', 'write_checksums',
-           'require_checksums']
+           'new_temporary', 'atomic_path', 'umask', 'locked', 'plain', 'json_text', 'write_json', 'read_json',
+           'write_parquet', 'try_file', 'try_folder', 'NotSaved', 'is_rubbish', 'holds_nothing', 'require_new',
+           'clear_rubbish', 'lock_file', 'Hold', 'held', 'require_free', 'exchange', 'whole_folder', 'copy_whole',
+           'file_sha256', 'write_checksums', 'require_checksums']
 
 # %% ../nbs/01_outputs.ipynb #2ecb1d3d
 import contextlib
@@ -202,10 +202,15 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def json_text(value: Any) -> str:
+    "`value` as readable JSON, with `plain`."
+    return json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: str | Path, value: Any) -> None:
     "Write `value` as readable JSON, whole or not at all."
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(value), encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:
@@ -275,6 +280,14 @@ def _write_a_byte(path: Path) -> None:
         temporary.unlink(missing_ok=True)
         if handle is not None:
             os.close(handle)
+
+# %% ../nbs/01_outputs.ipynb #794beb6c
+class NotSaved(LabError):
+    "The work was done, but could not be written; `result` is what was found out."
+
+    def __init__(self, error: LabError, result: Any):
+        super().__init__(error.what, where=error.where, advice=error.advice)
+        self.result = result
 
 # %% ../nbs/01_outputs.ipynb #8c8e42a0
 def is_rubbish(path: Path) -> bool:
@@ -431,7 +444,7 @@ def whole_folder(
     replace: bool = False,  # a folder that is there gives way; else it has to be absent or empty
 ) -> Iterator[Path]:
     "Yield a folder that becomes `out` when the block ends well, and is gone when it does not. A full disk, or a place that cannot be written, is a `LabError`."
-    out = Path(out).absolute()
+    out = Path(out).resolve()
     with _tried(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         sweep(out)
@@ -444,8 +457,10 @@ def whole_folder(
         if not (out.exists() and exchange(work, out)):
             _clear_place(out)
             work.rename(out)
-    except OSError as error:
-        raise unwritable(error, out) from error
+    except Exception as error:
+        if isinstance(error, OSError) or disk_is_full(error) and not isinstance(error, LabError):
+            raise unwritable(error, out) from error
+        raise
     finally:
         if handle is not None:
             os.close(handle)

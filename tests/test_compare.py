@@ -253,7 +253,7 @@ def test_titles_stay_text_in_the_file():
 
 def test_a_place_that_cannot_be_written_to(made, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Exception, match="cannot write the page"):
+    with pytest.raises(Exception, match="cannot be written"):
         write_diff_page(made, tmp_path / "file" / "diff.html")
 
 
