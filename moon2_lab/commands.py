@@ -131,11 +131,11 @@ def data_augment(args: argparse.Namespace) -> Outcome:
     from moon2_lab.job import SCORER_MINUTES, augment_lines, augment_run
     from moon2_lab.outputs import try_folder
 
-    try_folder(args.out)
     kinds = tuple(kind.strip() for kind in args.kinds.split(",") if kind.strip() not in ("", "none"))
     options = {f"{part}_options": parse_assignments(getattr(args, f"{part}_set"), f"--{part}-set", "model=path/to/model") for part in ("enricher", "editor")}
     config = TrainConfig(**{"max_minutes": SCORER_MINUTES} | ({"backbone": args.backbone} if args.backbone else {}))
     enricher = None if args.enricher == "none" else args.enricher
+    try_folder(args.out)
     summary = augment_run(args.catalog, args.out, args.scorer, config, args.limit, kinds=kinds, enricher=enricher, editor=args.editor, keep_quantile=args.keep_quantile, seed=args.seed, **options)
     return Outcome(f"{args.out}\n{augment_lines(summary)}", {"folder": str(args.out), **summary})
 
@@ -148,10 +148,10 @@ def train(args: argparse.Namespace) -> Outcome:
 
     if not args.resume:
         require_new(args.out, "give another --out, or continue the run with --resume")
-    if not args.plan:
-        require_free(try_folder(args.out))
     given = typed_settings(args)
     config = resumed_config(args.out, given) if args.resume else TrainConfig(**given)
+    if not args.plan:
+        require_free(try_folder(args.out))
     catalog = load_catalogue(args.catalog, config)
     if args.plan:
         plan = build_trainer(catalog, config).plan()

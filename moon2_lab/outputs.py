@@ -334,6 +334,9 @@ def lock_file(
     return output / LOCK if folder else output.with_name(f".{output.name}{LOCK}")
 
 
+_HOLDERS: weakref.WeakValueDictionary[str, "Hold"] = weakref.WeakValueDictionary()  # of this process, by lock file
+
+
 class Hold:
     "The right to write one output. Let go of by `release`, when it is forgotten, and when the process ends."
 
@@ -341,25 +344,31 @@ class Hold:
         self,
         output: str | Path,
         folder: bool = True,  # whether the output is a folder, which is made
+        newest: bool = False,  # take it over from an older holder in this process, which is refused from then on
     ):
-        self.output = Path(output)
-        self.file, self._letting_go = lock_file(self.output, folder), None
+        self.output, self.newest = Path(output).absolute(), newest
+        self.file, self._letting_go, self._lost = lock_file(self.output, folder), None, False
 
     @property
     def taken(self) -> bool:
-        "Whether this process holds it through this object."
+        "Whether it is held through this object."
         return self._letting_go is not None and self._letting_go.alive
 
     def take(self) -> "Hold":
         "Hold it, or raise `UsageError` when another one does. Taking it twice is taking it once."
         if self.taken:
             return self
+        holder = _HOLDERS.get(str(self.file))
+        if self.newest and not self._lost and holder is not None and holder.newest and holder.taken:
+            holder._lost = True  # it has to wait until this one is done
+            holder.release()
         with _tried(self.output):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             handle = self._open()
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()}\n".encode())
         self._letting_go = weakref.finalize(self, _let_go, handle, self.file, os.getpid())
+        _HOLDERS[str(self.file)], self._lost = self, False
         return self
 
     def _open(self) -> int:
@@ -370,7 +379,8 @@ class Hold:
                 by = os.read(handle, 40).decode(errors="replace").strip() if os.name != "nt" else ""
                 os.close(handle)
                 advice = "wait until that one has ended, or give another place"
-                raise UsageError(f"another process writes here{f' ({by})' if by else ''}", where=str(self.output), advice=advice)
+                what = f"another process writes here{f' ({by})' if by else ''}"
+                raise UsageError(what, where=str(self.output), advice=advice)
             if _is_at(handle, self.file):
                 return handle
             os.close(handle)  # its holder removed it in this moment

@@ -456,7 +456,7 @@ def test_a_cut_checkpoint_falls_back_to_the_one_before(catalog, straight, tmp_pa
 
 
 def tree(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
 
 
 def full_safetensors(tensors, path, metadata=None):
