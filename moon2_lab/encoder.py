@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .backbone import Backbone, Packing, build_backbone
 from .catalog import ImageRef, Item, Product
 from .core import OBJECTIVES, VIEWS, DataError, EncoderConfig, progress
-from .outputs import atomic_path, read_json, write_json
+from .outputs import SUMS, atomic_path, read_json, require_checksums, write_checksums, write_json
 from .moe import LayerRouting, MoEFeedForward, upcycle
 
 # %% ../nbs/22_encoder.ipynb #868c074a
@@ -358,15 +358,16 @@ def merged(self: Moon2Encoder) -> Moon2Encoder:
 # %% ../nbs/22_encoder.ipynb #93040655
 @patch
 def save_pretrained(self: Moon2Encoder, folder: str | Path) -> None:
-    "Write config.json, model.safetensors and the tokenizer files; LoRA weights are merged in the saved copy."
+    "Write config.json, model.safetensors, the tokenizer files and their checksums; LoRA weights are merged in the saved copy."
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self.merged().state_dict().items()}, temporary, metadata={"format": "pt"})
-    self.backbone.tokenizer.save(folder)
+    names = self.backbone.tokenizer.save(folder)
     write_json(folder / "config.json", {"model_type": "moon2", "format": 1, "encoder": self.config, "decoder": self.backbone.decoder.config.to_diff_dict(), "info": self.info})
+    write_checksums(folder, ["model.safetensors", "config.json", *names])
 
 
 @patch(cls_method=True)
@@ -377,10 +378,10 @@ def from_pretrained(cls: Moon2Encoder, folder: str | Path) -> Moon2Encoder:
 
     folder = Path(folder)
     saved = read_json(folder / "config.json")
+    require_checksums(folder, f"copy the model again, or use an earlier checkpoint (if you changed the file on purpose, delete {SUMS})")
     if not isinstance(saved, dict) or saved.get("model_type") != "moon2" or not {"encoder", "decoder", "info"} <= saved.keys():
         raise DataError("not a moon2_lab model", where=str(folder / "config.json"), advice="give a folder written by save_pretrained")
-    config = EncoderConfig(**saved["encoder"])
-    encoder = _assemble(build_backbone(config, pretrained=False, decoder_fields=saved["decoder"], tokenizer_folder=folder), config)
+    encoder = _built(saved, folder)
     weights = folder / "model.safetensors"
     try:
         encoder.load_state_dict(load_file(weights))
@@ -390,6 +391,19 @@ def from_pretrained(cls: Moon2Encoder, folder: str | Path) -> Moon2Encoder:
         raise DataError(f"the weights cannot be read ({str(error).splitlines()[0]})", where=str(weights), advice="the file is cut or of another model: copy it again, or use an earlier checkpoint") from error
     encoder.info = saved["info"]
     return encoder.eval()
+
+
+def _built(saved: dict, folder: Path) -> Moon2Encoder:
+    "The encoder that config.json describes, its weights still random. `DataError` for a config that describes none."
+    try:
+        config = EncoderConfig(**saved["encoder"])
+        backbone = build_backbone(config, pretrained=False, decoder_fields=saved["decoder"], tokenizer_folder=folder)
+        return _assemble(backbone, config)
+    except DataError:
+        raise
+    except Exception as error:  # whatever a library says to a field that is missing, of another type or out of range
+        said = " ".join(str(error).split())[:160] or type(error).__name__
+        raise DataError(f"the config describes no model ({said})", where=str(folder / "config.json"), advice="it is damaged: copy the model folder again") from error
 
 # %% ../nbs/22_encoder.ipynb #b4c794f7
 @patch(as_prop=True)

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from .catalog import Catalog, ImageRef, Item
 from .checkpoint import deferred_interrupt, keep_newest, load_tensors, newest_checkpoint, random_state, same_chances, save_checkpoint, set_random_state, state_tensors
 from .core import OBJECTIVES, VIEWS, EncoderConfig, LabError, NumericChoices, TrainConfig, UsageError, progress, run_settings, seed_everything
-from .outputs import plain, write_json, write_parquet
+from .outputs import Hold, clear_rubbish, plain, require_new, try_folder, whole_folder, write_json, write_parquet
 from .encoder import ItemViews, Moon2Encoder
 from .filtering import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
 from .losses import TripletKeys, TripletRouting, TripletViews, balance_alarm
@@ -105,9 +105,9 @@ class Trainer:
         self.config = (config or TrainConfig()).replace(**dataclasses.asdict(encoder.config))
         self.encoder, self.catalog, self.callbacks, self.evaluate_fn, self.command = encoder, catalog, list(callbacks), evaluate_fn, command
         self.config.require(all(dim < encoder.embedding_dim for dim in self.config.matryoshka_dims), "matryoshka_dims", f"each shorter than the embedding, which has {encoder.embedding_dim} numbers and is always trained")
-        self.out = Path(out) if out else None
-        if self.out and not resume and self.out.exists() and any(self.out.iterdir()):
-            raise UsageError("the run folder is not empty", where=str(self.out), advice="give another --out, or continue it with --resume")
+        self.out, self._hold = Path(out) if out else None, None
+        self.resuming = resume
+        self.hold_run()
         seed_everything(self.config.seed)
         train = catalog.split("train") if catalog.splits else catalog
         made = (self.config.query_variants, self.config.negatives_per_query, self.config.seed, self.config.paired_negatives)
@@ -132,6 +132,23 @@ class Trainer:
         self._prepare()
         if resume:
             self.resume(allow_drift)
+
+    def hold_run(self) -> None:
+        "Make the run folder, try it, and hold it until the run ends or is left: `UsageError` when another training writes there, or a run is there that is not resumed."
+        if not self.out or self._hold and self._hold.take():
+            return
+        if not self.resuming:
+            require_new(self.out, "give another --out, or continue it with --resume")
+        self._hold = Hold(try_folder(self.out), newest=True).take()
+        if not self.resuming:  # another one may have ended in this moment
+            require_new(self.out, "give another --out, or continue it with --resume")
+        clear_rubbish(self.out)
+        self.resuming = True  # from now on it is this trainer's own
+
+    def leave_run(self) -> None:
+        "Let others have the run folder; the next step takes it again."
+        if self._hold:
+            self._hold.release()
 
     def _prepare(self) -> None:
         "Optimizer, accelerate, trackers."
@@ -326,6 +343,7 @@ def __next__(self: Trainer) -> Event:
         return event
     except BaseException:
         self._running = None
+        self.leave_run()
         raise
 
 
@@ -348,6 +366,7 @@ def _sign(self: Trainer) -> None:
 def _begin(self: Trainer) -> None:
     "Before a step: features and number of steps where they are missing."
     self._closed = False
+    self.hold_run()
     self._sign()
     if self.max_steps == 0:
         self.prepare_features()
@@ -387,6 +406,7 @@ def _finish(self: Trainer) -> None:
             self.save()
         self.save_run()
     self._closed = True
+    self.leave_run()
     if self.step >= self.max_steps and self.config.report_to != "none":
         self.accelerator.end_training()
 
@@ -404,9 +424,11 @@ def train(self: Trainer) -> pd.DataFrame:
                 bar.set_postfix(loss=f"{event.data['row']['loss']:.3f}")
     except KeyboardInterrupt:
         if self.out and self.history:
+            self.hold_run()
             self.save()
         raise
     finally:
+        self.leave_run()
         bar.close()
     return self.table()
 
@@ -543,7 +565,8 @@ def evaluate(self: Trainer) -> dict[str, float]:
     if "score" in scores and scores["score"] > self.best.get("score", float("-inf")):
         self.best = {"step": self.step, **scores}
         if self.out:
-            self.encoder.save_pretrained(self.out / "checkpoints" / "best")
+            with whole_folder(self.out / "checkpoints" / "best", replace=True) as folder:
+                self.encoder.save_pretrained(folder)
     return {f"valid_{name}": value for name, value in scores.items()}
 
 
@@ -559,7 +582,8 @@ def save(self: Trainer) -> Path:
 @patch
 def save_run(self: Trainer) -> None:
     "Write model/, history.parquet, run_settings.json, quarantine.parquet and filter_ledger.parquet into the run folder."
-    self.encoder.save_pretrained(self.out / "model")
+    with whole_folder(self.out / "model", replace=True) as folder:
+        self.encoder.save_pretrained(folder)
     write_parquet(self.out / "history.parquet", self.table())
     write_parquet(self.out / "filter_ledger.parquet", self.ledger.to_frame())
     write_parquet(self.out / "quarantine.parquet", self.catalog.quarantine)
