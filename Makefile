@@ -61,7 +61,7 @@ test-all: check
 	MOON2_QUICK= $(PYTEST) tests $(LESSONS)
 
 lab: $(READY)
-	$(BIN)/jupyter lab nbs $(ARGS)
+	$(BIN)/jupyter lab nbs --LabApp.app_settings_dir="$(CURDIR)/scripts/lab" $(ARGS)
 
 app: $(READY)
 	$(BIN)/python apps/retrieval_demo.py $(if $(CATALOG),--catalog "$(CATALOG)") $(ARGS)

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'LIVE_COLUMNS', 'STATES', 'BUTTONS', 'BREATH', 'TURN', 'BatchView', 'Curve', 'live_curves', 'curve_trace',
-           'curve_traces', 'live_figure', 'LiveView', 'LiveTraining']
+           'curve_traces', 'live_figure', 'LiveFigure', 'LiveView', 'LiveTraining']
 
 # %% ../nbs/63_widgets.ipynb #21eb23a0
 import asyncio
 import html
 import time
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import NamedTuple
 
 import ipywidgets
 import pandas as pd
+import plotly.graph_objects as go
 from fastcore.basics import patch
 
 from .core import OBJECTIVES, UsageError
@@ -84,8 +86,6 @@ def curve_trace(
     shown: bool,  # in the legend
 ):
     "A curve as a plotly trace in its panel."
-    import plotly.graph_objects as go
-
     axis = "" if curve.panel == 0 else str(curve.panel + 1)
     return go.Scatter(
         x=curve.values.index.to_numpy(), y=curve.values.to_numpy(dtype=float).round(4), name=curve.name, mode="lines", legendgroup=curve.name, showlegend=shown, xaxis=f"x{axis}", yaxis=f"y{axis}",
@@ -115,6 +115,20 @@ def live_figure(
     return figure.update_yaxes(rangemode="tozero").update_yaxes(range=[0, 1.02], row=2, col=2).update_yaxes(tickformat=".0%", row=2, col=1)
 
 # %% ../nbs/63_widgets.ipynb #df0427fa
+class LiveFigure(go.FigureWidget):
+    "A plotly figure that can be drawn again by a page that is reloaded, or opened a second time."
+
+    def get_state(self, key=None, drop_defaults=False):
+        "The state for a new page: the traces and the layout of now, not those of the beginning."
+        state = super().get_state(key, drop_defaults)
+        now = {"_widget_data": "_data", "_widget_layout": "_layout"}  # what is sent -> where it stands
+        for name, kept in now.items():
+            if name in state and hasattr(self, kept):  # not while the figure is being made
+                to_json = self.trait_metadata(name, "to_json", self._trait_to_json)
+                state[name] = to_json(deepcopy(getattr(self, kept)), self)
+        return state
+
+
 class LiveView:
     "Curves of a run in progress: a trainer's callback, with the widget under `.widget`."
 
@@ -124,12 +138,10 @@ class LiveView:
         every: float = 0.5,  # seconds between two drawings, at least
         points: int = 150,  # for each curve
     ):
-        import plotly.graph_objects as go
-
         self.every, self.points, self.rows, self.drawings, self._due, self._names = every, points, [], 0, 0.0, []
         for row in rows:
             self.add(row)
-        self.widget = go.FigureWidget(live_figure(pd.DataFrame(), points))
+        self.widget = LiveFigure(live_figure(pd.DataFrame(), points))
         if self.rows:
             self.draw()
 

@@ -1,5 +1,8 @@
 """Maps of a pair from a model: every method on every kind of pair, sums that hold, foreign backbones, bad input, the command; two models side by side."""
 import json
+import subprocess
+import sys
+import textwrap
 import time
 
 import numpy as np
@@ -321,3 +324,18 @@ def test_shop_items_can_be_explained():
     for product in catalog:
         maps = Explainer(encoder, Item("red box", None), product.item(), trials=0).maps(["gradient"])
         assert bool(maps.item.words) == product.has_text and bool(maps.item.grid) == product.has_image
+
+
+def test_a_script_that_ends_while_maps_are_computed_ends_well(tmp_path):
+    "The process tells the thread to stop and waits for it; a thread inside native code would abort it (exit 134)."
+    script = tmp_path / "show.py"
+    script.write_text(textwrap.dedent("""
+        from moon2_lab.catalog import Item
+        from moon2_lab.encoder import Moon2Encoder
+        from moon2_lab.explain import heatmap
+
+        widget = heatmap(Moon2Encoder.from_backbone("tiny", seed=0), Item("a red mug", None), Item("a very red mug with a handle", None), trials=2000)
+        print("still at work:", widget._thread.is_alive())
+    """))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "still at work: True"), done.stderr[-500:]

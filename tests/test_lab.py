@@ -1,9 +1,11 @@
 """The live view in a real JupyterLab, in a real browser: it appears, its curves move, its buttons work, and a still figure takes its place."""
 import json
 import re
+import urllib.request
+from pathlib import Path
 
 import pytest
-from browsing import jupyter_lab, open_notebook, run_cell, until
+from browsing import jupyter_lab, keep_screenshot, open_notebook, run_cell, until
 
 pytestmark = pytest.mark.slow
 SETUP = """
@@ -70,6 +72,15 @@ def assert_still(page, folder):
     assert "application/vnd.plotly.v1+json" in mimes and not any("widget" in mime for mime in mimes), mimes
 
 
+def points(page):
+    "How many curves the live view draws, and how many points the longest has."
+    return page.evaluate("""() => {
+        const plot = document.querySelector('.jupyter-widgets .js-plotly-plot');
+        const lengths = (plot?.data ?? []).map((trace) => trace.x?.length ?? 0);
+        return [lengths.length, Math.max(0, ...lengths), plot?.querySelectorAll('.scatterlayer .trace').length ?? 0];
+    }""")
+
+
 CURVES = ".jupyter-widgets .js-plotly-plot .scatterlayer .trace"
 
 
@@ -108,3 +119,68 @@ def test_a_run_that_ends_in_the_background(page, tmp_path):
     wait_until(page, lambda: status(page).startswith("stopped"), "the stop")
     press(page, "Continue")
     assert_still(page, tmp_path)
+
+
+@pytest.mark.parametrize("lab", [2000], indirect=True)
+def test_the_live_view_after_a_reload(page, tmp_path):
+    "The page is loaded again while the run is paused: all curves come back with their points, the buttons work, and the curves go on."
+    run_cell(page, 0)
+    page.locator(CURVES).first.wait_for(timeout=120_000)
+    wait_until(page, lambda: step_now(page) > 20, "some steps")
+    press(page, "Pause")
+    wait_until(page, lambda: status(page).startswith("paused"), "the pause")
+    page.wait_for_timeout(1500)
+    before = points(page)
+    page.keyboard.press("Control+s")
+    page.get_by_text("Saving completed").first.wait_for(timeout=30_000)
+    page.reload(wait_until="domcontentloaded")
+    page.locator(CURVES).first.wait_for(timeout=120_000)
+    wait_until(page, lambda: points(page) == before, f"the curves of before, {before}")
+    assert before[0] > 10 and before[1] > 20 and before[2] == before[0]
+    keep_screenshot(page, "reloaded.png")
+    press(page, "Continue")
+    wait_until(page, lambda: points(page)[1] > before[1], "longer curves")
+    press(page, "Stop")
+
+
+WIDGETS = """
+from moon2_lab.experts import RoutingWidget
+from moon2_lab.routingmaps import made_up_routing
+widget = RoutingWidget(made_up_routing())
+widget
+"""
+
+
+def test_a_saved_widget_is_alive_without_a_kernel(tmp_path, browser):
+    "With the settings of `make lab` a notebook that is saved, closed and opened without a kernel shows the widget, its choices and its order of views; it can be used."
+    with jupyter_lab(tmp_path, [WIDGETS], "saved.ipynb", Path(__file__).parent.parent / "scripts" / "lab") as address:
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        open_notebook(page, address, "saved.ipynb")
+        run_cell(page, 0)
+        page.locator(".m2r-load h4").first.wait_for(timeout=60_000)
+        views = page.locator(".m2r-load h4").all_inner_texts()
+        page.locator("[data-control=colour] select").select_option("1")
+        step = lambda: page.locator("[data-control=step] output").inner_text()
+        last = step()
+        page.locator("[data-control=step] input").focus()
+        page.keyboard.press("Home")
+        until(page, lambda: step() != last, "the first step")
+        first = step()
+        page.wait_for_timeout(500)
+        page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-editor").first.click(position={"x": 300, "y": 8})
+        page.keyboard.press("Control+s")
+        kept = lambda: json.loads((tmp_path / "saved.ipynb").read_text())["metadata"].get("widgets", {})
+        until(page, lambda: kept().get("application/vnd.jupyter.widget-state+json", {}).get("state"), "the state of the widget in the file")
+        page.close()
+        for kernel in json.load(urllib.request.urlopen(f"{address}/api/sessions")):
+            urllib.request.urlopen(urllib.request.Request(f"{address}/api/sessions/{kernel['id']}", method="DELETE"))
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        page.goto(f"{address}/lab/tree/saved.ipynb?reset", wait_until="domcontentloaded")
+        page.locator(".m2r-load h4").first.wait_for(timeout=90_000)
+        assert page.locator(".m2r-load h4").all_inner_texts() == views and page.get_by_text("model not found").count() == 0
+        assert page.locator("[data-control=colour] select").input_value() == "1"
+        assert step() == first
+        page.locator("[data-control=colour] select").select_option("2")
+        until(page, lambda: "weight of expert 2" in page.locator(".m2r-note").first.inner_text(), "another expert, without a kernel")
+        keep_screenshot(page, "saved_widget.png")
+        page.close()

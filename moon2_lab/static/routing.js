@@ -7,6 +7,9 @@ const percent = (value, digits = 0) => (value === null ? "–" : `${(100 * value
 const largest = (values) => values.flat(Infinity).reduce((most, value) => Math.max(most, value ?? 0), 0);
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
+// Views that are there, in the order of the reports: a saved notebook sorts the keys of its state.
+const inOrder = (byView) => ["t", "i", "mm"].filter((view) => view in byView);
+
 // The colour of an expert and the ink that can be read on it.
 function inColour(element, expert) {
   element.style.setProperty("--c", expert < 0 ? "" : `var(--e${expert % COLOURS})`);
@@ -144,7 +147,7 @@ class Load {
   constructor(model) {
     this.model = model;
     this.load = model.get("payload").load;
-    this.views = Object.keys(this.load);
+    this.views = inOrder(this.load);
     this.most = Math.max(1e-9, 1.05 * largest(Object.values(this.load)));
     this.lists = this.views.map((view) => make("ul", { class: "m2r-bars", role: "list", "data-view": view, "aria-label": `load, ${model.get("payload").views[view]}` }));
     this.heading = make("h3");
@@ -186,7 +189,7 @@ class Course {
     this.slider.value = at;
     this.output.textContent = words;
     this.slider.setAttribute("aria-valuetext", words);
-    const views = Object.keys(run.weights), payload = this.model.get("payload");
+    const views = inOrder(run.weights), payload = this.model.get("payload");
     const none = (what) => make("p", { class: "m2r-none" }, `This history holds no ${what}.`);
     const preference = run.preference ? table("Preference p (rows sum to 1)", this.objectives, run.preference[at], this.most.preference, 2) : none("preferences p");
     const experts = views.length ? run.weights[views[0]][at].length : 0;
