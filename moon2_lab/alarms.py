@@ -23,11 +23,11 @@ class Alarm:
 
 
 def baseline_alarms(scores: pd.DataFrame) -> list[Alarm]:
-    "Directions below a trivial baseline at any R@k, and those not clearly above one at R@10."
+    "Directions below a trivial baseline at any R@k, and those level with one at R@10, by the paired test of metrics.json."
     found, below = [], {}
     for metric in METRICS:
         for row in against_baselines(scores, metric).itertuples():
-            told = f"{metric} {row.ours:.1%} against {row.theirs:.1%} of {printable(BASELINE_WORDS.get(row.baseline, row.baseline), 40)}"
+            told = f"{metric} {row.ours:.1%} against {row.theirs:.1%} of {printable(BASELINE_WORDS.get(row.baseline, row.baseline), 40)} ({row.p})"
             if row.verdict == "below":
                 below.setdefault(row.direction, []).append(told)
             elif row.verdict == "level" and metric == "R@10":

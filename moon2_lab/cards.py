@@ -24,6 +24,7 @@ from .filters import COLUMNS
 from .heatpage import heat_page
 from .maps import PairMaps
 from .page import Safe, foreign, join, percent, picture, picture_uri, score, table, tag, text
+from .statistics import p_words
 from .tables import BASELINE_WORDS, DIRECTION_WORDS, against_baselines, number, score_table, section
 
 # %% ../nbs/73_cards.ipynb #cf828e1a
@@ -156,10 +157,10 @@ def change_html(row: Mapping, names: Sequence[str], image: ImageRef | None, ref_
 
 def tested_words(row: Mapping) -> str:
     "One paired test in words."
-    clear = "a clear difference" if row["p_holm"] < 0.05 else "no clear difference"
+    clear = "no clear difference" if row["verdict"] == "level" else "a clear difference"
     value = lambda share: f"{100 * share:+.1f}".replace("-", "−")
     return (f"{row['direction']}, {row['metric']}: A {percent(row['value_a'])} %, B {percent(row['value_b'])} %, B − A {value(row['difference'])} points (95 % {value(row['lo'])} to {value(row['hi'])}), "
-            f"p {row['p']:.3f}, Holm {row['p_holm']:.3f}: {clear}.")
+            f"{p_words(row)} after Holm: {clear}.")
 
 
 def compare_html(
@@ -185,7 +186,8 @@ def scores_html(metrics: Mapping, name: str) -> Safe:
     for direction in [one for one in DIRECTIONS if one in set(mine["direction"])]:
         cells = {row["metric"]: score(row["value"], row["lower"], row["upper"]) for row in mine[mine["direction"] == direction].to_dict("records")}
         trivial = best.get(direction)
-        beside = join(percent(trivial["theirs"]), tag("span", BASELINE_WORDS.get(trivial["baseline"], trivial["baseline"]), class_="ci")) if trivial else "–"
+        standing = " · ".join(filter(None, (BASELINE_WORDS.get(trivial["baseline"], trivial["baseline"]), trivial["verdict"], trivial["p"]))) if trivial else ""
+        beside = join(percent(trivial["theirs"]), tag("span", standing, class_="ci")) if trivial else "–"
         asked = number(section(metrics, "directions", direction).get("n_queries"))
         rows.append([join(tag("code", direction), tag("span", DIRECTION_WORDS[direction], class_="ci")), f"{asked:,.0f}", *[cells.get(metric, "–") for metric in ("R@1", "R@5", "R@10")], beside])
     return table(["Direction", "Queries", "R@1", "R@5", "R@10", "R@10, trivial"], rows, caption=f"{name}: recall in percent, 95 % intervals") if rows else Safe("")

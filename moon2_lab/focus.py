@@ -21,8 +21,8 @@ from .backbone import square
 from .catalog import Catalog, Product
 from .core import DataError, UsageError, progress
 from .encoder import Moon2Encoder
-from .metrics import bootstrap_ci, paired_test
 from .protocol import pick_products
+from .statistics import bootstrap_ci, paired_test
 from .subjects import border_pixels
 from .text import WORD, fold, own_words
 

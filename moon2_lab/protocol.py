@@ -248,7 +248,9 @@ def label_tasks(
     for task in names:
         texts = sorted(text for text, count in counts[task].items() if count >= at_least)
         if len(texts) >= 2:
-            truth = np.array([[text in labels.get(task, ()) for text in texts] for labels in scored], dtype=bool).reshape(-1, len(texts))
+            truth, place = np.zeros((len(scored), len(texts)), dtype=bool), {text: column for column, text in enumerate(texts)}
+            for row, labels in enumerate(scored):
+                truth[row, [place[text] for text in labels.get(task, ()) if text in place]] = True
             tasks.append(LabelTask(*task, texts, [leaves[task][text] for text in texts], np.array([counts[task][text] for text in texts]), truth, len(counts[task]) - len(texts)))
     return tasks
 
@@ -259,11 +261,18 @@ def folded_words(text: str | None) -> list[str]:
 
 
 def string_match(
-    titles: Sequence[str | None],  # (N,)
+    titles: Sequence[str | None | frozenset[str]],  # (N,) titles, or their folded words where those are known
     task: LabelTask,
 ) -> np.ndarray:
     "Predicted class (N,), -1 = nothing matches."
     classes = [(frozenset(folded_words(leaf)), i) for i, leaf in enumerate(task.leaves)]
     best_first = sorted((pair for pair in classes if pair[0]), key=lambda pair: (-len(pair[0]), -task.counts[pair[1]], pair[1]))
-    said = [set(folded_words(title)) for title in titles]
-    return np.array([next((i for needed, i in best_first if needed <= has), -1) for has in said], dtype=np.int64)
+    by_word = defaultdict(list)  # each class under one of its words: a title looks at the classes of its own words only
+    for place, (needed, _) in enumerate(best_first):
+        by_word[min(needed)].append(place)
+    found = np.full(len(titles), -1, dtype=np.int64)
+    for row, title in enumerate(titles):
+        has = title if isinstance(title, frozenset) else frozenset(folded_words(title))
+        fitting = (place for word in has for place in by_word.get(word, ()) if best_first[place][0] <= has)
+        found[row] = best_first[first][1] if (first := min(fitting, default=None)) is not None else -1
+    return found

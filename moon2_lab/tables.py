@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEW_WORDS', 'DIRECTION_WORDS', 'OBJECTIVE_WORDS', 'BASELINE_WORDS', 'UNPRINTABLE', 'METRICS', 'PAPER_COLUMNS',
            'PAPER_RESULTS', 'printable', 'number', 'estimate', 'section', 'score_rows', 'chance_block', 'score_table',
-           'made_up_score', 'made_up_block', 'made_up_labels', 'made_up_metrics', 'verdict', 'against_baselines',
+           'made_up_score', 'made_up_block', 'made_up_tests', 'made_up_labels', 'made_up_metrics', 'against_baselines',
            'label_table', 'made_up_history', 'columns_like', 'objective_series', 'load_series', 'preference_matrix',
            'last_load', 'thin', 'PairHeatmap', 'beside_paper']
 
@@ -20,6 +20,7 @@ import pandas as pd
 from PIL import Image
 
 from .core import DIRECTIONS, OBJECTIVES, VIEWS
+from .statistics import judged, p_words
 
 # %% ../nbs/58_tables.ipynb #8525885a
 VIEW_WORDS = {"t": "text", "i": "image", "mm": "image + text"}
@@ -86,7 +87,9 @@ def score_rows(block: dict, direction: str, name: str, kind: str) -> list[dict]:
     for metric in METRICS:
         if metric in block:
             value, lower, upper = estimate(block[metric])
-            rows.append({"direction": direction, "name": name, "kind": kind, "metric": metric, "value": value, "lower": lower, "upper": upper})
+            test = section(block, metric, "paired")
+            judged_as = {"verdict": test.get("verdict", "unknown"), "p": p_words(test) if "p_holm" in test else ""}
+            rows.append({"direction": direction, "name": name, "kind": kind, "metric": metric, "value": value, "lower": lower, "upper": upper, **judged_as})
     return rows
 
 
@@ -102,8 +105,8 @@ def score_table(
     metrics: dict,  # the dictionary of metrics.json
     name: str = "this run",  # what to call it
     comparison: dict[str, dict] | None = None,  # {name: metrics} of other runs on the same split
-) -> pd.DataFrame:  # direction, name, kind (run, baseline, chance, comparison), metric, value, lower, upper
-    "Every retrieval score in one long table."
+) -> pd.DataFrame:  # direction, name, kind (run, baseline, chance, comparison), metric, value, lower, upper, verdict, p
+    "Every retrieval score in one long table; `verdict` and `p` say how this run stands to a baseline."
     rows = []
     for direction in DIRECTIONS:
         block = section(metrics, "directions", direction)
@@ -113,7 +116,7 @@ def score_table(
         rows += score_rows(chance_block(block), direction, "chance", "chance")
         for other, theirs in (comparison or {}).items():
             rows += score_rows(section(theirs, "directions", direction), direction, other, "comparison")
-    return pd.DataFrame(rows, columns=["direction", "name", "kind", "metric", "value", "lower", "upper"])
+    return pd.DataFrame(rows, columns=["direction", "name", "kind", "metric", "value", "lower", "upper", "verdict", "p"])
 
 # %% ../nbs/58_tables.ipynb #48d47475
 def made_up_score(value: float, queries: int = 974) -> dict:
@@ -125,6 +128,17 @@ def made_up_score(value: float, queries: int = 974) -> dict:
 def made_up_block(at_1: float) -> dict:
     "R@1, R@5 and R@10 that rise as such scores do."
     return {metric: made_up_score(at_1 * (1 + gain * (1 - at_1))) for metric, gain in zip(METRICS, (0, 0.7, 0.95))}
+
+
+def made_up_tests(block: dict, baseline: dict, queries: int = 974) -> dict:
+    "The baseline's block with the paired tests that such shares of `queries` could have: the answers of the two mostly agree."
+    tests = []
+    for metric in METRICS:
+        ours, theirs = block[metric]["value"], baseline[metric]["value"]
+        spread = math.sqrt(max(ours * (1 - ours) + theirs * (1 - theirs), 1e-4) / queries) / 2
+        p = max(0.001, math.erfc(abs(ours - theirs) / spread / math.sqrt(2)))
+        tests.append({"difference": ours - theirs, "ci95": [ours - theirs - 1.96 * spread, ours - theirs + 1.96 * spread], "p": p, "p_bound": p == 0.001})
+    return {metric: baseline[metric] | {"paired": test} for metric, test in zip(METRICS, judged(tests))}
 
 
 def made_up_labels(accuracy: float, majority: float, match: float, classes: int) -> dict:
@@ -146,6 +160,7 @@ def made_up_metrics(
         block["unseen_title"] = {"n_queries": 700, **made_up_block(block["R@1"]["value"] * 0.92)}
     trivial = {d: {"untrained": made_up_block(0.02)} for d in DIRECTIONS}
     trivial["t->mm"]["bm25"], trivial["i->mm"]["frozen_vision"] = made_up_block(0.66), made_up_block(0.87)
+    trivial = {d: {name: made_up_tests(directions[d], block) for name, block in blocks.items()} for d, blocks in trivial.items()}
     at_10 = [block["R@10"]["value"] for block in directions.values()]
     return {
         "protocol": {"name": "catalog-v1", "split": "test", "hit_rule": "same product key", "catalog": "made-up", "model": "made-up", "seed": 0},
@@ -156,20 +171,11 @@ def made_up_metrics(
     }
 
 # %% ../nbs/58_tables.ipynb #2b64d70f
-def verdict(value: float, lower: float, other: float) -> str:
-    "How a score stands to another one: above, level (within the interval) or below."
-    if math.isnan(value) or math.isnan(other):
-        return "unknown"
-    if value < other:
-        return "below"
-    return "level" if not math.isnan(lower) and lower <= other else "above"
-
-
 def against_baselines(
     scores: pd.DataFrame,  # score_table
     metric: str = "R@10",
-) -> pd.DataFrame:  # direction, baseline, theirs, ours, difference, verdict
-    "Each direction against its best trivial baseline."
+) -> pd.DataFrame:  # direction, baseline, theirs, ours, difference, verdict (above, level, below; unknown: not tested), p (in words)
+    "Each direction against its best trivial baseline, by the paired test that stands in metrics.json."
     rows, chosen = [], scores[(scores.metric == metric) & scores.value.notna()]
     for direction in DIRECTIONS:
         ours = chosen[(chosen.direction == direction) & (chosen.kind == "run")]
@@ -177,8 +183,8 @@ def against_baselines(
         if len(ours) and len(trivial):
             mine, best = ours.iloc[0], trivial.sort_values("value").iloc[-1]
             rows.append({"direction": direction, "baseline": best["name"], "theirs": best.value, "ours": mine.value,
-                         "difference": mine.value - best.value, "verdict": verdict(mine.value, mine.lower, best.value)})
-    return pd.DataFrame(rows, columns=["direction", "baseline", "theirs", "ours", "difference", "verdict"])
+                         "difference": mine.value - best.value, "verdict": best.verdict, "p": best.p})
+    return pd.DataFrame(rows, columns=["direction", "baseline", "theirs", "ours", "difference", "verdict", "p"])
 
 # %% ../nbs/58_tables.ipynb #f370321b
 def label_table(

@@ -19,7 +19,7 @@ from moon2_lab.compare import KINDS, MadeUpEncoder, compare_encoders, compare_ta
 from moon2_lab.core import DIRECTIONS, DataError, UsageError
 from moon2_lab.diffpage import diff_page, page_data, write_diff_page
 from moon2_lab.evaluate import answer, ask
-from moon2_lab.metrics import holm, paired_test_tables
+from moon2_lab.statistics import holm, p_words, paired_test_tables
 
 HOSTILE = "<script>window.pwned=1</script> </script><img src=x onerror=window.pwned=2> 红色杯子 😀 \u202egnol &amp;"
 
@@ -80,9 +80,27 @@ def test_paired_tests_are_those_of_metrics(made):
     for row in rows:
         known = paired_test_tables(runs[1], runs[0], row["direction"], int(row["metric"][2:]))
         assert {name: row[name] for name in known} == known
-    at_10 = [row for row in rows if row["metric"] == "R@10"]
-    assert [row["p_holm"] for row in at_10] == holm([row["p"] for row in at_10]).tolist()
+    assert [row["p_holm"] for row in rows] == holm([row["p"] for row in rows]).tolist()  # over directions and k, all that stands side by side
     assert all(row["p_holm"] >= row["p"] for row in rows) and any(row["p_holm"] > row["p"] for row in rows)
+
+
+def test_every_view_of_a_comparison_says_the_same_p(made):
+    "Tab, endpoint, page and terminal: tested among all directions and both k, whatever is shown."
+    from moon2_lab.cards import tested_words
+    from moon2_lab.commands import compare_lines
+    from moon2_lab.diffpage import difference_cells
+
+    facts, page = made.summary(), {(row["direction"], row["metric"]): row for row in made.tests().to_dict("records")}
+    for direction in made.directions:
+        for kind in (None, "won", "same"):
+            for row in made.as_json(direction, k=10, kind=kind)["tests"]:
+                known = page[row["direction"], row["metric"]]
+                assert row["direction"] == direction and (row["p"], row["p_holm"], row["n"]) == (known["p"], known["p_holm"], known["n"])
+                said = p_words(known)
+                assert said in tested_words(row) and said in str(difference_cells(known)[2])
+                line = next(line for line in compare_lines(facts) if line.startswith(direction))
+                assert row["metric"] != "R@10" or said in line
+    assert {entry["p_holm"] for block in facts["directions"].values() for name, entry in block.items() if name.startswith("R@")} == {row["p_holm"] for row in page.values()}
 
 
 def test_holm_by_hand():
@@ -493,6 +511,6 @@ def test_the_command_writes_the_page(drawn_catalogue, tmp_path, capsys):
     assert facts["page"] == str(tmp_path / "diff.html") and "after against before" in (tmp_path / "diff.html").read_text()
     assert main(["compare", str(tmp_path / "before"), str(tmp_path / "before"), "--out", str(tmp_path / "same.html"), *words[:-1]]) == 0
     out = capsys.readouterr().out
-    assert out.count("won 0, lost 0, moved 0") == 5 and "p 1.000" in out
+    assert out.count("won 0, lost 0, moved 0") == 5 and "p = 1.000" in out
     assert main(["compare", str(tmp_path / "before"), str(tmp_path / "gone"), "--out", str(tmp_path / "x.html"), *words]) == 2
     assert "no such folder" in capsys.readouterr().err

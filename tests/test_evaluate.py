@@ -1,19 +1,22 @@
 """The protocols against a plain re-implementation: one product at a time, plain Python, straight from the rules."""
+import itertools
 import json
 import math
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from moon2_lab.alarms import baseline_alarms
 from moon2_lab.catalog import Catalog, Item, Product
 from moon2_lab.core import DIRECTIONS, DataError, UsageError
 from moon2_lab.evaluate import answer, ask, encode_side, evaluate
 from moon2_lab.images import ImageRef
-from moon2_lab.metrics import paired_test_tables
 from moon2_lab.protocol import catalog_queries, gallery_side, label_tasks, pick_products, string_match
+from moon2_lab.statistics import holm, p_words, paired_test_tables
+from moon2_lab.tables import against_baselines, score_table
 from moon2_lab.text import Lexicon, query_image_ref, search_phrase
 from PIL import Image, ImageDraw
 
@@ -216,20 +219,50 @@ def test_baselines_stand_beside_the_directions_they_apply_to(catalog, metrics):
         "t->mm": ["bm25", "untrained"], "i->mm": ["frozen_vision", "untrained"], "mm->mm": ["bm25", "frozen_vision", "untrained"], "t->i": ["untrained"], "i->t": ["untrained"]}
     untrained = evaluate(FakeEncoder(100), catalog, baselines=False, labels=False, resamples=200)
     for direction, block in untrained["directions"].items():
-        assert metrics["trivial"][direction]["untrained"]["R@10"] == block["R@10"]
+        assert {name: metrics["trivial"][direction]["untrained"]["R@10"][name] for name in ("value", "ci95")} == block["R@10"]  # without ties the rules agree
 
 
 def test_directions_not_above_a_baseline_are_named(metrics):
-    "Below and level are listed apart, each with the paired interval of the difference."
-    named = {(e["direction"], e["baseline"], e["metric"]): e for e in metrics["below_baseline"] + metrics["level_with_baseline"]}
+    "Below and level are listed apart, by the paired test after Holm over directions and k of one baseline, each with the interval of the difference."
+    lists = {name: {(e["direction"], e["baseline"], e["metric"]): e for e in metrics[name]} for name in ("below_baseline", "level_with_baseline")}
+    families = defaultdict(list)
     for direction, found in metrics["trivial"].items():
         for baseline, block in found.items():
-            for k in ("R@1", "R@5", "R@10"):
-                value, other = metrics["directions"][direction][k]["value"], block[k]["value"]
-                assert ((direction, baseline, k) in named) == (value <= other)
-    assert all(entry["difference"] < 0 for entry in metrics["below_baseline"]) and all(entry["difference"] == 0 for entry in metrics["level_with_baseline"])
-    assert all(entry["ci95"][0] <= entry["difference"] <= entry["ci95"][1] and 0 < entry["p"] <= 1 for entry in named.values())
-    assert metrics["below_baseline"], "random vectors should be below something"
+            for metric in ("R@1", "R@5", "R@10"):
+                test, value = block[metric]["paired"], metrics["directions"][direction][metric]["value"]
+                families[baseline].append(test)
+                assert test["difference"] == pytest.approx(value - block[metric]["value"])
+                assert [(direction, baseline, metric) in lists[name] for name in lists] == [test["verdict"] == "below", test["verdict"] == "level"]
+                assert test["verdict"] == ("level" if test["p_holm"] >= 0.05 else "above" if test["difference"] > 0 else "below")
+    for tests in families.values():
+        assert [test["p_holm"] for test in tests] == holm([test["p"] for test in tests]).tolist()
+    named = lists["below_baseline"] | lists["level_with_baseline"]
+    assert all(entry["ci95"][0] <= entry["difference"] <= entry["ci95"][1] and 0 < entry["p"] <= entry["p_holm"] <= 1 for entry in named.values())
+    assert any(entry["difference"] < 0 for entry in lists["level_with_baseline"].values()), "a difference within its noise is level, not below"
+
+
+def test_the_report_says_what_metrics_json_says(metrics):
+    "One rule: table, alarms and terminal take verdict and p from the paired tests; without tests nothing is claimed."
+    scores = score_table(metrics)
+    for metric in ("R@1", "R@10"):
+        for row in against_baselines(scores, metric).itertuples():
+            entry = metrics["trivial"][row.direction][row.baseline][metric]
+            assert (row.verdict, row.p) == (entry["paired"]["verdict"], p_words(entry["paired"]))
+    below = {entry["direction"] for entry in metrics["below_baseline"]}
+    assert {alarm.text.split(" ")[0] for alarm in baseline_alarms(scores) if alarm.level == "warning"} <= below
+    untested = {d: {b: {k: {n: v for n, v in e.items() if n != "paired"} for k, e in block.items()} for b, block in found.items()} for d, found in metrics["trivial"].items()}
+    assert set(against_baselines(score_table(metrics | {"trivial": untested})).verdict) == {"unknown"} and baseline_alarms(score_table(metrics | {"trivial": untested})) == []
+
+
+def test_a_baseline_of_ties_gets_what_a_random_order_would_give():
+    "24 titles of the same four words: BM25 scores all of them alike. Ties against it would give it 0 at every k; a random order gives k of 24."
+    titles = [" ".join(order) for order in itertools.permutations(("red", "oak", "big", "mug"))]
+    metrics = evaluate(FakeEncoder(), Catalog.from_products([Product(f"p{n:02}", title, split="test") for n, title in enumerate(titles)]), resamples=20)
+    block = metrics["trivial"]["t->mm"]["bm25"]
+    assert [block[f"R@{k}"]["value"] for k in (1, 5, 10)] == pytest.approx([1 / 24, 5 / 24, 10 / 24])
+    assert set(metrics["protocol"]["ties"]) == {"model", "baselines"}
+    constant = evaluate(FakeEncoder(change=lambda views: {view: np.broadcast_to(np.eye(16)[0], v.shape) for view, v in views.items()}), Catalog.from_products(list(shop(60))), resamples=0)
+    assert {block["R@10"]["value"] for block in constant["directions"].values()} == {0.0}  # the model's own ties go against it
 
 
 def test_an_encoder_without_baselines_says_so(catalog):
@@ -358,10 +391,10 @@ def test_views_that_nobody_has_are_skipped_with_a_reason():
 
 
 def test_one_product_is_enough():
-    "A gallery of one: every rank is 1, every interval a point."
+    "A gallery of one: every rank is 1, and one key says nothing about others."
     one = Catalog.from_products([Product("only", "blue lamp", refs=(picture("blue", 3),), split="test")])
     metrics = evaluate(FakeEncoder(), one, resamples=20)
-    assert [block["R@1"] for block in metrics["directions"].values()] == [{"value": 1.0, "ci95": [1.0, 1.0]}] * 5
+    assert [block["R@1"] for block in metrics["directions"].values()] == [{"value": 1.0, "ci95": [0.0, 1.0]}] * 5
     assert "unseen_title" not in metrics["directions"]["t->mm"], "there is no train split"
 
 

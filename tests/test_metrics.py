@@ -1,11 +1,10 @@
-"""Metrics against independent references: a naive O(N^2) ranking, scikit-learn, rank-bm25, explicit resampling."""
+"""Metrics against independent references: a naive O(N^2) ranking, all orders of a tie, scikit-learn, rank-bm25, explicit resampling."""
 import itertools
 import math
 import tracemalloc
 from collections import Counter
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,24 +13,19 @@ from moon2_lab.core import DataError, LabError, UsageError
 from moon2_lab.metrics import (
     average_precision_at,
     bm25,
-    bootstrap_ci,
     classification_scores,
     dot_rows,
+    expected_hit_at,
     hit_at,
-    key_sums,
     ndcg_at,
     nearest_class,
-    paired_test,
-    paired_test_tables,
-    percentile_ci,
     precision_at,
     rank_scores,
     ranks_chunked,
     recall_at,
     recall_share_at,
-    resampled_totals,
-    with_interval,
 )
+from moon2_lab.statistics import with_interval
 
 
 def unit(count, width, seed=0):
@@ -205,108 +199,38 @@ def test_ranked_list_measures_equal_sklearn():
     np.testing.assert_allclose(average_precision_at(ranks, 60, over="all"), [average_precision_score(t, s) for t, s in zip(truth, scores)])
 
 
-# ---------------------------------------------------------------------------------------------- intervals
+# ---------------------------------------------------------------------------------------------- ties of baselines
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=25), st.integers(0, 3))
-def test_bootstrap_equals_explicit_resampling_of_keys(rows, seed):
-    "The same draws, made by collecting the queries of every drawn key."
-    keys, values = (np.array(column) for column in zip(*rows))
-    names = np.unique(keys)
-    draws = np.random.default_rng(seed).integers(0, len(names), size=(50, len(names)))
-    means = [np.concatenate([values[keys == names[i]] for i in draw]).mean() for draw in draws]
-    assert bootstrap_ci(values, keys, 50, seed) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])))
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6), st.integers(1, 7))
+def test_expected_hits_equal_the_mean_over_all_orders(gallery, k):
+    "Every order of the gallery, sorted by score with ties as they come: the share of orders with a hit among the first k."
+    scores, hits = (np.array(column) for column in zip(*gallery))
+    ranks = rank_scores(lambda start, stop: scores[None].astype(np.float32), np.array([1]), hits.astype(int), k=3)
+    found = [any(hits[i] for i in sorted(order, key=lambda i: -scores[i])[:k]) for order in itertools.permutations(range(len(scores)))]
+    assert expected_hit_at(ranks, k)[0] == pytest.approx(np.mean(found))
+    assert hit_at(ranks, k)[0] <= expected_hit_at(ranks, k)[0] + 1e-12  # ties against the model: the lower end
 
 
-def test_bootstrap_draws_do_not_depend_on_the_order_or_the_names_of_keys():
-    values, keys = np.random.default_rng(0).random(300), np.random.default_rng(1).integers(0, 90, 300)
-    order = np.random.default_rng(2).permutation(300)
-    assert bootstrap_ci(values, keys) == pytest.approx(bootstrap_ci(values[order], keys[order]))
-    assert bootstrap_ci(values, keys) == pytest.approx(bootstrap_ci(values, keys * 7 + 3))
-    assert bootstrap_ci(values, keys, seed=1) != bootstrap_ci(values, keys, seed=2)
+def test_expected_hits_give_a_broken_vector_nothing():
+    "All hits NaN: every non-hit stands above. No hit in the gallery: never."
+    scores = np.array([[np.nan, 0.1, 0.2], [0.3, 0.3, 0.3]], dtype=np.float32)
+    ranks = rank_scores(lambda start, stop: scores[start:stop], np.array([0, 9]), np.arange(3))
+    assert expected_hit_at(ranks, 2).tolist() == [0, 0] and expected_hit_at(ranks, 3).tolist() == [1, 0]
 
 
-def test_bootstrap_in_blocks_draws_every_resample():
-    "With many keys the resamples are made in blocks; each total still holds as many keys as there are."
-    sums = key_sums(np.ones((9000, 1)), np.arange(9000))
-    totals = resampled_totals(sums, resamples=1001, seed=3)
-    assert totals.shape == (1001, 1) and (totals == 9000).all()
-
-
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    "400 simulated evaluations with clustered queries: 95 % by key; by query it would be far less."
-    rng, covered, naive = np.random.default_rng(0), 0, 0
-    for run in range(400):
-        found, keys = np.repeat(rng.random(100) < 0.6, 5), np.repeat(np.arange(100), 5)
-        low, high = bootstrap_ci(found, keys, 300, run)
-        covered += low <= 0.6 <= high
-        low, high = bootstrap_ci(found, np.arange(500), 300, run)
-        naive += low <= 0.6 <= high
-    assert 0.91 <= covered / 400 <= 0.98 and naive / 400 < 0.75
-
-
-def test_interval_of_nothing_and_of_nan_is_refused():
-    for values, keys, message in (([], [], "no rows"), ([1.0, np.nan], [0, 1], "NaN"), ([1.0], [0, 1], "1 rows and 2 keys")):
-        with pytest.raises(DataError, match=message):
-            bootstrap_ci(values, keys)
-    with pytest.raises(UsageError, match="resamples=0"):
-        bootstrap_ci([1.0], [0], resamples=0)
-    assert with_interval(np.array([True, False]), np.arange(2), resamples=0) == {"value": 0.5, "ci95": []}
-    assert percentile_ci(np.zeros((10, 3))).shape == (3, 2)
-
-
-# ---------------------------------------------------------------------------------------------- paired tests
-
-
-def test_sign_flip_p_equals_exact_enumeration():
-    "Ten keys have 1,024 sign patterns: the sampled p comes close to the exact one."
-    rng = np.random.default_rng(4)
-    keys = np.repeat(np.arange(10), 3)
-    first, second = (rng.random(30) < 0.75).astype(float), (rng.random(30) < 0.45).astype(float)
-    sums = key_sums((first - second)[:, None], keys)[:, 0]
-    exact = np.mean([abs(np.dot(signs, sums)) >= abs(sums.sum()) - 1e-9 for signs in itertools.product((-1, 1), repeat=10)])
-    assert paired_test(first, second, keys, resamples=20000)["p"] == pytest.approx(exact, abs=0.012)
-
-
-def test_paired_test_rejects_as_often_as_it_should():
-    "Two equal models differ 'significantly' about once in twenty; a tenth better is found."
-    rng, false, found = np.random.default_rng(5), 0, 0
-    for run in range(200):
-        base = rng.random(300) < 0.5
-        noise = rng.random(300)
-        other = np.where(noise < 0.2, rng.random(300) < 0.5, base)
-        false += paired_test(other, base, resamples=199, seed=run)["p"] <= 0.05
-        found += paired_test(base | (noise > 0.85), base, resamples=199, seed=run)["p"] <= 0.05
-    assert false / 200 <= 0.10 and found == 200
-
-
-def test_paired_test_is_antisymmetric_and_counts():
-    first, second = np.array([1, 1, 0, 1, 0.0]), np.array([0, 1, 1, 0, 0.0])
-    ahead, behind = paired_test(first, second), paired_test(second, first)
-    assert (ahead["won"], ahead["lost"], ahead["n"]) == (2, 1, 5) == (behind["lost"], behind["won"], behind["n"])
-    assert ahead["difference"] == pytest.approx(0.2) == -behind["difference"]
-    assert (ahead["lo"], ahead["hi"]) == pytest.approx((-behind["hi"], -behind["lo"])) and ahead["p"] == behind["p"]
-    with pytest.raises(DataError, match="do not pair"):
-        paired_test(first, second[:3])
-
-
-def per_query(ranks, hits=None, direction="t->i"):
-    names = [f"p{i}" for i in range(len(ranks))]
-    return pd.DataFrame({"query_id": names, "direction": direction, "rank": ranks, "hit_ids": hits or [[n] for n in names], "key": np.arange(len(ranks)) // 2})
-
-
-def test_tables_of_two_runs_are_matched_by_query(tmp_path):
-    "Through parquet, in any order; a query without a hit in the gallery is a miss in both."
-    first, second = per_query([1, 20, 3, 3], [["p0"], ["p1"], ["p2"], []]), per_query([30, 20, 3, 3], [["p0"], ["p1"], ["p2"], []])
-    first.to_parquet(tmp_path / "a.parquet")
-    second[::-1].to_parquet(tmp_path / "b.parquet")
-    result = paired_test_tables(pd.read_parquet(tmp_path / "a.parquet"), pd.read_parquet(tmp_path / "b.parquet"), "t->i")
-    assert (result["won"], result["lost"], result["n"], result["difference"]) == (1, 0, 4, 0.25)
-    for other, message in ((second[:2], "2 queries are in one run only"), (pd.concat([second, second]), "repeated queries"), (second.assign(direction="i->t"), "no queries for t->i")):
-        with pytest.raises(DataError, match=message):
-            paired_test_tables(first, other, "t->i")
-    assert paired_test_tables(first.drop(columns="key"), second, "t->i")["n"] == 4
+def test_a_wide_gallery_gives_the_same_scores_bit_for_bit(monkeypatch):
+    "Turned into float64 once or block by block, whatever the chunk; copies of a vector tie exactly."
+    query, gallery = unit(30, 24), unit(70, 24, seed=1)
+    gallery[[5, 40, 69]] = gallery[2]
+    once = ranks_chunked(query, gallery, np.arange(30), np.arange(70), k=70)
+    for chunk, limit in ((256, 0), (7, 0), (7, 2**30), (1, 2**30)):
+        monkeypatch.setattr("moon2_lab.metrics.WIDE_BYTES", limit)
+        again = ranks_chunked(query, gallery, np.arange(30), np.arange(70), chunk=chunk, k=70)
+        assert (again.top_score == once.top_score).all() and (again.rank == once.rank).all()
+    copies = np.take_along_axis(once.top_score, np.argsort(once.top_index, axis=1), axis=1)[:, [2, 5, 40, 69]]
+    assert (copies == copies[:, :1]).all()
 
 
 # ---------------------------------------------------------------------------------------------- classes
@@ -343,18 +267,41 @@ def test_several_right_values_equal_sklearn_multilabel():
 
 
 def test_classification_intervals_equal_explicit_resampling():
-    "Every resample scored by scikit-learn on the rows of its keys."
+    "Macro scores: every resample scored by scikit-learn on the rows of its keys. Accuracy: the interval of any share."
     rng = np.random.default_rng(1)
-    truth, keys = rng.integers(0, 4, 60), rng.integers(0, 25, 60)
-    predicted = np.where(rng.random(60) < 0.6, truth, rng.integers(0, 4, 60))
+    truth, keys = rng.integers(0, 4, 160), rng.integers(0, 60, 160)
+    predicted = np.where(rng.random(160) < 0.6, truth, rng.integers(0, 4, 160))
     names = np.unique(keys)
     samples = []
     for draw in np.random.default_rng(7).integers(0, len(names), size=(40, len(names))):
         rows = np.concatenate([np.flatnonzero(keys == names[i]) for i in draw])
-        samples.append([np.mean(truth[rows] == predicted[rows]), *sklearn_scores(truth[rows], predicted[rows], np.unique(truth[rows]))])
-    scores = classification_scores(truth, predicted, keys, n_classes=4, resamples=40, seed=7)
-    for column, name in enumerate(("accuracy", "macro_precision", "macro_recall", "macro_f1")):
+        samples.append(sklearn_scores(truth[rows], predicted[rows], np.unique(truth[rows])))
+    scores = classification_scores(truth, predicted, keys, n_classes=5, resamples=40, seed=7)
+    for column, name in enumerate(("macro_precision", "macro_recall", "macro_f1")):
         assert scores[name]["ci95"] == pytest.approx(list(np.percentile([sample[column] for sample in samples], [2.5, 97.5])), abs=1e-6)
+    assert scores["accuracy"] == with_interval(truth == predicted, keys)
+
+
+def test_macro_interval_is_left_out_where_a_class_is_rare():
+    "Nine keys of a class come and go from resample to resample; ten are enough. Accuracy keeps its interval; a class that is not in the split does not count."
+    for rare, shown in ((9, False), (10, True)):
+        truth = np.r_[np.zeros(40, dtype=int), np.ones(rare, dtype=int)]
+        scores = classification_scores(truth, truth, n_classes=3, resamples=20)
+        assert [bool(scores[name]["ci95"]) for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1")] == [True, shown, shown, shown]
+    listings = classification_scores(truth, truth, np.r_[np.arange(40), np.zeros(10, dtype=int) + 50], n_classes=2, resamples=20)
+    assert listings["macro_f1"]["ci95"] == []  # ten listings of one product are one key
+
+
+def test_classification_needs_memory_for_marks_not_for_tables():
+    "20,000 products and 400 classes: no (N, 3 C + 1) floats (96 MB in float32), which stood in memory three times."
+    rng = np.random.default_rng(0)
+    truth = np.zeros((20_000, 400), dtype=bool)
+    truth[np.arange(20_000), rng.integers(0, 400, 20_000)] = True
+    tracemalloc.start()
+    classification_scores(truth, rng.integers(0, 400, 20_000), resamples=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6
 
 
 def test_one_class_and_misfits_are_refused():

@@ -1,0 +1,135 @@
+"""How often the intervals hold the truth, and how often the paired test errs, by simulation.
+
+Evaluations are invented: keys with one query or several, whose answers stand and fall together to a degree rho, and a true R@k. An interval of 95 % should hold the truth in 95 % of them
+(wanted: .93 to .97), the test should find a difference between equals in 5 % of them (wanted: .03 to .06). With few queries near 100 % only a few outcomes are possible: of 50 queries at R = .99
+all are right in 61 %, 49 in 31 %, 48 in 8 % of the evaluations, so that any rule holds the truth in 91 or in 99 %. Beside the coverage at R exactly stands the mean over true values around it
+(1 - R from 0.7 to 1.3 times as large), and beside both the percentile bootstrap. All cells are printed, bad ones too.
+
+    python bench/statistics.py
+"""
+if __name__ == "statistics":  # whoever stands in this folder and imports the standard library's module of this name shall get it
+    import importlib.util
+    import sys
+    import sysconfig
+
+    spec = importlib.util.spec_from_file_location("statistics", sysconfig.get_paths()["stdlib"] + "/statistics.py")
+    sys.modules["statistics"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["statistics"])
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RECALLS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
+WANTED, WANTED_ERRORS = (0.93, 0.97), (0.03, 0.06)
+
+
+@dataclass(frozen=True)
+class Design:
+    "How many keys there are, how many queries a key has, and how far they stand and fall together."
+    keys: int
+    most: int = 1  # queries of a key: 1 to so many, evenly
+    rho: float = 0.0  # correlation of two queries of a key
+
+    def draw_keys(self, rng: np.random.Generator) -> np.ndarray:
+        "(Q,) the key of each query."
+        return np.repeat(np.arange(self.keys), rng.integers(1, self.most + 1, self.keys))
+
+    def draw_luck(self, keys: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        "(Q,) from 0 to 1: a query is right where its luck is below R."
+        own, shared = rng.random(len(keys)), rng.random(self.keys)[keys]
+        return np.where(rng.random(len(keys)) < np.sqrt(self.rho), shared, own)
+
+    def __str__(self) -> str:
+        return f"{self.keys:4} keys of 1" + (f" to {self.most}, rho {self.rho:g}" if self.most > 1 else "")
+
+
+DESIGNS = (Design(50), Design(200), Design(800), Design(50, 3, 0.5), Design(200, 3, 0.5), Design(23), Design(23, 3, 0.3), Design(23, 15, 0.1), Design(23, 15, 0.5))
+
+
+def around(recall: float, rng: np.random.Generator) -> float:
+    "A true value near `recall`."
+    return 1 - (1 - recall) * rng.uniform(0.7, 1.3)
+
+
+def coverage(design: Design, recall: float, repeats: int, seed: int = 0) -> dict[str, float]:
+    "Shares of evaluations whose interval holds the truth: at `recall`, around it, and for the percentile bootstrap around it."
+    from moon2_lab.statistics import bootstrap_ci, share_interval
+
+    rng, held = np.random.default_rng(seed), np.zeros(3)
+    for turn in range(repeats):
+        keys, near = design.draw_keys(rng), around(recall, rng)
+        luck = design.draw_luck(keys, rng)
+        found = (luck < near).astype(float)
+        for place, (truth, ends) in enumerate(((recall, share_interval(luck < recall, keys)), (near, share_interval(found, keys)), (near, bootstrap_ci(found, keys, 400, turn)))):
+            held[place] += ends[0] - 1e-9 <= truth <= ends[1] + 1e-9
+    return dict(zip(("at", "around", "percentile"), (held / repeats).tolist()))
+
+
+def errors(design: Design, recall: float, repeats: int, seed: int = 0, same: float = 0.6) -> dict[str, float]:
+    "Two models: coverage of the difference where there is none and where one errs half as often again, and the share of p <= .05 where there is none."
+    from moon2_lab.statistics import paired_test
+
+    rng, counted = np.random.default_rng(seed), np.zeros(3)
+    for turn in range(repeats):
+        keys, near = design.draw_keys(rng), around(recall, rng)
+        luck, other = design.draw_luck(keys, rng), design.draw_luck(keys, rng)
+        other = np.where(rng.random(len(keys)) < same, luck, other)
+        for place, worse in enumerate((near, 1 - 1.5 * (1 - near))):
+            test = paired_test(luck < near, other < worse, keys, 400, turn)
+            counted[place] += test["lo"] - 1e-9 <= near - worse <= test["hi"] + 1e-9
+            counted[2] += place == 0 and test["p"] <= 0.05
+    return dict(zip(("no difference", "difference", "errors"), (counted / repeats).tolist()))
+
+
+def macro_coverage(rarest: int, repeats: int, classes: int = 6, right: float = 0.7, seed: int = 0) -> dict[str, float]:
+    "Coverage of the percentile bootstrap of macro F1, where the rarest of the classes has `rarest` products in the mean and the others 10 times as many."
+    from moon2_lab.metrics import _macro_rates, class_marks, classification_scores, fewest_keys
+    from moon2_lab.statistics import key_draws, percentile_ci
+
+    rng, weight = np.random.default_rng(seed), np.r_[1.0, np.full(classes - 1, 10.0)]
+    share, products = weight / weight.sum(), round(rarest * weight.sum())
+    hit = share * (right + (1 - right) / classes)  # the answer is right, or any class at random
+    chosen = hit + (1 - share) * (1 - right) / classes
+    truth_f1, held, shown = float(np.mean(2 * hit / (chosen + share))), 0, 0
+    for turn in range(repeats):
+        truth = rng.choice(classes, products, p=share)
+        answer = np.where(rng.random(products) < right, truth, rng.integers(0, classes, products))
+        marks = class_marks(truth[:, None] == np.arange(classes), answer)
+        samples = [_macro_rates(*(part.per_class(times, classes) for part in marks.values())) for times in key_draws(products, 400, turn)]
+        low, high = percentile_ci(np.concatenate(samples))[2]
+        held += low <= truth_f1 <= high
+        shown += bool(classification_scores(truth, answer, n_classes=classes, resamples=1)["macro_f1"]["ci95"])
+        assert fewest_keys(marks["true"], np.arange(products)) >= 0
+    return {"coverage": held / repeats, "interval_shown": shown / repeats}
+
+
+def sign(value: float, wanted: tuple[float, float], noise: float) -> str:
+    "The share as it is printed; a star where it lies outside by more than two standard errors."
+    return f"{value:.3f}{' ' if wanted[0] - 2 * noise <= value <= wanted[1] + 2 * noise else '*'}"
+
+
+def main() -> None:
+    from common import finish, options, start
+
+    parser = options(__doc__, repeats=1000)
+    args = parser.parse_args()
+    repeats = 60 if args.quick else args.repeats
+    about, rows = start(args), []
+    noise = (0.95 * 0.05 / repeats) ** 0.5
+    print(f"{repeats} evaluations a cell; * = outside {WANTED[0]} to {WANTED[1]} (errors of the test: {WANTED_ERRORS[0]} to {WANTED_ERRORS[1]}) by more than two standard errors")
+    print(f"{'':29} {'R':>5}   at R  around  percentile | difference: none, some | errors at .05")
+    for design in DESIGNS:
+        for recall in RECALLS:
+            share, pair = coverage(design, recall, repeats), errors(design, recall, repeats)
+            cells = [sign(share[name], WANTED, noise) for name in ("at", "around", "percentile")] + [sign(pair[name], WANTED, noise) for name in ("no difference", "difference")]
+            print(f"{str(design):29} {recall:5.2f}  {cells[0]}  {cells[1]}  {cells[2]}     | {cells[3]}  {cells[4]}         | {sign(pair['errors'], WANTED_ERRORS, noise)}", flush=True)
+            rows.append({"design": str(design), "recall": recall, **share, **pair})
+    macro = {rarest: macro_coverage(rarest, max(20, repeats // 4)) for rarest in (3, 5, 10, 20, 40)}
+    for rarest, found in macro.items():
+        print(f"macro F1, rarest class with {rarest:2} products in the mean: coverage {found['coverage']:.3f}, interval shown in {found['interval_shown']:.0%}")
+    finish(args, {"benchmark": "statistics", **about, "evaluations": repeats, "cells": rows, "macro_f1": macro})
+
+
+if __name__ == "__main__":
+    main()
