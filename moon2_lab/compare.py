@@ -22,9 +22,9 @@ from .core import DIRECTIONS, VIEWS, DataError, UsageError
 from .outputs import plain
 from .evaluate import Question, answer, ask, query_items
 from .filters import field_values, fold_value, parse_filter
-from .metrics import holm, paired_test, with_interval
 from .page import drawn_shape
 from .protocol import LEVELS
+from .statistics import judged, paired_test, with_interval
 from .tables import printable
 
 # %% ../nbs/70_compare.ipynb #3f28b0da
@@ -289,7 +289,7 @@ def _test_row(part: Comparison, metric_k: int) -> dict:
     found = {letter: ((table[f"rank_{letter}"] <= metric_k).to_numpy() & answers).astype(float) for letter in "ab"}
     keys, row = table["key"].to_numpy(), {}
     for letter, values in found.items():
-        entry = with_interval(values, keys, part.resamples, part.seed)
+        entry = with_interval(values, keys)
         row |= {f"value_{letter}": entry["value"], f"lo_{letter}": entry["ci95"][0], f"hi_{letter}": entry["ci95"][1]}
     return row | paired_test(found["b"], found["a"], keys, part.resamples, part.seed)
 
@@ -298,15 +298,13 @@ def _test_row(part: Comparison, metric_k: int) -> dict:
 def tests(
     self: Comparison,
     ks: Sequence[int] | None = None,  # 1 and k if not given
-) -> pd.DataFrame:  # direction, metric, value_a, lo_a, hi_a, value_b, lo_b, hi_b, difference (B - A), lo, hi, p, p_holm, won, lost, n
-    "The paired tests, a row for each direction and metric."
+) -> pd.DataFrame:  # direction, metric, value_a, lo_a, hi_a, value_b, lo_b, hi_b, difference (B - A), lo, hi, p, p_bound, p_holm, verdict, won, lost, n
+    "The paired tests, a row for each metric and direction; Holm over all of them, so that every page and line says the same p."
     if self.resamples < 1:
         raise UsageError(f"resamples={self.resamples}", where="resamples", advice="at least 1; 1000 is the protocol")
-    frames = []
-    for k in dict.fromkeys(ks or (1, self.k)):
-        rows = [{"direction": direction, "metric": f"R@{k}"} | _test_row(self.select(direction), k) for direction in self.directions]
-        frames.append(pd.DataFrame(rows).assign(p_holm=holm([row["p"] for row in rows])) if rows else pd.DataFrame())
-    return pd.concat(frames, ignore_index=True)
+    parts = {direction: self.select(direction) for direction in self.directions}
+    rows = [{"direction": direction, "metric": f"R@{k}"} | _test_row(part, k) for k in dict.fromkeys(ks or (1, self.k)) for direction, part in parts.items()]
+    return pd.DataFrame(judged(rows))
 
 # %% ../nbs/70_compare.ipynb #96c578eb
 def product_facts(product: Product) -> dict[tuple[str, str], tuple[str, str]]:
@@ -360,9 +358,10 @@ def as_json(
     "won, lost, moved, same, n, tests, and rows, the most changed first. `UsageError` as in `select`."
     if most < 0 or hits < 0:
         raise UsageError(f"most={most}, hits={hits}", where="as_json", advice="0 or more")
-    part = (self if k is None else self.at(k)).select(direction, category, kind, where)
+    whole = (self if k is None else self.at(k)).select(None, category, None, where)
+    part = whole.select(direction, kind=kind)
     total, first = part.table["kind"].value_counts(), part.ordered().table.head(int(most))
-    tests = plain(part.tests().to_dict("records"))
+    tests = plain([row for row in whole.tests().to_dict("records") if not direction or row["direction"] == direction])  # tested among all directions and kinds
     rows = [self.row_json(row, int(hits)) for row in first.to_dict("records")]
     return {"names": list(self.names), "k": part.k, "n": len(part), **{name: int(total.get(name, 0)) for name in KINDS}, "tests": tests, "rows": rows, "rows_left_out": len(part) - len(rows)}
 
@@ -375,7 +374,7 @@ def summary(self: Comparison) -> dict:
 
     directions = {row["direction"]: counted(row) for row in self.counts("direction").to_dict("records")}
     for row in self.tests().to_dict("records"):
-        entry = {"a": row["value_a"], "b": row["value_b"], "difference": row["difference"], "ci95": [row["lo"], row["hi"]], "p": row["p"], "p_holm": row["p_holm"], "won": row["won"], "lost": row["lost"]}
+        entry = {"a": row["value_a"], "b": row["value_b"], "difference": row["difference"], "ci95": [row["lo"], row["hi"]], **{name: row[name] for name in ("p", "p_bound", "p_holm", "verdict")}, "won": row["won"], "lost": row["lost"]}
         directions[row["direction"]][row["metric"]] = entry
     categories = {level: {row[level]: counted(row) for row in self.counts(level).to_dict("records")} for level in LEVELS if self.table[level].notna().any()}
     total = self.table["kind"].value_counts()

@@ -19,6 +19,7 @@ from .figures import heat_overlay
 from .heatpage import fingerprint, inline_json, write_page
 from .page import Safe, foreign, join, picture_uri, score, table, tag, text
 from .protocol import LEVELS
+from .statistics import p_words
 from .tables import DIRECTION_WORDS, printable
 
 # %% ../nbs/71_diffpage.ipynb #3ebd06dd
@@ -174,7 +175,7 @@ def difference_cells(row: dict) -> list:
     "A, B, the difference with its interval, and the test, of one direction and metric."
     change = f"{100 * row['difference']:+.1f}".replace("-", "−")
     interval = f"{100 * row['lo']:+.1f} to {100 * row['hi']:+.1f}".replace("-", "−")
-    tested = tag("span", f"p {row['p']:.3f}, Holm {row['p_holm']:.3f}", class_="ci")
+    tested = tag("span", p_words(row), class_="ci")
     return [score(row["value_a"], row["lo_a"], row["hi_a"]), score(row["value_b"], row["lo_b"], row["hi_b"]), join(change, tag("span", interval, class_="ci"), tested)]
 
 
@@ -195,16 +196,16 @@ HOW = {
     "kinds": "Everything is said from B's side. ▲ won: B finds a right product among the first {k}, A did not. ▼ lost: A did, B does not. ◆ moved: both do, or both do not, but the rank changed. "
              "= same: the rank of the best right product is the same; the lists may still differ.",
     "order": "The most changed queries come first: by how far 1 / rank moved, then by how little the two lists share. The rank counts the whole gallery; which products stand beyond the first ten is not kept.",
-    "p": "p is the chance of a difference at least this large if A and B were equally good; Holm corrects it for the number of directions.",
+    "p": "p is the chance of a difference at least this large if A and B were equally good, after Holm's correction for all directions and k in this table; p ≤: the random signs of the test cannot tell how much smaller it is.",
 }
 
 
 def verdict(comparison: Comparison) -> str:
     "The outcome in a sentence or two."
     many, clear = comparison.counts().to_dict("records")[0], {}
-    for row in comparison.tests([comparison.k]).to_dict("records"):
-        if row["p_holm"] < 0.05:
-            clear.setdefault("better" if row["difference"] > 0 else "worse", []).append(row["direction"])
+    for row in comparison.tests().to_dict("records"):
+        if row["verdict"] != "level" and row["metric"] == f"R@{comparison.k}":
+            clear.setdefault("better" if row["verdict"] == "above" else "worse", []).append(row["direction"])
     told = "; ".join(f"{word} in {', '.join(directions)}" for word, directions in clear.items())
     told = f"B is clearly {told} (p after Holm below 0.05)." if told else "No direction shows a clear difference (p after Holm below 0.05)."
     same = " Both models have the same weights." if len(set(comparison.about.get("models", "ab"))) == 1 else ""

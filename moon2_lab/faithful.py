@@ -20,9 +20,9 @@ from torch import nn
 from .cases import give_up
 from .core import DataError, UsageError
 from .encoder import Moon2Encoder
-from .maps import FEW, LEVEL, Faith
-from .metrics import bootstrap_ci, holm
+from .maps import FEW, Faith
 from .pairscore import frozen_twin
+from .statistics import LEVEL, bootstrap_ci, holm
 
 # %% ../nbs/61_faithful.ipynb #d2b69bf2
 def mixed_rows(

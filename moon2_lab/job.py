@@ -211,7 +211,7 @@ def score_lines(
     for direction in DIRECTIONS:
         if (direction, "R@10") in rows:
             first, tenth, other = rows[direction, "R@1"], rows[direction, "R@10"], beside.get(direction)
-            against = f"{other.theirs:.3f} {other.baseline} ({other.verdict})" if other else "-"
+            against = f"{other.theirs:.3f} {other.baseline} ({', '.join(filter(None, (other.verdict, other.p)))})" if other else "-"
             lines.append(f"{direction:<10} {first.value:>6.3f} {tenth.value:>6.3f}  {tenth.lower:.3f} to {tenth.upper:.3f} {against}")
     return "\n".join(lines + [f"{name:<10} not scored: {reason}" for name, reason in metrics.get("skipped", {}).items()])
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOW', 'SIGNS', 'TERMS', 'setting', 'minutes', 'labels', 'model_words', 'scope_words', 'summary', 'facts', 'cards',
-           'headline', 'checked', 'watch_section', 'how', 'verdict_chip', 'score_rows', 'score_section',
+           'headline', 'checked', 'watch_section', 'how', 'verdict_chip', 'against', 'score_rows', 'score_section',
            'unseen_section', 'label_section', 'training_section', 'expert_section', 'filter_section', 'heat_section',
            'query_section', 'paper_section', 'quarantine_section', 'flat', 'settings_section', 'words_section',
            'write_report', 'Hit', 'QueryHits', 'PairHeatmap']
@@ -127,7 +127,8 @@ def headline(title: str, metrics: dict, history, settings: dict, scores: pd.Data
 # %% ../nbs/66_report.ipynb #6908abf6
 def checked(metrics: dict, history: pd.DataFrame | None) -> str:
     "The all-clear sentence, limited to what could be checked."
-    said = ["no direction lies below its trivial baseline"] if len(against_baselines(score_table(metrics))) else []
+    tested = set(against_baselines(score_table(metrics)).verdict) - {"unknown"}
+    said = ["no direction is below its trivial baseline by the paired test"] if tested else []
     said += ["no objective took over"] if objective_series(history, "omega").size else []
     said += ["every loss was a finite number"] if history is not None and "loss" in history and len(history) else []
     return f"Checked: {', '.join(said)}." if said else "Nothing could be checked: there are no baselines and no history."
@@ -144,8 +145,8 @@ def watch_section(metrics: dict, history: pd.DataFrame | None, notes: list[str])
 
 # %% ../nbs/66_report.ipynb #7da7cf26
 HOW = {
-    "scores": "For each query, how often is a right product among the first 1, 5 or 10? The bar is the 95 % interval: a difference smaller than the bars is not worth "
-              "a claim. Open marks are what needs no training.",
+    "scores": "For each query, how often is a right product among the first 1, 5 or 10? The bar is the 95 % interval. Open marks are what needs no training; above "
+              "and below are said where a paired test over product keys says so (p below 0.05 after Holm), else level.",
     "unseen": "Some test products share their title, or their picture, with a product of the training split. These are the scores without them.",
     "labels": "Nothing was trained for this: the class is the one whose name lies nearest to the product. Beside it, what always naming the most frequent class gives, "
               "and what finding the class name in the title gives.",
@@ -173,6 +174,11 @@ def verdict_chip(kind: str) -> Safe:
     return tag("span", SIGNS[kind], class_=f"chip {kind}")
 
 
+def against(verdict: str, p: str) -> Safe:
+    "The verdict of a paired test, and its p-value beneath."
+    return join(verdict_chip(verdict), tag("span", p, class_="ci") if p else "")
+
+
 def score_rows(scores: pd.DataFrame) -> list[list]:
     "One table row per direction: R@1, R@5, R@10, the best baseline, the verdict, other runs."
     standing, rows = against_baselines(scores).set_index("direction"), []
@@ -184,7 +190,7 @@ def score_rows(scores: pd.DataFrame) -> list[list]:
         best = standing.loc[direction] if direction in standing.index else None
         beaten = join(percent(best.theirs), tag("span", foreign(BASELINE_WORDS.get(best.baseline, best.baseline), 40), class_="ci")) if best is not None else "–"
         name, ours = join(tag("code", direction), tag("span", DIRECTION_WORDS[direction], class_="ci")), [cells.get(("run", run, metric), "–") for metric in METRICS]
-        rows.append([name, *ours, beaten, verdict_chip(best.verdict) if best is not None else "–", *[cells.get(("comparison", other, "R@10"), "–") for other in others]])
+        rows.append([name, *ours, beaten, against(best.verdict, best.p) if best is not None else "–", *[cells.get(("comparison", other, "R@10"), "–") for other in others]])
     return rows
 
 
@@ -317,12 +323,14 @@ def settings_section(settings: dict):
 
 
 TERMS = {
-    "R@k": "The share of queries with a right product among the first k. Ties count against the model.",
+    "R@k": "The share of queries with a right product among the first k. Ties count against the model; a baseline's score is what it gets on average over the orders of its ties.",
     "Right product": "Any product with the query's product key: the same title, or the same picture, as the product the query was made from.",
     "Queries": "They are made from the products: the phrase drops the brand and about half of the filler words of the title, the photo is a second picture or a cropped, "
                "turned, recoloured one. Real searches are harder.",
     "Directions": "What the query has, and what the gallery has: t is text, i is image, mm is both.",
-    "95 % interval": "From 1,000 bootstrap resamples of product keys. Another test set of this size would often give another value within the bar.",
+    "95 % interval": "Wilson's interval over product keys. Another test set of this size would often give another value within the bar.",
+    "Above, level, below": "A paired test of model against baseline over product keys, corrected after Holm over the directions and k; level where it finds no difference. "
+                           "p ≤ means that the test, with its number of random signs, cannot say how much smaller p is.",
     "Trivial baselines": "BM25 compares words; frozen image features compare pictures without any training; the untrained encoder is this model before its first step; "
                          "chance is a random order.",
     "omega": "The weight of an objective: how far the experts that were used support it. An alarm fires when one objective holds over 0.8, or when the sum falls under 0.5.",

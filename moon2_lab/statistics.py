@@ -216,7 +216,7 @@ def holm(
     return found
 
 # %% ../nbs/38_statistics.ipynb #2f7d90ab
-LEVEL = 0.05  # p after Holm's correction below which a difference is named
+LEVEL = 0.05  # how often a test may err: p after Holm's correction below which a difference is named, or a map trusted
 
 
 def judged(
