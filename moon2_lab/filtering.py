@@ -105,12 +105,13 @@ def batch_masks(
     views: TripletViews | None = None,  # to leave out items without any view
     in_batch: bool = True,
 ) -> CandidateMasks:
-    "The candidates of the three inter-product losses in this batch."
+    "The candidates of the three inter-product losses in this batch. Those of equal words or an equal picture alone are left out by that view's loss."
     positive, negative = (None, keys.negative_mask) if views is None else (views.present["p"]["mm"], keys.negative_mask & views.present["n"]["mm"])
-    return candidate_masks(
+    masks = candidate_masks(
         *keys.negative.shape, keys=keys.positive, negative_keys=keys.negative, query_keys=keys.query, positive_mask=positive, negative_mask=negative,
         in_batch=in_batch, unique=True, device=keys.positive.device,
     )
+    return masks if keys.answers is None else masks.without(keys.answers[VIEWS.index("mm")])
 
 # %% ../nbs/31_filtering.ipynb #6a6bfcf4
 class FilterLedger:
@@ -188,6 +189,10 @@ def triplet_reliability(
     query, positive, negative = (at_least_float32(vectors) for vectors in (torch.stack([views.embedding["q"][view] for view in VIEWS]), views.embedding["p"]["mm"], views.embedding["n"]["mm"]))
     other = (keys.negative != keys.positive[:, None]) & (keys.negative != keys.query[:, None])
     usable = keys.negative_mask & views.present["n"]["mm"] & other
+    if keys.answers is not None:  # a row's own negatives stand in the columns B + b K to B + b K + K - 1
+        rows, per_row = keys.negative.shape
+        own = keys.answers[:, :, rows:].view(3, rows, rows, per_row).diagonal(dim1=1, dim2=2).permute(0, 2, 1)  # (3, B, K)
+        usable = usable & ~own
     sim_neg = torch.einsum("vbd,bkd->vbk", query, negative).masked_fill(~usable, -math.inf)
     phi = reliability((query * positive).sum(-1), sim_neg, margin, kappa)
     present = torch.stack([views.present["q"][view] for view in VIEWS]) & views.present["p"]["mm"]
@@ -205,7 +210,7 @@ def _inter_problem(view: str, views: TripletViews, keys: TripletKeys, samples: d
     options = {
         "keys": keys.positive, "negative_keys": keys.negative, "query_keys": keys.query, "in_batch": config.in_batch_negatives, "weight": weight, "unique": True,
         "mask": samples[f"inter_{view}"], "positive_mask": views.present["p"]["mm"], "negative_mask": views.present["n"]["mm"] & keys.negative_mask,
-        "dims": config.matryoshka_dims, "masks": masks,
+        "dims": config.matryoshka_dims, "masks": masks if keys.answers is None else masks.without(keys.answers[VIEWS.index(view)]),
     }
     return inter_product_loss, vectors, config.temperature, options
 

@@ -77,8 +77,17 @@ def fits_dim(
 class CandidateMasks:
     "Which of the C = B + B K candidates (the positives, then all negatives row by row) count for which of the B rows; each (B, C) bool."
     allowed: Tensor  # counts, the own positive included
-    same_key: Tensor  # left out: the row's own product, or its query's, under another column (a false negative)
+    same_key: Tensor  # left out: the row's own product, its query's, or another right answer of it (a false negative)
     repeated: Tensor  # left out: its product has a column in this row already
+
+    def without(
+        self,
+        answers: Tensor,  # (B, C) bool, candidates that are right answers of the row's query; the own positive stays
+    ) -> "CandidateMasks":
+        "The masks without these candidates."
+        rows, columns = answers.shape
+        more = answers & self.allowed & ~torch.eye(rows, columns, dtype=torch.bool, device=answers.device)
+        return CandidateMasks(self.allowed & ~more, self.same_key | more, self.repeated)
 
 
 def _key_ids(
@@ -290,6 +299,7 @@ class TripletKeys:
     progress: float = 0.0  # 0 at the first step, 1 at the last
     filter_active: bool = False  # after the filter's warm-up
     trusted: Tensor | None = None  # (B,) bool, triplets that the filter leaves alone
+    answers: Tensor | None = None  # (3, B, B + B K) bool, for the query views t, i, mm: candidates that answer the query as well
 
 # %% ../nbs/30_losses.ipynb #dff4cb16
 def objective_samples(

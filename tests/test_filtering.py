@@ -1,6 +1,7 @@
 """The sample filter, its ledger, and the whole objective."""
 
 import itertools
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -204,6 +205,31 @@ def test_mutual_pairs_count_once_and_are_receipted():
     assert terms["masked_pairs"] == 4 and terms["repeated_pairs"] == 12 and terms["negatives_per_query"] == 3
     receipt = loss_receipt(batch_masks(keys, views))
     assert receipt.hard.tolist() == [1] * 4 and "1.00 hard + 2.00 in-batch" in str(receipt)
+
+
+def test_right_answers_of_one_query_are_left_out_of_loss_and_reliability():
+    "Value and gradient of each view's loss are those of a batch that never had the columns; phi does not look at such a negative."
+    views, routing, keys = make_step(batch=4, per_row=2, filter_active=False)
+    answers = torch.zeros(3, 4, 12, dtype=torch.bool)
+    answers[0, 0, [1, 9]] = answers[:, 2, 3] = answers[1, 1, 6] = True  # column 6 is the first negative of row 1
+    keys.answers = answers
+    terms = Moon2Objective(TrainConfig())(views, routing, keys)
+    candidates = torch.cat([views.embedding["p"]["mm"], views.embedding["n"]["mm"].flatten(0, 1)])
+    for place, view in enumerate(VIEWS):
+        rows = []
+        for row in range(4):
+            kept = [c for c in range(12) if not answers[place, row, c] or c == row]
+            logits = views.embedding["q"][view][row] @ candidates[kept].T / 0.05
+            rows.append(F.cross_entropy(logits[None], torch.tensor([kept.index(row)])))
+        assert terms[f"inter_{view}"].item() == pytest.approx(torch.stack(rows).mean().item(), abs=1e-12)
+        grads = [torch.autograd.grad(loss, candidates, retain_graph=True, allow_unused=True)[0] for loss in (terms[f"inter_{view}"],)]
+        assert all(g is None or g.isfinite().all() for g in grads)
+    assert terms["masked_pairs"] == 1  # of all views: the third row's
+    plain = triplet_reliability(views, dataclasses.replace(keys, answers=None), 0.1, 10.0)
+    alone = dataclasses.replace(keys, answers=None, negative_mask=torch.tensor([[True, True], [False, True], [True, True], [True, True]]))
+    wanted = plain.clone()
+    wanted[1, 1] = triplet_reliability(views, alone, 0.1, 10.0)[1, 1]
+    assert torch.equal(triplet_reliability(views, keys, 0.1, 10.0), wanted)
 
 
 def test_one_product_everywhere_leaves_nothing_to_learn():

@@ -130,6 +130,53 @@ def test_a_file_is_used_as_it_is():
     assert triplets.counts["same_key_left_out"] == 1 and triplets.counts["filled_different_attribute"] == 1
 
 
+def relevance_list(queries=20, answers=6, products=240):
+    "A catalogue and its table: each query has several right answers; every second query asks with the words of the one before."
+    catalog = shop(products)
+    rows = [(f"q{q}", f"words of {q // 2}", None, f"p{(q * answers + a) % products:04d}", [], None) for q in range(queries) for a in range(answers)]
+    return Catalog(catalog.products, triplets=pd.DataFrame(rows, columns=["query_id", "query_text", "query_image", "positive_id", "negative_ids", "noise"]))
+
+
+def test_no_right_answer_is_a_negative():
+    "Of the same query or of one with equal words: not filled in, not in the batch (masked), and queries with the same id seldom meet."
+    from moon2_lab.train import lay_out
+
+    catalog = relevance_list()
+    right = {}
+    for row in catalog.triplets.itertuples():
+        right.setdefault(row.query_text, set()).add(catalog.product_key(row.positive_id))
+    sampler = TripletSampler(build_triplets(catalog, negatives_per_query=2), 6)
+    for batch in sampler.batches(0):
+        keys = lay_out(batch)[1]
+        columns = keys.positive.tolist() + keys.negative.flatten().tolist()
+        for row, triplet in enumerate(batch):
+            wanted = [key in right[triplet.query.text] for key in columns]
+            assert keys.answers[0, row].tolist() == keys.answers[2, row].tolist() == wanted
+            assert not any(wanted[len(batch) + 2 * row : len(batch) + 2 * row + 2])  # its own negatives
+        assert len({triplet.query.text for triplet in batch}) == len(batch)
+    assert build_triplets(shop(), variants=1)[0].answers is None
+
+
+def test_right_answers_follow_the_triplets_that_are_trained_on():
+    "A sampler reads them from its own list: a positive that was changed takes its place, the old one is free again."
+    triplets = build_triplets(relevance_list(queries=2, answers=3))
+    other = next(p for p in shop(240) if p.product_id == "p0100")
+    changed = TripletSampler([replace(triplets[0], positive=other, query_key=other.key), *triplets[1:]], 2).triplets
+    assert changed[1].answers[0] == triplets[1].answers[0] - {triplets[0].key} | {other.key}
+    alone = TripletSampler([triplets[0], *build_triplets(shop(), variants=1)[20:]], 2).triplets
+    assert alone[0].answers is None
+
+
+def test_a_negative_that_the_table_calls_right_is_left_out():
+    "A contradiction within the file: the row's negative is a positive of the same query elsewhere."
+    rows = [("q1", "mug", None, "p0000", ["p0004", "p0001"], None), ("q1", "mug", None, "p0004", ["p0000"], None), ("q2", " MUG ", None, "p0008", ["p0000", "p0004"], None)]
+    log = pd.DataFrame(rows, columns=["query_id", "query_text", "query_image", "positive_id", "negative_ids", "noise"])
+    triplets = build_triplets(Catalog(shop(24).products, triplets=log))
+    right = {t.key for t in triplets}
+    assert [len(t.negatives) for t in triplets] == [1, 1, 1] and not any(n.key in right for t in triplets for n in t.negatives)
+    assert triplets[0].negatives[0].product_id == "p0001" and triplets.counts["answers_left_out"] == 4
+
+
 def test_a_split_without_rows_is_made_from_its_products():
     "A file that says nothing about this split does not leave it empty."
     catalog = shop(12)
