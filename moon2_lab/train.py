@@ -30,7 +30,7 @@ from .losses import TripletKeys, TripletRouting, TripletViews, balance_alarm
 from .noise import inject_noise
 from .optim import GROUPS, apply_numerics, choose_numerics, lr_factor, make_optimizer, predict_cost, prepare_trainable, release_memory, set_learning_rate
 from .text import Lexicon
-from .triplets import Triplet, TripletSampler, build_triplets, image_refs
+from .triplets import Triplet, TripletSampler, answer_columns, build_triplets, image_refs
 
 # %% ../nbs/33_train.ipynb #1ffa7bd4
 PHASES = ("batch", "views", "routing", "similarity", "loss", "gradients", "step")
@@ -56,10 +56,11 @@ def lay_out(
     items = [t.query for t in batch] + [product.training_item(enriched, expanded, turn) for product in products]
     negatives = [[n.key for n in t.negatives] + [t.key] * (width - len(t.negatives)) for t in batch]
     exist = [[place < len(t.negatives) for place in range(width)] for t in batch]
+    answers = answer_columns(batch, width)
     keys = TripletKeys(
         query=torch.tensor([t.query_key for t in batch]), positive=torch.tensor([t.key for t in batch]),
         negative=torch.tensor(negatives, dtype=torch.int64).view(len(batch), width), negative_mask=torch.tensor(exist, dtype=torch.bool).view(len(batch), width),
-        trusted=torch.tensor([t.trusted for t in batch]),
+        trusted=torch.tensor([t.trusted for t in batch]), answers=None if answers is None else torch.from_numpy(answers),
     )
     return items, keys
 
@@ -191,6 +192,7 @@ def _batch(self: Trainer, now) -> dict:
     device = self.encoder.backbone.device
     for name in ("query", "positive", "negative", "negative_mask", "trusted"):
         setattr(now.keys, name, getattr(now.keys, name).to(device))
+    now.keys.answers = None if now.keys.answers is None else now.keys.answers.to(device)
     return {"triplets": now.batch, "items": now.items, "keys": now.keys}
 
 
