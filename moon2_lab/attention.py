@@ -21,7 +21,7 @@ from .catalog import Item
 from .core import VIEWS, DataError, UsageError
 from .encoder import Moon2Encoder
 from .pairscore import RowScore, merge_words
-from .recorder import HeadInputs, attention_layers, record_attention, refuse_more, row_mean, sees_causally, tap_attention
+from .recorder import HeadInputs, attention_layers, record_attention, refuse_more, row_mean, sees_causally, tap_attention, widest
 
 # %% ../nbs/60_attention.ipynb #00a4de7f
 _all_ = ["record_attention"]  # also to be had from here
@@ -179,7 +179,7 @@ def word_attention(
     mixes = torch.from_numpy(np.vstack([np.full((1, len(side)), 1 / len(side)), np.pad(table / table.sum(1, keepdims=True), ((0, 0), (side.cells, 0)))]))
 
     def take(layer, place, inputs, positions):
-        found.append(inputs.mix(mixes.to(positions.device), chunk).cpu().numpy())
+        found.append(inputs.mix(mixes.to(widest(positions.device)).to(positions.device), chunk).cpu().numpy())
 
     names = tap_items(encoder, [side], view, take, layers, heads)
     rows = without_first(np.stack(found)) if drop_first else np.stack(found)  # (layers, heads, 1 + W, T)
@@ -203,7 +203,8 @@ def rollout(
     "Attention rollout from the pooled tokens down to the inputs; the shares sum to 1. Errors as in `attention_of`."
     side, stack = side_tokens(encoder, item, view), []
     tap_items(encoder, [side], view, lambda layer, place, inputs, positions: stack.append(inputs))
-    start = torch.full((len(side),), 1 / len(side), dtype=torch.float64, device=stack[0].query.device)
+    device = stack[0].query.device
+    start = torch.full((len(side),), 1 / len(side), dtype=widest(device), device=device)
     return side, roll_down(stack, start, chunk).cpu().numpy()
 
 # %% ../nbs/60_attention.ipynb #4bbf3212

@@ -135,7 +135,7 @@ class Case:
     def of_pieces(self, found: Sequence[torch.Tensor]) -> np.ndarray:
         "Captum's answer to a feature mask, each (1, L, ...), which repeats a piece's number at each of its tokens: (P,)."
         values = np.zeros(self.count)
-        values[np.concatenate(self.pieces)] = np.concatenate([part[0].reshape(part.shape[1], -1)[:, 0].double().cpu().numpy() for part in found])
+        values[np.concatenate(self.pieces)] = np.concatenate([part[0].reshape(part.shape[1], -1)[:, 0].cpu().double().numpy() for part in found])
         return values
 
 # %% ../nbs/60_cases.ipynb #b154505b

@@ -253,9 +253,9 @@ def train_tiny(
 ENOUGH = 100  # products in a test split that is shown alone
 
 
-def open_model(folder: str | Path) -> Moon2Encoder:
-    "The model in a run folder or in a folder of `save_pretrained`."
-    return Moon2Encoder.from_pretrained(model_folder(folder))
+def open_model(folder: str | Path, device="auto") -> Moon2Encoder:
+    "The model in a run folder or in a folder of `save_pretrained`, on the device."
+    return Moon2Encoder.from_pretrained(model_folder(folder), device)
 
 
 def scores_of(
@@ -293,13 +293,14 @@ def prepare(
     catalog: str | Path | None = None,  # folder; None: the one the model was trained on, or `sample`
     split: str = "auto",
     sample: str | Path = "data/sample",
+    device="auto",  # as in Moon2Encoder.place
 ) -> gr.Blocks:
     "Models and products as an interface."
-    first = open_model(model) if model else None
+    first = open_model(model, device) if model else None
     folder = catalog or (catalogue_of(first, sample) if first else sample)
     loaded = Catalog.load(folder)
     part = shown_part(loaded, split)
-    encoders = [first or train_tiny(loaded), open_model(model_b) if model_b else None]
+    encoders = [first or train_tiny(loaded), open_model(model_b, device) if model_b else None]
     names = [model_name(path) if path else "quick try" for path in (model, model_b)]
     metrics = tuple(scores_of(path, encoder) if encoder is not None else {} for path, encoder in zip((model, model_b), encoders))
     return build_demo(*encoders, catalog=part, names=tuple(names), note="" if first else TINY_NOTE, metrics=metrics)
@@ -319,10 +320,11 @@ def main(
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on")
     parser.add_argument("--port", default=7860, type=int)
     parser.add_argument("--share", action="store_true", help="open a public tunnel through Gradio's servers")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps: where the models run")
     given = parser.parse_args(argv)
     default = model if model and (model / "config.json").is_file() else None
     try:
-        serve(prepare(given.model or default, given.model_b, given.catalog, given.split, sample), given.host, given.port, given.share)
+        serve(prepare(given.model or default, given.model_b, given.catalog, given.split, sample, given.device), given.host, given.port, given.share)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from .backbone import Backbone, Packing, build_backbone
 from .catalog import ImageRef, Item, Product
-from .core import OBJECTIVES, VIEWS, DataError, EncoderConfig, progress
+from .core import OBJECTIVES, VIEWS, DataError, EncoderConfig, UsageError, device_name, pick_device, pick_dtype, progress
 from .outputs import SUMS, atomic_path, read_json, require_checksums, write_checksums, write_json
-from .moe import LayerRouting, MoEFeedForward, upcycle
+from .moe import KERNELS, LayerRouting, MoEFeedForward, faster_kernel, measured_once, upcycle
 
 # %% ../nbs/22_encoder.ipynb #868c074a
 @dataclass
@@ -114,7 +114,7 @@ class Moon2Encoder(nn.Module):
         self.backbone, self.config = backbone, config
         self.alignment = nn.Parameter(torch.zeros(max(config.num_experts, 1), len(OBJECTIVES)), requires_grad=config.num_experts > 0)  # W* (Z, M)
         self.info: dict = {"trained_steps": 0, "pretrained_backbone": backbone.spec.trained}  # travels with the saved model
-        self.compute_dtype = torch.float32  # bfloat16: autocast in training; encode() stays in float32
+        self.compute_dtype = torch.float32  # bfloat16: autocast; on the CPU in training only
         self.last_missing: dict[str, list[str]] = {}
         self.shares_rows = config.attention == "causal"
         if not self.shares_rows:
@@ -129,8 +129,15 @@ class Moon2Encoder(nn.Module):
         "The MoE blocks, bottom up (also when LoRA wraps them)."
         return [module for module in self.backbone.decoder.modules() if isinstance(module, MoEFeedForward)]
 
+    @property
+    def encode_dtype(self) -> torch.dtype:
+        "What `encode` calculates in: as training does, but float32 on the CPU, whatever training does there."
+        return torch.float32 if self.backbone.device.type == "cpu" else self.compute_dtype
+
     def set_expert_kernel(self, name: str) -> None:
-        "Use kernel `name` (see `moe.KERNELS`) in every MoE block."
+        "Use kernel `name` in every MoE block; `UsageError` for one that is not in `moe.KERNELS`."
+        if name not in KERNELS:
+            raise UsageError(f"unknown expert kernel {name!r}", where="expert_kernel", advice=f"one of {', '.join(KERNELS)}")
         for block in self.moe_blocks:
             block.kernel = name
 
@@ -234,6 +241,7 @@ class Moon2Encoder(nn.Module):
         products: Sequence[Product | Item],
         view: str = "mm",  # t, i or mm
         batch_size: int = 64,
+        dtype: torch.dtype | None = None,  # of the arithmetic; None: `encode_dtype`
     ) -> np.ndarray:
         "(N, D) float32, l2-normalised, in the order given. A product without that view is a `DataError` that names it."
         if view not in VIEWS:
@@ -242,7 +250,7 @@ class Moon2Encoder(nn.Module):
         for item in items:
             if not (item.image if view == "i" else item.text if view == "t" else item.image or item.text):
                 raise DataError(f"no {'image' if view == 'i' else 'text' if view == 't' else 'text and no image'}", where=item.item_id, advice="encode_views gives NaN rows instead of stopping")
-        return self._in_batches(items, (view,), batch_size)[view]
+        return self._in_batches(items, (view,), batch_size, dtype)[view]
 
     @torch.no_grad()
     def encode_views(self, products: Sequence[Product | Item], batch_size: int = 64) -> dict[str, np.ndarray]:
@@ -258,11 +266,11 @@ class Moon2Encoder(nn.Module):
         out["i"][[item.image is None for item in items]] = np.nan
         return out
 
-    def _in_batches(self, items: list[Item], views: Sequence[str], batch_size: int) -> dict[str, np.ndarray]:
-        "Encode in float32, items of similar length together; one (N, D) array for each view."
+    def _in_batches(self, items: list[Item], views: Sequence[str], batch_size: int, dtype: torch.dtype | None = None) -> dict[str, np.ndarray]:
+        "Encode items of similar length together; one (N, D) array for each view."
         out = {view: np.zeros((len(items), self.embedding_dim), dtype=np.float32) for view in views}
         order = sorted(range(len(items)), key=lambda place: (len(items[place].text or ""), place))
-        training, dtype, self.compute_dtype = self.training, self.compute_dtype, torch.float32
+        training, before, self.compute_dtype = self.training, self.compute_dtype, dtype or self.encode_dtype
         self.eval()
         try:
             for start in progress(range(0, len(items), batch_size), desc="encode"):
@@ -272,7 +280,7 @@ class Moon2Encoder(nn.Module):
                     out[view][places] = found.embedding[view].float().cpu().numpy()
         finally:
             self.train(training)
-            self.compute_dtype = dtype
+            self.compute_dtype = before
         return out
 
     def vision_features(self, refs: Sequence[ImageRef]) -> np.ndarray:
@@ -319,6 +327,48 @@ def _assemble(backbone: Backbone, config: EncoderConfig) -> Moon2Encoder:
     with torch.no_grad():
         encoder.alignment.normal_(std=config.router_std if config.num_experts else 0.0)
     return encoder
+
+# %% ../nbs/22_encoder.ipynb #c650d9e4
+@patch
+def place(
+    self: Moon2Encoder,
+    device="auto",  # auto, cpu, cuda, cuda:N, mps, or a torch.device
+    dtype: str = "auto",  # float32, bfloat16; auto: what is faster on the device, and float32 on the CPU
+) -> Moon2Encoder:
+    "Move the encoder to `device` and choose there how it calculates; returns it. `UsageError` for a device that is not there."
+    target = device if isinstance(device, torch.device) else pick_device(device)
+    self.to(target)
+    kind = self.choose_dtype(dtype) if target.type != "cpu" or dtype != "auto" else "float32"
+    self.compute_dtype = getattr(torch, kind)
+    self.set_expert_kernel("loop" if target.type == "cpu" else self.choose_kernel(kind))
+    return self
+
+
+@patch
+def choose_dtype(
+    self: Moon2Encoder,
+    wanted: str = "auto",
+) -> str:
+    "float32 or bfloat16, measured once on the device where the encoder is; small matrices gain nothing from bfloat16."
+    device = self.backbone.device
+    if wanted != "auto" or self.embedding_dim < 256:
+        return "float32" if wanted == "auto" else wanted
+    return measured_once(f"dtype {device_name(device)}", lambda: str(pick_dtype(device)).removeprefix("torch."))
+
+
+@patch
+def choose_kernel(
+    self: Moon2Encoder,
+    dtype: str,  # of the activations
+    tokens: int = 2048,  # a call will have, about
+) -> str:
+    "loop or grouped, measured once on the device where the encoder is, for this shape."
+    if not self.moe_blocks or self.embedding_dim < 256:
+        return "loop"
+    block, device, threads = self.moe_blocks[0], device_name(self.backbone.device), torch.get_num_threads()
+    shape = "x".join(map(str, block.gate_up_proj.shape))
+    key = f"experts {device} {dtype} {shape} top{block.top_k} {threads} threads {tokens // 1024}k tokens"
+    return measured_once(key, lambda: faster_kernel(block, tokens, dtype=getattr(torch, dtype))[0])
 
 # %% ../nbs/22_encoder.ipynb #f42ed370
 def perturb_experts(encoder: Moon2Encoder, std: float = 0.02, seed: int = 0) -> Moon2Encoder:
@@ -371,8 +421,12 @@ def save_pretrained(self: Moon2Encoder, folder: str | Path) -> None:
 
 
 @patch(cls_method=True)
-def from_pretrained(cls: Moon2Encoder, folder: str | Path) -> Moon2Encoder:
-    "An encoder saved by `save_pretrained`. Raises `DataError` naming the file when something is missing or cut."
+def from_pretrained(
+    cls: Moon2Encoder,
+    folder: str | Path,
+    device="auto",  # as in `place`
+) -> Moon2Encoder:
+    "An encoder saved by `save_pretrained`, on the device. Raises `DataError` naming the file when something is missing or cut."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -390,7 +444,7 @@ def from_pretrained(cls: Moon2Encoder, folder: str | Path) -> Moon2Encoder:
     except (SafetensorError, RuntimeError) as error:
         raise DataError(f"the weights cannot be read ({str(error).splitlines()[0]})", where=str(weights), advice="the file is cut or of another model: copy it again, or use an earlier checkpoint") from error
     encoder.info = saved["info"]
-    return encoder.eval()
+    return encoder.eval().place(device)
 
 
 def _built(saved: dict, folder: Path) -> Moon2Encoder:
@@ -418,6 +472,8 @@ def fingerprint(self: Moon2Encoder) -> str:
 
 @patch
 def untrained(self: Moon2Encoder) -> Moon2Encoder:
-    "A fresh encoder on the same backbone. Plain FFN: at step 0 the mixture equals it, at half the price."
+    "A fresh encoder on the same backbone and device. Plain FFN: at step 0 the mixture equals it, at half the price."
     fields = dataclasses.asdict(self.config) | {"num_experts": 0}
-    return Moon2Encoder.from_backbone(fields.pop("backbone"), **fields).eval()
+    fresh = Moon2Encoder.from_backbone(fields.pop("backbone"), **fields).eval().to(self.backbone.device)
+    fresh.compute_dtype = self.compute_dtype
+    return fresh

@@ -52,7 +52,7 @@ def ask_rows(
     found = []
     for start in range(0, len(once), rows_at_once):
         give_up(cancelled)
-        found.append(score(*mixed_rows(real, blank, pieces, once[start : start + rows_at_once])).double().cpu().numpy())
+        found.append(score(*mixed_rows(real, blank, pieces, once[start : start + rows_at_once])).cpu().double().numpy())
         if progress is not None:
             progress(min(start + rows_at_once, len(once)), len(once))
     return np.concatenate(found)[place.reshape(-1)]

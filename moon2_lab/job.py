@@ -188,6 +188,7 @@ def evaluate_model(
     catalog,  # Catalog
     split: str = "test",
     out: str | Path | None = None,  # metrics.json, or the folder for it
+    device="auto",  # as in Moon2Encoder.place
     **options,  # of moon2_lab.evaluate.evaluate
 ) -> dict:
     "Load a model and score it; the dictionary of metrics.json."
@@ -195,7 +196,7 @@ def evaluate_model(
     from moon2_lab.evaluate import evaluate
 
     folder = model_folder(model)
-    return evaluate(Moon2Encoder.from_pretrained(folder), catalog, split=split, out=out, **options)
+    return evaluate(Moon2Encoder.from_pretrained(folder, device), catalog, split=split, out=out, **options)
 
 # %% ../nbs/67_job.ipynb #2205b502
 def score_lines(
@@ -263,6 +264,7 @@ def explain_match(
     catalog,  # the whole Catalog
     per_query,  # the table of per_query.parquet
     asked: dict,  # of asked_items
+    device="auto",
 ):
     "The heatmap of one query's right product; None where no product has words and a picture."
     from moon2_lab.encoder import Moon2Encoder
@@ -272,7 +274,7 @@ def explain_match(
     for row in pick_queries(per_query, 10).itertuples():
         query, product = asked[row.direction, row.query_id], catalog.get(row.hit_ids[0]) if len(row.hit_ids) else None
         if product is not None and product.has_image and len((product.title or "").split()) > 2:
-            return page_heatmap(Explainer(Moon2Encoder.from_pretrained(model_folder(model)), query, product.item("mm")).maps(["ig"]))
+            return page_heatmap(Explainer(Moon2Encoder.from_pretrained(model_folder(model), device), query, product.item("mm")).maps(["ig"]))
     return None
 
 # %% ../nbs/67_job.ipynb #53f3f644
@@ -280,6 +282,7 @@ def report_run(
     run: str | Path,  # run folder
     catalog,  # Catalog the model is scored on
     split: str = "test",
+    device="auto",
 ) -> Path:
     "Write RUN/report.html (and metrics.json, where it is missing); returns its path."
     import pandas as pd
@@ -289,7 +292,7 @@ def report_run(
     run = Path(run)
     model_folder(run)
     try_file(run / "report.html")
-    metrics = stored_scores(run / "metrics.json") or evaluate_model(run, catalog, split, out=run)
+    metrics = stored_scores(run / "metrics.json") or evaluate_model(run, catalog, split, out=run, device=device)
     if metrics["protocol"].get("catalog_hash", catalog.data_hash) != catalog.data_hash:
         raise UsageError("the scores of this run were made with another catalogue", where=str(run / "metrics.json"), advice="give that catalogue, or delete metrics.json to score the run anew")
     tables = {name: pd.read_parquet(run / f"{name}.parquet") if (run / f"{name}.parquet").is_file() else None for name in ("history", "quarantine", "per_query")}
@@ -297,7 +300,7 @@ def report_run(
     per_query, queries, heatmap = tables.pop("per_query"), None, None
     if per_query is not None:
         asked = asked_items(catalog, metrics["protocol"])
-        queries, heatmap = query_hits(catalog, per_query, asked), explain_match(run, catalog, per_query, asked)
+        queries, heatmap = query_hits(catalog, per_query, asked), explain_match(run, catalog, per_query, asked, device)
     dense = {DENSE: read_json(run / "dense" / "metrics.json")} if (run / "dense" / "metrics.json").is_file() else None
     return write_report(run / "report.html", metrics=metrics, comparison=dense, queries=queries, heatmap=heatmap, settings=settings | {"facts": run_facts(settings)}, **tables)
 
@@ -343,7 +346,7 @@ def own_scorer(
         log.info(f"no scorer named: training one on the train split, {config.max_minutes:.0f} minutes of steps, kept in {folder}")
         with whole_folder(folder, replace=True) as work:
             train_run(catalog, work, config)
-    return EncoderScorer(Moon2Encoder.from_pretrained(folder / "model").eval())
+    return EncoderScorer(Moon2Encoder.from_pretrained(folder / "model", config.device))
 
 
 def augment_run(
@@ -360,7 +363,7 @@ def augment_run(
 
     recipe = Recipe(**options)  # a wrong option is told before anything is trained
     if scorer != "none":
-        recipe.scorer = own_scorer(load_catalogue(folder, config or TrainConfig()), config) if scorer == "auto" else load_scorer(scorer)
+        recipe.scorer = own_scorer(load_catalogue(folder, config or TrainConfig()), config) if scorer == "auto" else load_scorer(scorer, (config or TrainConfig()).device)
     return augment_catalog(folder, out, recipe, limit)
 
 
@@ -397,7 +400,7 @@ def dense_run(
     plain = dense_config(config, config.per_device_train_batch_size).replace(max_steps=0, max_minutes=minutes / CALIBRATION)  # without the reserve that calibration keeps
     products = list(catalog.split("train") if catalog.splits else catalog)
     train_run(catalog, out, plain, command=command, objective=DenseObjective(config.temperature), triplets=self_triplets(products))
-    return evaluate_model(out, catalog, out=out, baselines=False)
+    return evaluate_model(out, catalog, out=out, device=config.device, baselines=False)
 
 # %% ../nbs/67_job.ipynb #3d8b5f8b
 MINUTES = {"drawn": 5.0, "own": 25.0, "tiny": 0.3}  # of training steps
@@ -425,11 +428,11 @@ def _main_job(out, folder, config: TrainConfig, command: str | None, beside_dens
         log.info(f"the old run is now {moved}")
     trainer = train_run(catalog, out, config, command=command)
     started = time.perf_counter()
-    metrics = evaluate_model(out, catalog, out=out)
+    metrics = evaluate_model(out, catalog, out=out, device=config.device)
     log.info(f"evaluated in {time.perf_counter() - started:.0f} s")
     dense = dense_run(catalog, Path(out) / "dense", config, trainer.seconds["steps"] / 60, command) if beside_dense else None
     try:
-        report = report_run(out, catalog)
+        report = report_run(out, catalog, device=config.device)
     except LabError as error:
         raise NotSaved(error, metrics) from error
     return {"run": str(out), "dense": dense, "report": str(report), "moved": moved and str(moved), "metrics": metrics}

@@ -18,9 +18,8 @@ import warnings
 import torch
 from torch import nn
 
-from .core import DataError, NumericChoices, TrainConfig, device_name, pick_device, pick_dtype, set_threads
+from .core import DataError, NumericChoices, TrainConfig, pick_device, set_threads
 from .encoder import Moon2Encoder
-from .moe import faster_kernel, measured_once
 
 # %% ../nbs/25_optim.ipynb #3e8791db
 def prepare_trainable(
@@ -118,23 +117,16 @@ def choose_numerics(
     device = pick_device(config.device)
     threads = set_threads(config.num_threads)
     encoder.to(device)
-    width = encoder.embedding_dim
-    dtype = config.dtype
-    if dtype == "auto":  # small matrices gain nothing from bfloat16
-        dtype = "float32" if width < 256 else measured_once(f"dtype {device_name(device)}", lambda: str(pick_dtype(device)).removeprefix("torch."))
-    kernel = "loop"
-    if encoder.moe_blocks and width >= 256:
-        block, low = encoder.moe_blocks[0], getattr(torch, dtype)
-        shape = "x".join(map(str, block.gate_up_proj.shape))
-        kernel = measured_once(f"experts {device_name(device)} {dtype} {shape} top{block.top_k} {threads} threads {tokens // 1024}k tokens", lambda: faster_kernel(block, tokens, dtype=low)[0])
-    return NumericChoices(device.type, dtype, threads, kernel, "sdpa on packed rows", torch.__version__)
+    dtype = encoder.choose_dtype(config.dtype)
+    return NumericChoices(device.type, dtype, threads, encoder.choose_kernel(dtype, tokens), "sdpa on packed rows", torch.__version__)
 
 
 def apply_numerics(encoder: Moon2Encoder, choices: NumericChoices) -> None:
     "Put the choices in force."
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read when the first matrix is multiplied
     set_threads(choices.num_threads)
-    encoder.to(choices.device)
+    if encoder.backbone.device.type != choices.device:  # "cuda" is also where an encoder on cuda:1 stays
+        encoder.to(choices.device)
     encoder.set_expert_kernel(choices.expert_kernel)
     encoder.compute_dtype = getattr(torch, choices.dtype)
 

@@ -112,7 +112,7 @@ def row_score(
     "The score as a function, its real vectors, its blank vectors."
     encoder = frozen_twin(encoder)
     vectors = row_vectors(encoder, item, mean)
-    fixed = torch.from_numpy(encoder.encode([other])[0]).to(encoder.backbone.device, next(iter(encoder.parameters())).dtype)
+    fixed = torch.from_numpy(encoder.encode([other], dtype=torch.float32)[0]).to(encoder.backbone.device, next(iter(encoder.parameters())).dtype)
     real, blank = zip(*vectors.values(), strict=True)
     return RowScore(encoder, fixed, list(vectors)), real, blank
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'MORE_THAN_SOFTMAX', 'TOLERANCE', 'HeadInputs', 'attention_layers', 'chosen', 'own_attention', 'refuse_more',
            'sees_causally', 'sequence_place', 'cut_out', 'require_same', 'wanted_rows', 'Tap', 'tapped_attention',
-           'other_attention', 'tap_attention', 'row_mean', 'record_attention']
+           'other_attention', 'tap_attention', 'widest', 'row_mean', 'record_attention']
 
 # %% ../nbs/59_recorder.ipynb #034876f3
 import contextlib
@@ -234,9 +234,14 @@ def tap_attention(
     return list(modules)
 
 # %% ../nbs/59_recorder.ipynb #bd0679ae
+def widest(device: torch.device) -> torch.dtype:
+    "float64; float32 where the device has none (mps)."
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def row_mean(positions: torch.Tensor, length: int) -> torch.Tensor:
     "(1, length) weights of the mean over rows at `positions`."
-    return torch.bincount(positions, minlength=length).unsqueeze(0).double() / len(positions)
+    return torch.bincount(positions, minlength=length).unsqueeze(0).to(widest(positions.device)) / len(positions)
 
 
 def record_attention(

@@ -71,10 +71,11 @@ class DualScorer:
 # %% ../nbs/23_scorers.ipynb #3cf09d8e
 def load_scorer(
     name: str | Path,  # a run or model folder of this workbench, or hub id or folder of a CLIP / SigLIP
+    device: str = "auto",
 ):
     "The scorer of that name."
     folders = [folder for folder in (Path(name), Path(name) / "model") if (folder / "config.json").is_file()]
     if folders:
         if read_json(folders[0] / "config.json").get("model_type") == "moon2":
-            return EncoderScorer(Moon2Encoder.from_pretrained(folders[0]).eval())
-    return DualScorer(str(folders[0] if folders else name))
+            return EncoderScorer(Moon2Encoder.from_pretrained(folders[0], device))
+    return DualScorer(str(folders[0] if folders else name), device=device)
