@@ -125,7 +125,17 @@ def _low(op, *args, **kwargs):
         return op(*tree_map(cast, args), **tree_map(cast, kwargs))
 
 
+def _copied(tensor: torch.Tensor, memo: dict):
+    "`copy.deepcopy` of a tensor: torch would copy the memory, which is not the tensor's own."
+    if not _is_fake(tensor):
+        return _plain_copy(tensor, memo)
+    if id(tensor) not in memo:
+        memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return memo[id(tensor)]
+
+
 _libraries: list = []
+_plain_copy = torch.Tensor.__deepcopy__
 
 
 def start() -> torch.device:
@@ -147,6 +157,7 @@ def start() -> torch.device:
         library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
         for name in ("linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention"):
             makers.impl(name, functools.partial(_low, getattr(torch.ops.aten, name).default), "AutocastPrivateUse1")
+        torch.Tensor.__deepcopy__ = _copied
         _libraries.extend([library, makers])
     return torch.device("fake")
 
