@@ -4,7 +4,9 @@ Clustered random vectors (--count, --dim). Both arms build the same indexes with
 parameter gives a point: recall@10 against exact search, queries a second when asked one by one, and in batches of 100. Told are the curves, the ratio of queries a second at recall .95 and .99 (interpolated on a log
 scale), build seconds and bytes. The same number of queries is also sent to a store of one vector: that is what the way to the store costs, whatever the index does; and it is told in which functions of the store the time of a request goes.
 
-    python bench/index.py
+With --filtered instead: `VectorStore.search` with filters that keep from a thousandth of the products to all of them, against exact arithmetic: recall@10, the fewest hits, seconds a search; beside it the recall of the graph alone.
+
+    python bench/index.py [--filtered]
 """
 import collections
 import json
@@ -19,6 +21,7 @@ import numpy as np
 from common import finish, median, options, start
 
 EF, NPROBE, K = (16, 32, 64, 128, 256), (1, 4, 16, 64, 128, 256), 10
+SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 1)  # of the products that a filter keeps
 
 
 def clustered(count: int, dim: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,8 +141,51 @@ def at_recall(points: list[dict], wanted: float, what: str) -> float | None:
     return float(np.exp(np.interp(wanted, [point["recall"] for point in points], np.log([point[what] for point in points]))))
 
 
+def filtered(rows: np.ndarray, queries: np.ndarray, folder: Path, batch: int = 50) -> list[dict]:
+    "A row for each share of the products that a filter keeps; None: without a filter."
+    import pyarrow.parquet as pq
+
+    from moon2_lab.filters import milvus_filter
+    from moon2_lab.index import VectorStore, index_vectors
+    from moon2_lab.products import Product
+    from moon2_lab.vectors import VectorBlock, payload_of, vector_schema, vector_table
+
+    drawn, queries = np.random.default_rng(1).random(len(rows)), queries[:batch]
+    goods = [Product(f"p{number}", attributes={"shares": "|".join(str(share) for share in SHARES if chance < share)}) for number, chance in enumerate(drawn)]
+    block = VectorBlock([product.product_id for product in goods], ["mm"] * len(goods), rows, payload_of(goods))
+    pq.write_table(vector_table(block, vector_schema("float32", rows.shape[1], {})), folder / "v.parquet")
+    done, = index_vectors(folder / "v.parquet", folder / "v.db")
+    print(f"{done.rows:,} vectors, index {done.index}, {done.seconds:.0f} s", flush=True)
+    scores, table = queries @ rows.T, []
+    with VectorStore(folder / "v.db") as store:
+        for share in (*SHARES, None):
+            fitting = np.flatnonzero(drawn < (share or 1))
+            exact = fitting[np.argsort(-scores[:, fitting], axis=1)[:, :K]]
+            expression = f"shares == {share}" if share else ""
+            seconds, hits = timed_call(lambda: store.search(queries, K, expression))
+            alone, _ = timed_call(lambda: [store.search(query, K, expression) for query in queries[:3]])
+            graph = store._ask(queries, K, milvus_filter(expression, store.fields), {"ef": 128})
+            table.append({"share": share, "matches": len(fitting), "recall": shared(hits, exact), "fewest_hits": min(map(len, hits)), "batch_ms_a_query": round(1000 * seconds / len(queries), 1),
+                          "alone_ms": round(1000 * alone / 3, 1), "graph_alone_recall": shared(graph, exact), "graph_alone_fewest_hits": min(map(len, graph))})
+            print(json.dumps(table[-1]), flush=True)
+    return table
+
+
+def timed_call(act):
+    "(seconds, what it returns)."
+    begun = time.perf_counter()
+    made = act()
+    return time.perf_counter() - begun, made
+
+
+def shared(hits: list, exact: np.ndarray) -> float:
+    "Mean share of the exact nearest products (at most K) that were found."
+    return round(float(np.mean([len({int(hit.product_id[1:]) for hit in found} & set(one.tolist())) / len(one) for found, one in zip(hits, exact, strict=True)])), 4)
+
+
 def main() -> None:
     parser = options(__doc__, repeats=5)
+    parser.add_argument("--filtered", action="store_true", help="filters that keep more and fewer products, instead of the comparison with faiss")
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--queries", type=int, default=1000)
@@ -148,6 +194,10 @@ def main() -> None:
     count = 5000 if args.quick else args.count
     faiss.omp_set_num_threads(args.threads)
     rows, queries = clustered(count, args.dim, 200 if args.quick else args.queries)
+    if args.filtered:
+        with tempfile.TemporaryDirectory() as folder:
+            finish(args, result | {"count": count, "dim": args.dim, "filtered": filtered(rows, queries, Path(folder))})
+        return
     exact, nlist, points, built = np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :K], round(count**0.5), [], []
     time_goes = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -516,7 +516,9 @@ class VectorStore:
     @functools.cached_property
     def fields(self) -> set[str]:
         "The names that filters may ask for, folded."
-        return read_fields(self.client, self.name, self.about["field_rows"])
+        if not (names := read_fields(self.client, self.name, self.about["field_rows"])):
+            raise LabError("the store does not know its fields: it was not filled to the end", where=self.uri, advice="index the vectors again")
+        return names
 
     def check(self, fingerprint: str) -> None:
         "Raise `UsageError` unless the vectors were made by this model; vectors of unknown origin are only warned of."

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,12 +21,13 @@ from bench.demo_load import free_port
 from moon2_lab.catalog import Catalog
 from moon2_lab.cli import main
 from moon2_lab.compare import asked_items
-from moon2_lab.core import DataError
+from moon2_lab.core import DataError, LabError
 from moon2_lab.embed import embed_catalog, parts_folder
 from moon2_lab.evaluate import answer, ask, evaluate
 from moon2_lab.filters import field_values, parse_filter
 from moon2_lab.index import VectorStore, connect, disconnect, index_vectors
-from moon2_lab.vectors import StoredForm, VectorFile
+from moon2_lab.products import Product
+from moon2_lab.vectors import StoredForm, VectorBlock, VectorFile, payload_of, vector_schema, vector_table
 from small import shop, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -336,3 +339,69 @@ def test_a_wrong_row_is_told_before_the_store_is_touched(tmp_path):
     with pytest.raises(DataError, match="p1499"):
         index_vectors(tmp_path / "v.parquet", tmp_path / "v.db")
     assert not (tmp_path / "v.db").exists()
+
+
+# ---------------------------------------------------------------------------------------------- many vectors, damaged stores
+
+
+def vectors_file(path, products, rows):
+    "A file of vectors of one view."
+    block = VectorBlock([product.product_id for product in products], ["mm"] * len(products), rows, payload_of(products))
+    pq.write_table(vector_table(block, vector_schema("float32", rows.shape[1], {"model_fingerprint": "aaaabbbbcccc"})), path)
+    return path
+
+
+def clustered(count, dim, seed=0):
+    "(count, dim) l2-normalised vectors around a centre for every 50 of them."
+    chance = np.random.default_rng(seed)
+    centres = chance.normal(size=(max(8, count // 50), dim))
+    rows = (centres[chance.integers(len(centres), size=count)] + 1.5 * chance.normal(size=(count, dim))).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.mark.slow
+def test_filtered_search_is_exact_enough_at_every_selectivity(tmp_path):
+    "In a store with a graph: recall@10 of at least .99 against a matrix product, and min(k, matches) hits, whatever share of the products the filter keeps."
+    rows = clustered(21_050, 32)
+    rows, queries, drawn = rows[:21_000], rows[21_000:], np.random.default_rng(1).random(21_000)
+    shares = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.24, 0.25, 0.5, 0.9, 1)
+    goods = [Product(f"p{number}", attributes={"shares": "|".join(str(share) for share in shares if chance < share)}) for number, chance in enumerate(drawn)]
+    done, = index_vectors(vectors_file(tmp_path / "v.parquet", goods, rows), tmp_path / "v.db")
+    assert done.index == "HNSW"
+    scores = queries @ rows.T
+    with VectorStore(tmp_path / "v.db") as store:
+        for share in (*shares, None):
+            fitting = np.flatnonzero(drawn < (share or 1))
+            hits = store.search(queries, 10, "" if share is None else f"shares == {share}")
+            assert {len(found) for found in hits} == {min(10, len(fitting))}, share
+            exact = fitting[np.argsort(-scores[:, fitting], axis=1)[:, :10]]
+            recall = np.mean([len({int(hit.product_id[1:]) for hit in found} & set(one.tolist())) / len(one) for found, one in zip(hits, exact)])
+            assert recall >= 0.99, (share, recall)
+        few = store.search(queries[:3], 500, "shares == 0.001")
+        assert {len(found) for found in few} == {int((drawn < 0.001).sum())}
+
+
+@pytest.mark.parametrize("exact_below", [100, 20_000], ids=["graph", "exact"])
+def test_a_damaged_store_is_one_line(tmp_path, monkeypatch, exact_below):
+    "Bits turned, files cut, emptied or gone: the store is searched, or refused with where and what to do; nothing raw."
+    monkeypatch.setattr("moon2_lab.index.EXACT_BELOW", exact_below)
+    rows, chance = clustered(300, 8), random.Random(3)
+    goods = [Product(f"p{number}", f"title {number}", attributes={"colour": ("red", "blue")[number % 2]}) for number in range(300)]
+    index_vectors(vectors_file(tmp_path / "v.parquet", goods, rows), tmp_path / "whole.db")
+    files = sorted(path.relative_to(tmp_path / "whole.db") for path in (tmp_path / "whole.db").rglob("*") if path.is_file() and path.name != "LOCK")
+    said = []
+    for turn in range(2 * len(files)):
+        shutil.copytree(tmp_path / "whole.db", store := tmp_path / f"{turn}.db")
+        path = store / files[turn % len(files)]
+        data = bytearray(path.read_bytes())
+        if turn < len(files):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data if turn < len(files) else data[: chance.randrange(len(data))])
+        try:
+            with VectorStore(store) as opened:
+                assert len(opened.search(rows[:2], 5)) == 2 and len(opened.search(rows[:2], 5, "colour == 'red'")) == 2
+        except LabError as error:
+            assert error.where and error.advice and "\n" not in str(error)
+            said.append(str(error))
+        shutil.rmtree(store)
+    assert len(said) >= len(files) // 2
