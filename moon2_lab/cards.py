@@ -139,7 +139,7 @@ def hits_html(row: Mapping, letter: str, name: str, ref_of: Callable[[str], Imag
     items = []
     for place, hit in enumerate(row[f"hits_{letter}"], 1):
         title = hit["title"] or "no title"
-        asks = link_to(tab="heatmap", q=row["text"] if row["direction"].startswith("t") else row["query_id"], item=hit["product_id"], model=letter.upper())
+        asks = link_to(tab="heatmap", q=row["text"] if row["direction"].startswith("t") else f"id:{row['query_id']}", item=hit["product_id"], model=letter.upper())
         shown = tag("img", src=small_picture(ref_of(hit["product_id"])), alt="", width=96, height=96, loading="lazy")
         label = f"{place}" + (" ✓ right" if hit["right"] else "")
         items.append(tag("li", tag("a", shown, tag("span", label, class_="place"), tag("span", foreign(title, 60), class_="title"), href=asks, title=f"{title}: why was it found?"), class_="right" if hit["right"] else None))
@@ -207,7 +207,7 @@ LIMITS = (
     "A model knows the kind of products it was trained on. On a catalogue of another kind its scores here say nothing.",
     "A heatmap is a guess of a method about the model, not a reason. The number beside it says how much better it is than random maps; where it is no better, do not believe it.",
 )
-LOGGED = "No query, no picture and no click is logged; only errors of the server itself are. An uploaded picture lies in a temporary folder of the server and is deleted after about a day. The page asks nothing of other hosts."
+LOGGED = "No query, no picture and no click is logged; only errors of the server itself are. An uploaded picture lies in a temporary folder of the server and is deleted after about an hour. The page asks nothing of other hosts."
 LINKS = "The address in your browser carries the words, the filter and the other choices of a search: copy it, and it shows the same to others. A picture of yours is not carried."
 
 

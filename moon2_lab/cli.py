@@ -186,7 +186,7 @@ def add_heatmap_command(commands) -> None:
     parser = add_command(commands, "heatmap", heatmap, "moon2 heatmap runs/mine --catalog path/to/catalogue --query 'red cotton dress' --item p-1042 --out map.html")
     parser.add_argument("model", metavar="MODEL", help="run folder, or folder of a saved model")
     parser.add_argument("--catalog", required=True, metavar="DIR", help="folder with products.parquet")
-    parser.add_argument("--query", metavar="ID_OR_TEXT", help="words; or the id of a product, which is asked for as the evaluation does")
+    parser.add_argument("--query", metavar="ID_OR_TEXT", help="words; or id:ID, the query that the evaluation makes for the product of this id")
     parser.add_argument("--query-image", metavar="FILE", help="picture of the query")
     parser.add_argument("--item", metavar="ID", help="the product that was found")
     parser.add_argument("--item-text", metavar="T", help="in place of the product's title; or without --item the title of an item of your own")

@@ -229,18 +229,19 @@ def heatmap(args: argparse.Namespace) -> Outcome:
     from moon2_lab.heatpage import page_file, write_heat_page
     from moon2_lab.job import model_folder
     from moon2_lab.outputs import try_file
-    from moon2_lab.queries import named_item, named_query
+    from moon2_lab.queries import named_item, named_query, query_note
 
     folder, methods = model_folder(args.model), list(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
     device = chosen_device(args)
     try_file(page_file(args.out, "map.html"))
     catalog = Catalog.load(args.catalog)
     query, item = named_query(catalog, args.query, args.query_image), named_item(catalog, args.item, args.item_text, args.item_image)
+    note = query_note(catalog, args.query, query)
     explainer = Explainer(Moon2Encoder.from_pretrained(folder, device), query, item, args.model, redrawn=not args.quick, trials=0 if args.quick else 20)
     pair = explainer.maps(methods)
     page, trouble = written(lambda: write_heat_page(pair, args.out, methods[0] if methods else None))
-    facts = {"page": page, "score": pair.score, "query": query.text, "item": item.text, "maps": heat_facts(pair)}
-    return Outcome("\n".join(heat_lines(pair, page)), facts, trouble=trouble)
+    facts = {"page": page, "score": pair.score, "query": query.text, "query_note": note, "item": item.text, "maps": heat_facts(pair)}
+    return Outcome("\n".join([*([note] if note else []), *heat_lines(pair, page)]), facts, trouble=trouble)
 
 
 def heat_facts(pair) -> list[dict]:  # PairMaps

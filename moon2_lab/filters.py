@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'FORMS', 'MAX_FILTER', 'MAX_FOLDED', 'AS_TEST', 'AS_MILVUS', 'fold_value', 'field_values', 'Form',
-           'read_filter', 'parse_filter', 'facets', 'milvus_filter']
+           'read_filter', 'parse_filter', 'facets', 'milvus_filter', 'FacetTable']
 
 # %% ../nbs/49_filters.ipynb #0b196cc3
 import ast
@@ -12,8 +12,10 @@ import difflib
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from .catalog import Product
 from .core import UsageError
@@ -136,3 +138,45 @@ AS_MILVUS = Form(
 def milvus_filter(expression: str, fields: set[str]) -> str:
     "The expression as Milvus reads it, over the field `facets`; empty for an empty one. Errors as in `read_filter`."
     return read_filter(expression, fields, AS_MILVUS) or ""
+
+# %% ../nbs/49_filters.ipynb #36bacea8
+class FacetTable:
+    "Where each value of each field stands among N products."
+
+    def __init__(
+        self,
+        values: Sequence[dict[str, set[str]]],  # of `field_values`, one for each product
+    ):
+        places: dict[str, dict[str, list[int]]] = {}
+        for place, fields in enumerate(values):
+            for name, some in fields.items():
+                known = places.setdefault(name, {})
+                for value in some:
+                    known.setdefault(value, []).append(place)
+        self.count, self.fields = len(values), set(places)
+        self._codes, self._starts, self._places = {}, {}, {}  # by field: value -> row; where its rows begin; places, row after row
+        for name, known in places.items():
+            self._codes[name] = {value: code for code, value in enumerate(known)}
+            self._starts[name] = np.cumsum([0, *map(len, known.values())])
+            self._places[name] = np.fromiter((place for some in known.values() for place in some), dtype=np.int64)
+
+    def example(self, field: str) -> str:
+        "One value of the field, the first in the order of letters."
+        return min(self._codes[field])
+
+    def mask(
+        self,
+        expression: str,  # empty: all fit
+    ) -> np.ndarray:  # (N,) bool
+        "Which products fit. Errors as in `read_filter`."
+        form = Form(self._one_of, lambda every, parts: (np.logical_and if every else np.logical_or).reduce(parts), np.logical_not)
+        fits = read_filter(expression, self.fields, form)
+        return np.ones(self.count, dtype=bool) if fits is None else fits
+
+    def _one_of(self, field: str, wanted: set[str]) -> np.ndarray:
+        "Which products have one of the values in this field."
+        fits, starts = np.zeros(self.count, dtype=bool), self._starts[field]
+        for value in wanted:
+            if (code := self._codes[field].get(value)) is not None:
+                fits[self._places[field][starts[code] : starts[code + 1]]] = True
+        return fits

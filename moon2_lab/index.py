@@ -465,7 +465,7 @@ def widened(
     "Search parameters: as the filter leaves out more, the index has to look at more vectors to keep its recall."
     times, search = total / max(1, matches), about["search"]
     if "ef" in search:
-        ef = max(k, min(math.ceil(max(search["ef"], EF, k) * times), max(total, EF)))
+        ef = max(k, min(math.ceil(max(search["ef"], EF, total // 100, k) * times), max(total, EF)))  # more in a larger graph, too
         return {"ef": min(ef, MAX_EF) if server else ef}
     return {"nprobe": min(math.ceil(search["nprobe"] * times), MOST_LISTS[about["index"]])} if "nprobe" in search else {}
 

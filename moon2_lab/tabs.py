@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VIEW_LABELS', 'PRIVATE', 'QUIET', 'EXPLAINS', 'COMPARES', 'PROGRESS', 'NOT_UPLOADED', 'ASKING', 'ONE_MODEL',
            'KIND_CHOICES', 'LISTED', 'PictureFile', 'told', 'title_of', 'method_choices', 'method_box', 'model_box',
-           'question_panel', 'result_panel', 'search_tab', 'look_up', 'clicked_hit', 'hit_html', 'with_attention',
-           'steps_of', 'connect_search', 'compare_tab', 'changes_html', 'connect_compare', 'heatmap_tab', 'pair_html',
-           'seen_as', 'connect_heatmap', 'about_tab']
+           'question_panel', 'result_panel', 'search_tab', 'look_up', 'clicked_hit', 'asked_again', 'hit_html',
+           'with_attention', 'steps_of', 'connect_search', 'compare_tab', 'changes_html', 'connect_compare',
+           'heatmap_tab', 'pair_html', 'seen_as', 'connect_heatmap', 'about_tab']
 
 # %% ../nbs/75_tabs.ipynb #4f0be3fc
 import functools
@@ -28,7 +28,7 @@ from .core import DIRECTIONS, VIEWS, LabError, UsageError
 from .heatdata import NAMES
 from .page import Safe, tag
 from .protocol import LEVELS
-from .queries import MAX_LETTERS, matches, named_item, pick_product
+from .queries import MAX_LETTERS, matches, named_item, pick_product, query_note, read_upload
 from .shop import COMPARED, MAX_HITS, Found, Shop
 from .tables import DIRECTION_WORDS, printable
 
@@ -151,11 +151,13 @@ def search_tab(shop: Shop) -> dict:
 def look_up(shop: Shop, words: str, image: str | None, direction: str, k: int, expression: str, shown: str) -> tuple:
     "What a search puts on the page: what was asked, agreement, columns, galleries, and nothing explained yet."
     query = shop.asked(words, image)
+    if note := query_note(shop.catalog, words, query):
+        gr.Info(html.escape(note[:1].upper() + note[1:] + ".", quote=False), duration=12)
     hits = {letter: shop.find(query, direction, k, expression, letter) for letter in (shop.models if shown == "both" else [shown])}
     shared = shared_places(hits)
     columns = [gr.Column(visible=letter in hits) for letter in shop.models]
     pictures = [gallery_value(hits.get(letter, []), shared) for letter in shop.models]
-    return {"query": query, "direction": direction, "hits": hits}, agreement_html(hits), *columns, *pictures, "", "", {}, gr.Dropdown(visible=False)
+    return {"words": words, "image": image, "direction": direction, "hits": hits}, agreement_html(hits), *columns, *pictures, "", "", {}, gr.Dropdown(visible=False)
 
 
 def clicked_hit(asked: Mapping, letter: str, place: int) -> Found:
@@ -166,14 +168,21 @@ def clicked_hit(asked: Mapping, letter: str, place: int) -> Found:
     return hits[place]
 
 
+def asked_again(shop: Shop, asked: Mapping) -> Item:
+    "The query of a search that is kept: its words and the path of its picture, so that no session holds pixels."
+    if "words" not in asked:
+        raise UsageError("this search is kept no longer", where="hit", advice="search again")
+    return shop.asked(asked["words"], asked["image"])
+
+
 def hit_html(shop: Shop, asked: Mapping, letter: str, place: int) -> Safe:
     "A hit that was clicked: what is known about it, what it has in common with the query, which experts read it."
-    product, score = clicked_hit(asked, letter, place)
-    shares = shop.model(letter).experts([asked["query"], product.item(asked["direction"])])
+    (product, score), query = clicked_hit(asked, letter, place), asked_again(shop, asked)
+    shares = shop.model(letter).experts([query, product.item(asked["direction"])])
     elsewhere = shared_places(asked["hits"]).get(product.product_id, {})
     both = "".join(f"; hit {there} of {title_of(shop, other)}" for other, there in elsewhere.items() if other != letter)
     told = f"Hit {place + 1} of {title_of(shop, letter)}, score {score:.3f}{both}"
-    return product_html(product, told, matches(shop.catalog, asked["query"], product), experts_html(dict(zip(("query", "hit"), shares))))
+    return product_html(product, told, matches(shop.catalog, query, product), experts_html(dict(zip(("query", "hit"), shares))))
 
 
 def with_attention(shop: Shop, method: str) -> list[str]:
@@ -195,7 +204,7 @@ def connect_search(shop: Shop, boxes: Mapping) -> dict:  # options of the event 
     def explain(asked, clicked, method, progress=PROGRESS):
         if not clicked:
             return "", gr.Dropdown(visible=False)
-        pair = shop.model(clicked["letter"]).explain(asked["query"], clicked["product"].item(asked["direction"]), with_attention(shop, method), steps_of(progress))
+        pair = shop.model(clicked["letter"]).explain(asked_again(shop, asked), clicked["product"].item(asked["direction"]), with_attention(shop, method), steps_of(progress))
         return heat_html(pair, method), gr.Dropdown(visible=True)
 
     inputs = [boxes[name] for name in ("text", "image", "direction", "k", "filter", "shown")]
@@ -276,7 +285,7 @@ def heatmap_tab(shop: Shop) -> dict:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             boxes = {
-                "text": gr.Textbox(next(iter(shop.phrases()), ""), label="Query: words, or a product's id", lines=1, max_lines=4, max_length=MAX_LETTERS),
+                "text": gr.Textbox(next(iter(shop.phrases()), ""), label="Query: words, or id: and a product's id", lines=1, max_lines=4, max_length=MAX_LETTERS),
                 "image": PictureFile(label="Query: picture", type="filepath", sources=["upload", "clipboard"], height=140, buttons=[]),
                 "item": gr.Dropdown(products, value=None, allow_custom_value=True, label="Product", info="its id, or words of its title"),
             }
@@ -296,7 +305,7 @@ def pair_html(shop: Shop, words: str, image: str | None, named: str | None, titl
     product = pick_product(shop.catalog, named) if (named or "").strip() else None
     if product is None and not (title or "").strip() and not picture:
         raise UsageError("no product is chosen", where="product", advice="choose one, or give a title or a picture of your own")
-    item = named_item(shop.catalog, product.product_id if product else None, (title or "").strip() or None, picture)
+    item = named_item(shop.catalog, product.product_id if product else None, (title or "").strip() or None, picture, read_upload)
     item = seen_as(item, view)
     pair = model.explain(query, item, with_attention(shop, method), tell)
     experts = experts_html(dict(zip(("query", "product"), model.experts([query, item]))))
@@ -329,4 +338,4 @@ def connect_heatmap(shop: Shop, boxes: Mapping) -> dict:  # options of the event
 def about_tab(shop: Shop) -> None:
     "Scores, limits, filters, links, what is kept, the endpoints."
     models = {title_of(shop, letter): shop.metrics.get(letter) or {} for letter in shop.models}
-    gr.HTML(about_html(models, {name: min(values) for one in shop.values for name, values in one.items()}), elem_classes="moon2")
+    gr.HTML(about_html(models, {name: shop.facets.example(name) for name in shop.facets.fields}), elem_classes="moon2")

@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from PIL import Image
 
 pytest.importorskip("gradio")
 
-from bench.demo_load import App, Client, app_words, ask, expected_answers, is_right, make_questions, measure, memory, picture_data, serving, some_pictures
+from bench.demo_load import App, Client, app_words, ask, expected_answers, is_right, make_questions, measure, memory, peak_memory, picture_data, serving, some_pictures
 from moon2_lab.catalog import Catalog
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.shop import Shop
@@ -61,6 +62,58 @@ def app(shop, drawn_catalogue, place) -> App:
     env = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(place.uploads)}
     with serving(app_words(place.work / "run", drawn_catalogue), place.work, env, cores=2) as running:
         yield running
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def reset_peak(pid: int) -> None:
+    "Begin to measure the most memory anew."
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def many_pixels(kind: str) -> bytes:
+    "A file of a few kilobytes with nearly as many pixels as are allowed."
+    Image.new("RGBA" if kind in ("WEBP", "PNG") else "RGB", (5000, 5000), "#33669980").save(buffer := io.BytesIO(), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return buffer.getvalue()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["WEBP", "PNG", "JPEG"])
+def test_pictures_of_many_pixels_take_turns(app, kind):
+    "Six at once of 25 million pixels: they are decoded one at a time, and what that took is given back."
+    data, answers = many_pixels(kind), []
+    call(Client(app.address), GOOD)
+    before = memory(app.pid)
+    reset_peak(app.pid)
+
+    def work():
+        client = Client(app.address)
+        answers.append(with_file(client, data, f"large.{kind.lower()}"))
+        client.close()
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answer.event for answer in answers] == ["complete"] * 6, answers
+    most, after = peak_memory(app.pid) - before, memory(app.pid) - before
+    print(f"{kind}: {len(data):,} bytes, at most {most:.0f} MiB more, {after:.0f} MiB after")
+    assert most < 700 and after < 100, (most, after)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_long_body_is_not_kept(app):
+    "50 MB of JSON are refused in words, and take no memory."
+    client = Client(app.address)
+    call(client, GOOD)
+    before = memory(app.pid)
+    reset_peak(app.pid)
+    status, body = client.send("POST", "/gradio_api/call/search", b"[" + b" " * 50 * MEGABYTE + b"]")
+    client.close()
+    assert status == 413 and "at most 1 MB" in body.decode()
+    assert peak_memory(app.pid) - before < 40
 
 
 # ---------------------------------------------------------------------------------------------- load

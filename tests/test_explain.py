@@ -298,7 +298,7 @@ def ids_of(folder):
 def test_the_command_writes_a_page(model_and_catalogue, tmp_path, capsys):
     model, folder = model_and_catalogue
     ids, page = ids_of(folder), tmp_path / "map.html"
-    assert main(["heatmap", str(model), "--catalog", str(folder), "--query", ids[3], "--item", ids[3], "--method", "ig,attention", "--out", str(page), "--json"]) == 0
+    assert main(["heatmap", str(model), "--catalog", str(folder), "--query", f"id:{ids[3]}", "--item", ids[3], "--method", "ig,attention", "--out", str(page), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert {(fact["side"], fact["method"]) for fact in facts["maps"]} == {(side, method) for side in ("query", "item") for method in ("ig", "attention")}
     assert facts["page"] == str(page) and page.stat().st_size < 2**20 and all(fact["redrawn"] is not None for fact in facts["maps"])
