@@ -237,7 +237,7 @@ def test_apps_see_the_demo_only():
 
 
 TORCH_FREE = (  # useful without a model
-    "core", "chat", "localmodel", "fetch", "cells", "attribute_cells", "picture_cells", "rows", "layouts", "images", "store", "parts", "intake", "sources", "catalog", "text",
+    "core", "chat", "localmodel", "fetch", "cells", "encodings", "attribute_cells", "picture_cells", "rows", "layouts", "images", "store", "parts", "intake", "sources", "catalog", "text",
     "batching", "triplets", "surfaces", "drawing", "synth", "retouch", "subjects", "editors", "entities", "enrichers", "protocol", "metrics",
     "evaluate", "filters", "vectors", "index", "tables", "alarms", "figures", "page", "charts", "report", "compare", "diffpage", "commands", "cli",
 )
