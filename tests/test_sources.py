@@ -369,8 +369,9 @@ def test_bad_records_cost_themselves_only(tmp_path):
     import_catalog("mbe", tmp_path / "mbe.jsonl", tmp_path / "out")
     assert [row["product_id"] for row in table(tmp_path / "out")] == [mbe_row(n)["id"] for n in (0, 3, 4, 5)]
     aside = {row["file"]: row["reason"] for row in table(tmp_path / "out", "quarantine")}
+    foreign = "other encoding: not UTF-8, as the rest of the file is"
     expected = {
-        2: "broken JSON", 3: "other encoding: not UTF-8, as the rest of the file is", 4: "other encoding: not UTF-8, as the rest of the file is", 5: "no product id", 6: "duplicate id: first at mbe.jsonl:1", 7: "empty record", 8: "other encoding",
+        2: "broken JSON", 3: foreign, 4: foreign, 5: "no product id", 6: "duplicate id: first at mbe.jsonl:1", 7: "empty record", 8: "other encoding",
         9: "not an object", 13: "too long a line",
     }
     assert set(aside) == {f"mbe.jsonl:{line}" for line in expected}
