@@ -128,10 +128,12 @@ def add_import_command(data) -> None:
     parser.add_argument("out", metavar="OUT", help="catalogue folder, new or empty")
     parser.add_argument("--map", metavar="OURS=THEIRS", nargs="+", action="extend", default=[], help="our name and their column, for example title=name attributes.colour=baseColour")
     parser.add_argument("--images", metavar="DIR_OR_TAR", help="folder or uncompressed tar of the pictures (default: beside the tables)")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most so many rows")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most so many usable rows")
     parser.add_argument("--allow-urls", action="store_true", help="ask web addresses for pictures (public hosts only)")
     parser.add_argument("--resume", action="store_true", help="go on with an import that was stopped")
-    parser.add_argument("--split-by", default="id hash", choices=["id hash", "file name"], help="where rows name no split: by hash of the id (default), or train / valid / test in the file name")
+    parser.add_argument("--split-by", default="id hash", choices=["id hash", "file name"], help="where rows name no split: by hash of the id (default), or train / valid / test in the name of the file or its folder")
+    parser.add_argument("--encoding", metavar="NAME", help="how the text files are written, for example cp1252 or gb18030 (default: found from the bytes, and said)")
+    parser.add_argument("--delimiter", metavar="C", help="what stands between the columns of a csv file, one character or tab (default: comma, semicolon, tab or bar, whichever fits)")
     parser.add_argument("--shard-images", action="store_true", default=None, help="keep all pictures in tars (default: from the 20,001st on)")
 
 

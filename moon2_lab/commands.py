@@ -123,15 +123,14 @@ def data_synth(args: argparse.Namespace) -> Outcome:
 # %% ../nbs/79_commands.ipynb #0e07773d
 def data_import(args: argparse.Namespace) -> Outcome:
     "Turn a data set into a catalogue folder."
-    from moon2_lab.catalog import Catalog
     from moon2_lab.sources import import_catalog
 
     mapping = parse_assignments(args.map, "--map", "title=doc_title attributes.colour=baseColour")
-    summary = import_catalog(args.layout, args.source, args.out, mapping=mapping, images=args.images, limit=args.limit, allow_urls=args.allow_urls,
-                             resume=args.resume, split_by=args.split_by, shard_images=args.shard_images)
-    catalog = Catalog.load(args.out, quarantine_limit=1.0)
-    facts = {"usable": len(catalog) > 0, **catalog.summary(), "import": summary}
-    return Outcome("\n".join([*summary.lines(), "", *check_lines(facts)]), facts, 0 if len(catalog) else 1)
+    summary = import_catalog(args.layout, args.source, args.out, mapping=mapping, images=args.images, limit=args.limit, allow_urls=args.allow_urls, resume=args.resume,
+                             split_by=args.split_by, shard_images=args.shard_images, encoding=args.encoding, delimiter=args.delimiter)
+    usable = summary.check["products"] > 0
+    facts = {"usable": usable, "folder": summary.out, **summary.check, "import": summary}
+    return Outcome("\n".join([*summary.lines(), f"next: moon2 data check {args.out}"]), facts, 0 if usable else 1)
 
 # %% ../nbs/79_commands.ipynb #98770576
 def data_augment(args: argparse.Namespace) -> Outcome:

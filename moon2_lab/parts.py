@@ -8,6 +8,7 @@ __all__ = ['GROUP', 'WAITING_ROWS', 'WAITING_CHARACTERS', 'LEDGER', 'Parts', 'op
 # %% ../nbs/06_parts.ipynb #b0d44fa4
 import os
 import sqlite3
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +20,14 @@ from .outputs import atomic_path
 GROUP = 5000  # rows of a row group in the finished file
 WAITING_ROWS = 20_000  # rows that wait in memory at most ...
 WAITING_CHARACTERS = 2**26  # ... and their text
+
+
+def _text_array(column: tuple[str | None, ...]) -> pa.Array:
+    "A column; halves of surrogate pairs, which no file can hold, are left out."
+    try:
+        return pa.array(column, pa.string())
+    except UnicodeEncodeError:
+        return pa.array([value and value.encode("utf-8", "ignore").decode() for value in column], pa.string())
 
 
 class Parts:
@@ -50,7 +59,7 @@ class Parts:
         "Write what waits, as one round."
         for name, rows in self.waiting.items():
             if rows:
-                columns = [pa.array(column, pa.string()) for column in zip(*rows)]
+                columns = [_text_array(column) for column in zip(*rows)]
                 with open(self.folder / f"{name}-{self.saved:06d}.parquet", "wb") as file:
                     pq.write_table(pa.table(columns, names=self.tables[name]), file, compression="zstd")
                     file.flush()
@@ -58,16 +67,25 @@ class Parts:
                 rows.clear()
         self.saved, self.characters = self.saved + 1, 0
 
-    def merge(self, table: str, path: Path) -> int:
+    def batches(self, table: str) -> Iterator[pa.RecordBatch]:
+        "The rows of all parts of a table, in their order."
+        for part in sorted(self.folder.glob(f"{table}-*.parquet")):
+            with pq.ParquetFile(part) as file:
+                yield from file.iter_batches(GROUP, use_threads=False)
+
+    def merge(
+        self,
+        table: str,
+        path: Path,
+        change: Callable[[pa.RecordBatch, int], pa.RecordBatch] | None = None,  # (batch, rows before it) -> the batch that is written
+    ) -> int:
         "All parts of a table as one file, whole or not at all; returns the number of rows."
         schema, rows = pa.schema([(name, pa.string()) for name in self.tables[table]]), 0
         with atomic_path(path) as temporary:
             with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-                for part in sorted(self.folder.glob(f"{table}-*.parquet")):
-                    with pq.ParquetFile(part) as file:
-                        for batch in file.iter_batches(GROUP, use_threads=False):
-                            writer.write_batch(batch)
-                            rows += batch.num_rows
+                for batch in self.batches(table):
+                    writer.write_batch(change(batch, rows) if change else batch)
+                    rows += batch.num_rows
         return rows
 
 # %% ../nbs/06_parts.ipynb #9883eafc
@@ -78,6 +96,7 @@ LEDGER = (
     "CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, place TEXT, usable INT, number INT) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS partials (first INT, number INT, draft TEXT, PRIMARY KEY (first, number)) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS listed (kind TEXT, id TEXT, number INT, PRIMARY KEY (kind, id)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS judged (query TEXT, number INT, text TEXT, image TEXT, product TEXT, grade REAL, best REAL, PRIMARY KEY (query, number)) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS asked (id TEXT PRIMARY KEY, label TEXT, title TEXT, image TEXT) WITHOUT ROWID",
 )
 
