@@ -26,7 +26,7 @@ import pandas as pd
 # %% ../nbs/19_coaugment.ipynb #7fd6a312
 from .catalog import Catalog, examine_paths
 from .core import DataError, LabError, UsageError, progress, usable_cores
-from .outputs import plain, read_json, write_json, write_parquet
+from .outputs import atomic_path, clear_rubbish, copy_whole, file_sha256, held, plain, read_json, require_new, try_folder, write_json, write_parquet
 from .editors import KINDS, make_editor
 from .enrichers import NO_ANSWER, NOT_ASKED, enrich_request, make_enricher
 from .entities import AttributeLexicon
@@ -154,8 +154,8 @@ def _edited(product: Product, kind: str, subject, recipe: Recipe, out: Path, abo
         return attempt(product, "expanded_image", kind, None, error.what, **about)
     saved = io.BytesIO()
     done.image.save(saved, "JPEG", quality=JPEG_QUALITY)
-    (out / path).parent.mkdir(parents=True, exist_ok=True)
-    (out / path).write_bytes(saved.getvalue())
+    with atomic_path(out / path, durable=False) as temporary:
+        temporary.write_bytes(saved.getvalue())
     return attempt(product, "expanded_image", kind, path, None, **about, parameters={"subject": subject.parameters | {"share": round(subject.share, 4)}, "edit": done.parameters})
 
 # %% ../nbs/19_coaugment.ipynb #9ffd9f2d
@@ -239,25 +239,36 @@ def _pair(row, product: Product, found: dict) -> tuple[ImageRef, str] | None:
     return (found[row.value], product.title) if product.has_text and isinstance(found[row.value], ImageRef) else None
 
 # %% ../nbs/19_coaugment.ipynb #af5b8cae
+def _files(folder: Path) -> list[Path]:
+    "The files of a catalogue, hidden ones and links aside."
+    plain_files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sorted(path for path in plain_files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
 def link_files(
     folder: Path,
     out: Path,
 ) -> int:
-    "Put the files of a catalogue into `out`, pictures as hard links where that can be done; their number."
+    "Put the files of a catalogue into `out`, pictures as hard links where that can be done, else as whole copies; their number. What an earlier start copied is checked, and a copy that was cut is made again."
     count = 0
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()):
-        parts = path.relative_to(folder).parts
-        if any(part.startswith(".") for part in parts):
-            continue
-        target = out.joinpath(*parts)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            try:
-                (shutil.copy2 if path.suffix == ".parquet" else os.link)(path, target)  # tables are edited in place, pictures are not
-            except OSError:
-                shutil.copy2(path, target)
+    for path in _files(folder):
+        target = out / path.relative_to(folder)
+        if path.suffix == ".parquet" or not _linked(path, target):  # tables are edited in place, pictures are not
+            copy_whole(path, target)
         count += 1
     return count
+
+
+def _linked(path: Path, target: Path) -> bool:
+    "Whether `target` is now a hard link to the file."
+    if target.exists():
+        return False
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, target)
+        return True
+    except OSError:  # another disk, or one without links
+        return False
 
 
 def evaluation_hash(
@@ -285,13 +296,12 @@ def open_target(
         if changed:
             raise UsageError(f"this folder was made with another {', '.join(changed)}", where=str(out), advice="give another folder, or the settings of before")
         return settings, "summary" in state
-    if out.is_dir() and any(out.iterdir()) or out.is_file():
-        raise UsageError("the folder is not empty", where=str(out), advice="give a new folder")
+    require_new(out, "give a new folder")
     if catalog.folder is None or out.absolute().is_relative_to(catalog.folder):
         raise UsageError("the new folder lies inside the catalogue", where=str(out), advice="give a folder beside it")
     if catalog.augmentation is not None:
         raise UsageError("this catalogue is augmented already", where=str(catalog.folder), advice="give the original one")
-    (out / PARTS).mkdir(parents=True)
+    (out / PARTS).mkdir(parents=True, exist_ok=True)
     write_json(out / STATE, {"settings": settings})
     return settings, False
 
@@ -325,8 +335,18 @@ def augment_catalog(
     lexicon = AttributeLexicon(catalog)
     recipe = (recipe or Recipe()).ready(lexicon)
     products = list(catalog.split("train"))[:limit]
+    if catalog.folder is not None and not out.absolute().is_relative_to(catalog.folder):
+        try_folder(out)
+    with held(out):
+        return _augment(catalog, products, out, recipe, lexicon, limit, workers)
+
+
+def _augment(catalog: Catalog, products: list[Product], out: Path, recipe: Recipe, lexicon: AttributeLexicon, limit: int | None, workers: int) -> dict:
+    "`augment_catalog`, alone in its place."
     settings, done = open_target(catalog, out, recipe, limit)
+    clear_rubbish(out)
     if done:
+        shutil.rmtree(out / PARTS, ignore_errors=True)
         return read_json(out / STATE)["summary"]
     link_files(catalog.folder, out)
     parts, seconds, tables = out / PARTS, {}, []
@@ -367,8 +387,14 @@ def _finish(catalog: Catalog, out: Path, table: pd.DataFrame, settings: dict, su
     write_parquet(out / AUGMENTED, typed(table))
     made = Catalog.load(out)
     if evaluation_hash(made) != evaluation_hash(catalog) or (out / TABLE).read_bytes() != (catalog.folder / TABLE).read_bytes():
-        raise LabError("the evaluation splits differ from those of the original", where=str(out), advice="the catalogue was changed while it was augmented: start again with a new folder")
+        differs = next((str(path.relative_to(catalog.folder)) for path in _files(catalog.folder) if not _same_bytes(path, out / path.relative_to(catalog.folder))), "the catalogue")
+        raise LabError(f"the evaluation splits differ from those of the original: {differs} is not the same in both", where=str(out), advice="the catalogue was changed while it was augmented: start again with a new folder")
     summary |= summarise_attempts(table) | {"evaluation_hash": evaluation_hash(made), "products_outside_train": sum(product.split != "train" for product in made)}
-    shutil.rmtree(out / PARTS)
     write_json(out / STATE, {"settings": settings, "summary": summary})
+    shutil.rmtree(out / PARTS)
     return summary
+
+
+def _same_bytes(path: Path, copy: Path) -> bool:
+    "Whether the copy is there and holds the same."
+    return copy.is_file() and (path.samefile(copy) or file_sha256(path) == file_sha256(copy))

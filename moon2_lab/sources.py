@@ -32,7 +32,7 @@ from .fetch import Fetcher
 from .images import MAX_PIXELS, ImageFolder, examine_all
 from .intake import GALLERY, Desk, Settings, hash_split, merge_products, read_lists, write_judged, write_queries
 from .layouts import LAYOUTS, SPLITS, ColumnMap, Layout, ProductDraft, TripletDraft, map_columns, read_label_lines, read_row, split_in_name
-from .outputs import disk_is_full, read_json, write_json
+from .outputs import LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json
 from .parts import Parts, open_ledger
 from .products import QUARANTINE_COLUMNS, TEXT_FIELDS
 from .rows import DataFile, Row, checked_delimiter, columns_of, data_files, ending_of, open_data, read_json_items, read_rows_of
@@ -424,18 +424,20 @@ def import_catalog(
     stamps = [(file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file, _ in files.read]
     where, plain = str(Path(images).expanduser().resolve()) if images else None, 0 if shard_images else PLAIN if shard_images is None else 10**9
     settings = Settings(layout, str(source), dict(mapping or {}), where, limit, allow_urls, split_by, plain, stamps, encoding, delimiter)
-    done = open_out(out, settings, resume)
-    if done is None:
-        with _told(out), contextlib.closing(Importer(settings, files, out, (fetcher or Fetcher()) if allow_urls else None)) as importer:
-            done = importer.run()
-    shutil.rmtree(out / STATE, ignore_errors=True)
+    with held(try_folder(out)):
+        done = open_out(out, settings, resume)
+        clear_rubbish(out)
+        if done is None:
+            with _told(out), contextlib.closing(Importer(settings, files, out, (fetcher or Fetcher()) if allow_urls else None)) as importer:
+                done = importer.run()
+        shutil.rmtree(out / STATE, ignore_errors=True)
     return done
 
 # %% ../nbs/11_sources.ipynb #748e7f73
 def open_out(out: Path, settings: Settings, resume: bool) -> ImportSummary | None:
     "Make the folder ready; the summary when the import is already done. `UsageError` when it holds something else."
     made_from = json.loads(json.dumps(dataclasses.asdict(settings)))
-    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    there = not holds_nothing(out) and not _only_begun(out)
     if there and not resume:
         raise UsageError("the folder is not empty", where=str(out), advice="give a new folder, or go on with an import that was stopped by --resume")
     begun = read_json(out / DONE) if (out / DONE).is_file() else read_json(out / STATE / DONE) if (out / STATE / DONE).is_file() else None
@@ -448,6 +450,11 @@ def open_out(out: Path, settings: Settings, resume: bool) -> ImportSummary | Non
         return ImportSummary(**begun["summary"])
     write_json(out / STATE / DONE, {"made_from": made_from})
     return None
+
+
+def _only_begun(out: Path) -> bool:
+    "Whether a start was killed before it noted what it imports: nothing but an empty ledger is there."
+    return out.is_dir() and {path.name for path in out.iterdir()} <= {STATE, LOCK} and not (out / STATE / DONE).is_file()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ import json
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,7 +23,7 @@ import pandas as pd
 
 from .catalog import Catalog, Product
 from .core import LabError, UsageError, progress, sha256_hex
-from .outputs import disk_is_full, read_json, write_json, write_parquet
+from .outputs import read_json, whole_folder, write_checksums, write_json, write_parquet
 from .demo import catalogue_of, open_model, scores_of, shown_part
 from .encoder import Moon2Encoder
 from .images import bare, fit
@@ -97,6 +96,7 @@ def write_model(
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             write_json(folder / name, without_folders(read_json(folder / name)))
+    write_checksums(folder)
 
 # %% ../nbs/77_space.ipynb #ad309761
 NOT_SERVED = {"jupyterlab", "nbdev", "gguf", "pymilvus", "milvus-lite"}
@@ -203,15 +203,8 @@ def fresh_folder(
     out = Path(out).expanduser().absolute()
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError("this is there already" if not out.is_dir() else "this folder is not empty", where=str(out), advice="name a new folder, or empty this one")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
-            (inside := Path(work) / "space").mkdir()
-            yield inside
-            inside.rename(out)  # an empty folder is replaced
-    except OSError as error:
-        what, advice = ("the disk is full", "free some space and try again") if disk_is_full(error) else (f"the folder cannot be written ({error.strerror or error})", "choose another place")
-        raise LabError(what, where=str(out), advice=advice) from error
+    with whole_folder(out) as inside:
+        yield inside
 
 
 def size_of(folder: Path) -> float:

@@ -167,7 +167,7 @@ class Store:
             return self._append(path, data)
         final = self.folder / path
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.part")
+        temporary = final.with_name(f".{final.name}.part")  # always the same name: a start that goes on writes over it
         temporary.write_bytes(data)
         temporary.replace(final)
 

@@ -9,10 +9,8 @@ __all__ = ['SHELVES', 'BRANDS', 'COLOURS', 'PATTERN_WEIGHTS', 'RECORDED', 'JOINS
            'DrawnProduct', 'draw_product', 'make_triplets', 'make_catalog', 'drawn_from']
 
 # %% ../nbs/14_synth.ipynb #59f9d771
-import errno
 import json
 import math
-import os
 import random
 import shutil
 from collections import Counter
@@ -23,8 +21,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from .core import DataError, LabError, UsageError, progress
-from .outputs import read_json, write_json, write_parquet
+from .core import DataError, UsageError, progress
+from .outputs import holds_nothing, read_json, whole_folder, write_json, write_parquet
 from .drawing import KINDS, MARKS, draw_look
 from .products import Item, Product
 from .surfaces import BACKDROPS, PALE, Look, Shot, photo
@@ -385,20 +383,12 @@ def make_catalog(
     _check(made_from)
     if _holds(out, made_from):
         return out
-    beside = out.absolute().with_name(f".{out.absolute().name}.drawing-{os.getpid()}")
-    try:
-        (beside / "images").mkdir(parents=True)
-        _write_products(beside, made_from)
-        write_json(beside / LABEL, made_from)
-        if out.exists():
-            out.rmdir()
-        beside.rename(out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LabError("the disk is full", where=str(out), advice="free some space, or draw fewer or smaller products; nothing was left behind") from error
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with whole_folder(out) as folder:
+        (folder / "images").mkdir()
+        _write_products(folder, made_from)
+        write_json(folder / LABEL, made_from)
+        if _holds(out, made_from):  # another process was faster
+            shutil.rmtree(out)
     return out
 
 
@@ -411,7 +401,7 @@ def _check(made_from: dict) -> None:
 
 def _holds(out: Path, made_from: dict) -> bool:
     "Whether `out` is this catalogue already; `UsageError` when it is something else."
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+    if holds_nothing(out):
         return False
     label = drawn_from(out)
     if label == made_from:
