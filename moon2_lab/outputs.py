@@ -115,7 +115,7 @@ def new_temporary(
     begin, end = f".{path.name[:80]}.", f".part{path.suffix}"
     while True:
         if folder:
-            name = tempfile.mkdtemp(prefix=begin, suffix=".part", dir=path.parent)
+            name = tempfile.mkdtemp(prefix=begin, suffix=end, dir=path.parent)
             handle = None if os.name == "nt" else os.open(name, os.O_RDONLY)
         else:
             handle, name = tempfile.mkstemp(prefix=begin, suffix=end, dir=path.parent)

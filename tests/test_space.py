@@ -25,7 +25,7 @@ from bench.demo_load import serving
 pytestmark = pytest.mark.usefixtures("own_cache")
 SECRET = b"SECRET-PLACE-47.1-8.5"
 MOST = 30  # products
-TEXTS = {".py", ".md", ".txt", ".json", ".js", ".css", ".gitignore", ".gitattributes", "LICENSE"}
+TEXTS = {"SHA256SUMS", ".py", ".md", ".txt", ".json", ".js", ".css", ".gitignore", ".gitattributes", "LICENSE"}
 CHECK = """
 import json, re, runpy, sys
 from importlib import metadata
@@ -106,7 +106,7 @@ def test_nothing_of_the_machine_goes_out(space, home, root):
     assert not found and len(files(space)) > 90
     info = json.loads((space / "model" / "config.json").read_text())["info"]
     assert (info["catalog"], info["notes"], info["trained_steps"]) == ("shop", ["runs"], 7)
-    assert not any(path.is_symlink() for path in space.rglob("*")) and sorted(path.name for path in (space / "model").iterdir()) == ["config.json", "metrics.json", "model.safetensors"]
+    assert not any(path.is_symlink() for path in space.rglob("*")) and sorted(path.name for path in (space / "model").iterdir()) == ["SHA256SUMS", "config.json", "metrics.json", "model.safetensors"]
     assert json.loads((space / "model_b" / "metrics.json").read_text())["note"] == "moon2 eval second --k 3"
 
 
