@@ -8,11 +8,12 @@ __all__ = ['log', 'TOKEN', 'NO_PINGS', 'USERS', 'HOLD', 'DAMAGED', 'EXACT_BELOW'
            'MAX_EF', 'MOST_LISTS', 'store_address', 'store_folder', 'is_locked', 'quiet', 'in_words', 'store_errors',
            'connect', 'IndexChoice', 'suited', 'make_collection', 'build_index', 'works_here', 'choose_index',
            'disconnect', 'cut', 'attribute_texts', 'kept_attributes', 'stored_rows', 'read_about', 'write_about',
-           'write_fields', 'read_fields', 'Indexed', 'index_vectors', 'count_rows', 'StoredHit', 'widened',
-           'VectorStore']
+           'write_fields', 'read_fields', 'Indexed', 'index_vectors', 'require_filled', 'count_rows', 'StoredHit',
+           'widened', 'VectorStore']
 
 # %% ../nbs/52_index.ipynb #a0f8bb9c
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from .core import VIEWS, DataError, LabError, UsageError
+from .outputs import held, holds_nothing, try_file, whole_folder
 from .filters import facets, field_values, milvus_filter
 from .products import Product
 from .vectors import PAYLOAD, VectorBlock, VectorFile, shortened
@@ -391,6 +393,33 @@ def index_vectors(
             pass
     if not views:
         raise DataError("no rows", where=str(path), advice="embed a catalogue first")
+    local = store_folder(store_address(uri))
+    if local is None:
+        return _fill(file, uri, views, dim, replace)
+    with held(try_file(local) if not local.exists() else local, folder=False):
+        if not _may_be_new(local, set(views), replace):
+            return _fill(file, uri, views, dim, replace)
+        with whole_folder(local, replace=True) as work:
+            done = _fill(file, work, views, dim, replace)
+    return [dataclasses.replace(one, uri=store_address(uri)) for one in done]
+
+
+def _may_be_new(local: Path, views: set[str], replace: bool) -> bool:
+    "Whether the whole store is made new, beside the old one: there is none, or nothing in it is to be kept."
+    if holds_nothing(local):
+        return True
+    if not replace or USERS[local]:
+        return False
+    client = connect(local)
+    try:
+        with store_errors(local, "the store cannot be read"):
+            return {name.removeprefix("moon2_") for name in read_about(client)} <= views
+    finally:
+        disconnect(client, local)
+
+
+def _fill(file: VectorFile, uri: str | Path, views: Counter, dim: int, replace: bool) -> list[Indexed]:
+    "Put the rows of each view into a store."
     client = connect(uri, create=True)
     try:
         with store_errors(uri, "the vectors cannot be put into the store"):
@@ -406,12 +435,15 @@ def _index_view(client, file: VectorFile, view: str, count: int, dim: int, uri: 
     if replace and client.has_collection(name):
         client.drop_collection(name)
     there = read_about(client).get(name) if client.has_collection(name) else None
+    if there is None and client.has_collection(name):  # begun by a process that was killed
+        client.drop_collection(name)
     _same_model(there, about, uri)
     choice, reason = (IndexChoice(there["index"], {}, there["search"]), "the store has it already") if there else choose_index(client, count)
     about |= {"index": choice.kind, "search": choice.search, "field_rows": there["field_rows"] if there else 0}
     if not there:
         make_collection(client, name, dim, choice, texts=PAYLOAD, lists=["facets"])
-        write_about(client, name, about)
+    first = not there or there.get("filling") == "first"
+    write_about(client, name, about | {"filling": "first" if first else "update", "rows": count if first else 0})
     if not there or store_folder(uri):  # on a server others may be searching it
         client.release_collection(name)
     fields = read_fields(client, name, about["field_rows"])
@@ -422,11 +454,20 @@ def _index_view(client, file: VectorFile, view: str, count: int, dim: int, uri: 
             client.upsert(name, [row for row, _ in made])
             fields = fields.union(*(seen for _, seen in made))
     build_index(client, name)
-    write_about(client, name, about | {"field_rows": write_fields(client, name, fields)})
     total = count_rows(client, name)
+    write_about(client, name, about | {"field_rows": write_fields(client, name, fields), "filling": "", "rows": total})
     if there and choice.kind == "FLAT" and total >= EXACT_BELOW:
         reason += f", and looks at all {total:,} vectors for each query: --replace chooses anew"
     return Indexed(uri, name, count, total, choice.kind, reason, time.perf_counter() - begun)
+
+
+def require_filled(about: dict, total: int, uri: str) -> None:
+    "Raise `UsageError` when the store holds fewer products than it should; an update that was not finished is only warned of."
+    if about.get("filling") == "first" or total < about.get("rows", 0):
+        what = f"the store is not complete: it holds {total:,} of {about['rows']:,} products"
+        raise UsageError(what, where=uri, advice="moon2 index was stopped, or is at work: run it (again)")
+    if about.get("filling"):
+        log.warning("%s: the last moon2 index was stopped, or is at work: some of its products may be missing or old; run it (again)", uri)
 
 
 def _same_model(there: dict | None, now: dict, uri: str) -> None:
@@ -498,6 +539,7 @@ class VectorStore:
         self.name = f"moon2_{self.view}"
         self.about = known[self.name]
         self.client.load_collection(self.name)
+        require_filled(self.about, count_rows(self.client, self.name), self.uri)
 
     def __len__(self) -> int:
         with store_errors(self.uri, "the products cannot be counted"):

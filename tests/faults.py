@@ -54,7 +54,6 @@ OPEN(open, (const char *path, int flags, ...), path, real(path, flags, m))
 OPEN(open64, (const char *path, int flags, ...), path, real(path, flags, m))
 OPEN(openat, (int dir, const char *path, int flags, ...), path, real(dir, path, flags, m))
 OPEN(openat64, (int dir, const char *path, int flags, ...), path, real(dir, path, flags, m))
-#define WRITE(name, off) ssize_t name(int fd, const void *data, size_t size off) 
 #define TORN(half, none) if (fd_below(fd)) { int d = due(); \
   if (d == 1 && size > 1) { half; if (mode == 1) die(); return got > 0 ? got : -1; } if (d == 1 && mode == 1) die(); if (d && mode == 2) { errno = ENOSPC; return -1; } }
 ssize_t write(int fd, const void *data, size_t size) { REAL(write); ssize_t got; TORN(got = real(fd, data, size / 2), 0) return real(fd, data, size); }
