@@ -469,12 +469,19 @@ class NumericChoices:
 
 # %% ../nbs/00_core.ipynb #5cd1f11c
 def git_state(folder: str | Path = ".") -> dict:
-    "Commit and whether the tree has changes; empty where there is no git."
-    def ask(*words):
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    "Commit and whether the tree has changes; empty where there is no git. Nothing that the folder's own configuration names is run."
+    silent = {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none", "GIT_TERMINAL_PROMPT": "0"}
+    plainly = ["-c", "core.fsmonitor=", "-c", f"core.hooksPath={os.devnull}"]
+
+    def ask(*words, options=(), check=True):
+        command = ["git", "-C", str(folder), *plainly, *options, *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=check, env=os.environ | silent).stdout.strip()
 
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+        filters = ask("config", "--local", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process|required)$", check=False).splitlines()
+        unfiltered = [part for name in filters for part in ("-c", f"{name}={'false' if name.endswith('.required') else ''}")]
+        changes = ask("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all", options=unfiltered)
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return {}
 

@@ -46,7 +46,10 @@ class LocalModel:
                 dtype = pick_dtype(device) if self.dtype == "auto" else self.dtype
                 model = AutoModelForImageTextToText.from_pretrained(self.model, revision=self.revision, dtype=dtype)
                 processor.tokenizer.padding_side = "left"  # the answer follows the prompt
-            except (OSError, ValueError, AttributeError) as error:
+            except ImportError as error:
+                what = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+                raise UsageError(f"the model needs a package that is not installed: {what}", where=self.model, advice="install that package, or name another model") from error
+            except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
                 what = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 raise UsageError(f"no image-text-to-text model: {what}", where=self.model, advice="name a hub id or a folder with weights, processor and chat template") from error
             self._loaded = processor, model.to(device).eval()
