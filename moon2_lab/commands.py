@@ -308,7 +308,7 @@ def search(args: argparse.Namespace) -> Outcome:
         encoder = Moon2Encoder.from_pretrained(folder, device)
         store.check(encoder.fingerprint)
         hits = store.search(encoder.encode([query]), args.k, args.filter)[0]
-    lines = [f"{place:3} {hit.score:.3f}  {hit.product_id}  {hit.title or '(no title)'}" for place, hit in enumerate(hits, 1)] or ["no product fits the filter"]
+    lines = [f"{place:3} {hit.score:.3f}  {hit.product_id}  {' '.join((hit.title or '(no title)').split())}" for place, hit in enumerate(hits, 1)] or ["no product fits the filter" if args.filter else "the store holds no product"]
     return Outcome("\n".join(lines), {"hits": [{"product_id": hit.product_id, "score": hit.score, "title": hit.title} for hit in hits]})
 
 # %% ../nbs/79_commands.ipynb #f178307f
