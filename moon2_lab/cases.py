@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .catalog import Item
 from .core import LabError
-from .pairscore import merge_words
+from .pairscore import word_spans, words_of_tokens
 
 # %% ../nbs/60_cases.ipynb #c8efd1f5
 def piece_of_tokens(
@@ -28,9 +28,9 @@ def piece_of_tokens(
     spans: Sequence[tuple[int, int]],  # (start, end) of each token; none without a text
 ) -> list[np.ndarray]:  # for cells and words, as far as they are there
     "The piece that each token belongs to: (C,) and (L,)."
-    starts = [merge_words(text, [span], [0.0])[0][1] for span in spans]
-    words = np.unique(starts, return_inverse=True)[1]
-    return ([np.arange(cells)] if cells else []) + ([cells + words] if len(starts) else [])
+    owners = words_of_tokens(text, spans, word_spans(text, spans)) if len(spans) else []
+    words = np.unique(owners, return_inverse=True)[1]  # only words that have tokens
+    return ([np.arange(cells)] if cells else []) + ([cells + words] if len(owners) else [])
 
 # %% ../nbs/60_cases.ipynb #b7c4b826
 def integrate(

@@ -64,13 +64,13 @@ class Explainer:
         query: Item,
         item: Item,
         model: str = "",  # its name, for headings
-        trials: int = 99,  # random maps that a map is compared with, more beside many maps; 0: it is not measured
+        trials: int = 100,  # random maps that a map is compared with, more beside many maps; 0: it is not measured
         redrawn: bool = False,  # compare with a model with re-drawn weights, too: each method runs twice
         seed: int = 0,
         **choices,  # routing, baseline, mean, steps, most_steps, samples of `attribute_side`
     ):
         if trials < 0:
-            raise UsageError(f"trials={trials}", where="Explainer", advice="0 or more; 99 are usual")
+            raise UsageError(f"trials={trials}", where="Explainer", advice="0 or more; 100 are usual")
         self.encoder, self.query, self.item, self.trials, self.seed, self.choices = encoder, query, item, trials, seed, choices
         self.twin = redrawn_twin(encoder, seed) if redrawn and trials else None
         vectors = encoder.encode([plain_item(query), plain_item(item)])

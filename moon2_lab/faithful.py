@@ -70,7 +70,8 @@ def kept_pieces(
 ) -> tuple[np.ndarray, np.ndarray]:  # (2, R, S, P) bool: deletion, insertion; (S,) how many pieces are taken
     "What stays at each place of the curves."
     count = places.shape[1]
-    taken = np.unique(np.linspace(0, count, steps + 1).round().astype(int))
+    low = np.linspace(0, count / 2, steps // 2 + 1).round().astype(int)
+    taken = np.unique([low, count - low])  # symmetric: what a map takes away first, its reverse puts in last
     first = places[:, None, :] < taken[None, :, None]  # (R, S, P)
     return np.stack([~first, first]), taken
 
@@ -103,22 +104,24 @@ def random_gains(
     real: Sequence[torch.Tensor],
     blank: Sequence[torch.Tensor],
     pieces: Sequence[np.ndarray],
-    count: int = 99,  # random maps
+    count: int = 100,  # random maps: orders and their reverses, in turn
     seed: int = 0,
-    first: int = 0,  # number of the first one: 40 maps, then 59 from number 40 on, are the same 99
+    first: int = 0,  # number of the first one: 40 maps, then 60 from number 40 on, are the same 100
     steps: int = 10,
     **asking,  # rows_at_once, progress, cancelled
 ) -> np.ndarray:  # (count,), or (P!,) for at most FEW pieces
     "Gains of random maps, the same for every method; of at most FEW pieces: of all their orders."
-    total = int(pieces[-1].max()) + 1
+    total, last = int(pieces[-1].max()) + 1, first + count
     if total <= FEW:
         places = np.array(list(permutations(range(total))))
     else:
-        places = np.array([np.random.default_rng([seed, 2, first + number]).permutation(total) for number in range(count)])
+        draws = range(first // 2, -(-last // 2))
+        places = np.array([np.random.default_rng([seed, 2, number]).permutation(total) for number in draws])
     if not count or not len(places):
         return np.zeros(0)
     deletion, insertion = gains(score, real, blank, pieces, places, steps, **asking)[1]
-    return insertion - deletion
+    gain = insertion - deletion
+    return gain if total <= FEW else np.stack([gain, -gain], 1).ravel()[first % 2 :][:count]
 
 
 def without_own(every: np.ndarray, gain: float, pieces: int) -> np.ndarray:
@@ -146,7 +149,7 @@ def faithfulness(
     blank: Sequence[torch.Tensor],
     pieces: Sequence[np.ndarray],  # of piece_of_tokens
     values: np.ndarray,  # (P,) the map: cells, then words
-    random: int | np.ndarray = 99,  # random maps, or their gains, known from `random_gains` or another method
+    random: int | np.ndarray = 100,  # random maps, or their gains, known from `random_gains` or another method
     seed: int = 0,
     redrawn: np.ndarray | None = None,  # (P,) the map of the same method on a model with re-drawn weights
     steps: int = 10,  # places on the curves

@@ -8,6 +8,7 @@ __all__ = ['MISSING', 'content_tokens', 'subject_pixels', 'subject_cells', 'side
            'difference_row', 'rows_by_place', 'compare_focus']
 
 # %% ../nbs/62_focus.ipynb #97fb15e9
+import re
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
@@ -21,6 +22,7 @@ from .backbone import square
 from .catalog import Catalog, Product
 from .core import DataError, UsageError, progress
 from .encoder import Moon2Encoder
+from .entities import is_unsegmented
 from .protocol import pick_products
 from .statistics import bootstrap_ci, paired_test
 from .subjects import border_pixels
@@ -36,6 +38,9 @@ def content_tokens(
     inside = np.zeros(len(title) + 1, dtype=bool)
     for word in WORD.finditer(title):
         inside[slice(*word.span())] = fold(word[0]) in own
+    for name in filter(is_unsegmented, own):  # a run of characters without blanks holds several words
+        for found in re.finditer(re.escape(name), title):
+            inside[slice(*found.span())] = True
     return np.array([inside[end - len(title[start:end].lstrip())] for start, end in spans], dtype=bool)  # many tokenizers count the blank before a word to the token
 
 # %% ../nbs/62_focus.ipynb #8290b500

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RowScore', 'frozen_twin', 'pad_id', 'cell_vectors', 'mean_cell', 'row_vectors', 'row_score', 'HeldExperts',
-           'hold_experts', 'merge_words']
+           'hold_experts', 'word_spans', 'first_letter', 'words_of_tokens', 'merge_words']
 
 # %% ../nbs/59_pairscore.ipynb #1656c4fb
 import bisect
 import copy
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ from .backbone import Packing
 from .catalog import ImageRef, Item
 from .core import DataError
 from .encoder import Moon2Encoder
+from .entities import is_unsegmented
 from .moe import LayerRouting, MoEFeedForward, mix_experts, route
 
 # %% ../nbs/59_pairscore.ipynb #c7745c97
@@ -147,16 +149,41 @@ def hold_experts(score: RowScore, real: Sequence[torch.Tensor]) -> RowScore:
     return score
 
 # %% ../nbs/59_pairscore.ipynb #215a3a3c
+def word_spans(
+    text: str,
+    spans: Sequence[tuple[int, int]],  # (start, end) of each token
+) -> list[tuple[int, int]]:
+    "(start, end) of each word: between blanks, and in scripts without blanks (Han, Kana, Thai, ...) wherever a token starts a character."
+    firsts = {first_letter(text, span) for span in spans}
+    starts = [match.start() for match in re.finditer(r"\S+", text)]
+    starts += [first for first in firsts if 0 < first < len(text) and not text[first].isspace()
+               and is_unsegmented(text[first - 1 : first + 1]) and unicodedata.category(text[first])[0] != "M"]
+    starts = sorted(set(starts))
+    return [(start, start + len(text[start:end].rstrip())) for start, end in zip(starts, [*starts[1:], len(text)])]
+
+
+def first_letter(text: str, span: tuple[int, int]) -> int:
+    "Place of a token's first letter: many tokenizers count the blank before a word to the token."
+    return span[1] - len(text[span[0] : span[1]].lstrip())
+
+
+def words_of_tokens(
+    text: str,
+    spans: Sequence[tuple[int, int]],  # (start, end) of each token
+    words: Sequence[tuple[int, int]],  # of word_spans
+) -> list[int]:
+    "The place of the word that each token belongs to."
+    ends = [end for _, end in words]
+    return [min(bisect.bisect_right(ends, first_letter(text, span)), len(words) - 1) for span in spans]
+
+
 def merge_words(
     text: str,
     spans: Sequence[tuple[int, int]],  # (start, end) of each token
     scores: Sequence[float],  # one per token
 ) -> list[tuple[str, int, int, float]]:
     "(word, start, end, score) of each word that has tokens; the scores sum to those of the tokens."
-    words = [match.span() for match in re.finditer(r"\S+", text)]
-    ends, totals = [end for _, end in words], {}
-    for (start, end), score in zip(spans, scores, strict=True):
-        first = end - len(text[start:end].lstrip())  # many tokenizers count the blank before a word to the token
-        place = min(bisect.bisect_right(ends, first), len(words) - 1)
+    words, totals = word_spans(text, spans), {}
+    for place, score in zip(words_of_tokens(text, spans, words), scores, strict=True):
         totals[place] = totals.get(place, 0.0) + float(score)
     return [(text[words[place][0] : words[place][1]], *words[place], totals[place]) for place in sorted(totals)]
