@@ -155,7 +155,8 @@ class Trainer:
         "Optimizer, accelerate, trackers."
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(cpu=self.choices.device == "cpu", log_with=None if self.config.report_to == "none" else self.config.report_to, project_dir=str(self.out or "."))
+        where = {"cpu": self.choices.device == "cpu", "device_placement": False}  # it keeps the first device of a process; the encoder is where it should be
+        self.accelerator = Accelerator(**where, log_with=None if self.config.report_to == "none" else self.config.report_to, project_dir=str(self.out or "."))
         if self.config.report_to != "none" and not self.accelerator.log_with:
             raise UsageError(f"{self.config.report_to} is not installed", where="report_to", advice=f"pip install {self.config.report_to}, or report_to=none")
         self.model, self.optimizer = self.accelerator.prepare(self.encoder, make_optimizer(self.encoder, self.config))

@@ -16,6 +16,7 @@ WAITS = {  # operations that hold the program until a GPU is done: their result,
 }
 waits: Counter = Counter()  # what was waited for, by operation, since the last `counted`
 calls: Counter = Counter()  # operations that ran on the device
+no_double = [False]  # True: the device has no float64, like mps
 
 
 class _Device(ctypes.Structure):
@@ -31,6 +32,8 @@ _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 
 def _relabel(tensor: torch.Tensor, kind: int) -> torch.Tensor:
     "The same memory as a tensor of the other device."
+    if kind == FOREIGN and tensor.dtype == torch.float64 and no_double[0]:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
     capsule = torch._C._to_dlpack(tensor)
     address = _pointer(capsule, b"dltensor")
     ctypes.cast(address, ctypes.POINTER(_Tensor)).contents.device.type = kind
@@ -154,6 +157,8 @@ def start() -> torch.device:
         for name in ("arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m", "randperm", "randperm.generator"):
             packet, _, overload = name.partition(".")
             makers.impl(name, functools.partial(_fallback, getattr(getattr(torch.ops.aten, packet), overload or "default")), "PrivateUse1")
+        makers.impl("_grouped_mm", functools.partial(_fallback, torch.ops.aten._grouped_mm.default), "PrivateUse1")
+        makers.impl("convolution_overrideable", functools.partial(_fallback, torch.ops.aten.convolution.default), "PrivateUse1")
         library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
         for name in ("linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention"):
             makers.impl(name, functools.partial(_low, getattr(torch.ops.aten, name).default), "AutocastPrivateUse1")

@@ -1,0 +1,395 @@
+"""One device for everything: on a machine without a GPU shown with a fake device (fake_device.py), which refuses what CUDA refuses."""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import fake_device
+import numpy as np
+import pytest
+import torch
+from fake_device import counted
+from moon2_lab import backbone, core, encoder, losses, outputs, recorder, train
+from moon2_lab.catalog import Item
+from moon2_lab.cli import main
+from moon2_lab.core import UsageError
+from moon2_lab.encoder import Moon2Encoder
+from moon2_lab.evaluate import evaluate
+from moon2_lab.train import PHASES, Trainer
+from small import picture, settings, shop, tiny
+
+METHODS = ("ig", "shapley", "occlusion", "attention_gradient", "rollout", "attention", "gradient")
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    "The fake device as the fastest there is, and a cache of one's own: vision features are made anew."
+    monkeypatch.setenv("MOON2_CACHE", str(tmp_path / "cache"))
+    device = fake_device.start()
+    monkeypatch.setattr(core, "device_counts", lambda: {"fake": 1, "cpu": 1})
+    return device
+
+
+def without_device(monkeypatch):
+    "The machine as it is, with a cache that knows nothing."
+    monkeypatch.setattr(core, "device_counts", lambda: {"cpu": 1})
+    monkeypatch.setenv("MOON2_CACHE", os.environ["MOON2_CACHE"] + "-cpu")
+
+
+# ---------------------------------------------------------------------------------------------- the fake device itself
+
+
+def test_the_fake_device_is_the_cpu_under_another_name(fake):
+    rows, weight = torch.randn(5, 8), torch.randn(8, 8)
+    there = (rows.to(fake) @ weight.to(fake)).softmax(-1)
+    assert there.device.type == "fake" and torch.equal(there.cpu(), (rows @ weight).softmax(-1))
+    with pytest.raises(RuntimeError, match="same device"):
+        rows.to(fake) + rows
+    with pytest.raises(RuntimeError, match="same device"):
+        rows.to(fake).index_select(0, torch.tensor([1]))
+    assert float((rows.to(fake) * torch.tensor(2.0)).sum()) == float((rows * 2).sum())  # a single number may come from the CPU, as on CUDA
+
+
+@pytest.mark.parametrize(("wait", "act"), [
+    ("_local_scalar_dense", lambda x: x.sum().item()), ("nonzero", lambda x: x[x > 0]), ("copy to cpu", lambda x: x.tolist()),
+    ("bincount", lambda x: torch.bincount(x.long().flatten().abs())), ("_unique2", lambda x: torch.unique(x)), ("repeat_interleave", lambda x: torch.repeat_interleave(x.long().flatten().abs())),
+    (None, lambda x: torch.where(x > 0, x, 0).sum(0).cumsum(0)),
+])
+def test_what_a_gpu_is_waited_for_is_counted(fake, wait, act):
+    values = torch.randn(4, 4).to(fake)
+    with counted() as waits:
+        act(values)
+    assert set(waits) == ({wait} if wait else set())
+
+
+# ---------------------------------------------------------------------------------------------- choosing
+
+
+def test_a_device_that_is_not_there_is_one_line_that_names_what_is(monkeypatch):
+    monkeypatch.setattr(core, "device_counts", lambda: {"cuda": 2, "cpu": 1})
+    assert (core.pick_device("auto"), core.pick_device("cuda:1")) == (torch.device("cuda"), torch.device("cuda:1"))
+    for wrong in ("cuda:2", "mps", "gpu", "cuda:x"):
+        with pytest.raises(UsageError, match=f"no device '{wrong}'.*there is cuda:0 to cuda:1, cpu"):
+            try:
+                core.pick_device(wrong)
+            except UsageError as error:
+                raise UsageError(str(error)) from error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has cuda")
+@pytest.mark.parametrize("words", [
+    "train --catalog none --out {out} --backbone tiny", "run --catalog none --out {out} --backbone tiny", "eval {model} --catalog none", "embed {model} --catalog none --out {out}",
+    "heatmap {model} --catalog none --query x --item y --out {out}", "compare {model} {model} --catalog none --out {out}", "demo {model} --catalog none",
+    "search {model} --uri {out} --text x",
+])
+def test_every_command_refuses_it_before_anything_is_read(words, tmp_path, capsys):
+    tiny().save_pretrained(tmp_path / "model")
+    line = words.format(model=tmp_path / "model", out=tmp_path / "out").split()
+    assert main([*line, "--device", "cuda"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and "no device 'cuda' [device] -> there is cpu" in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_setting_is_the_same_thing(monkeypatch, tmp_path, capsys):
+    (tmp_path / "settings.ini").write_text("[lab]\ndevice = mps\n")
+    monkeypatch.setenv("MOON2_SETTINGS", str(tmp_path / "settings.ini"))
+    monkeypatch.setattr(core, "device_counts", lambda: {"cpu": 1})
+    tiny().save_pretrained(tmp_path / "model")
+    assert main(["eval", str(tmp_path / "model"), "--catalog", "none"]) == 2
+    assert "no device 'mps'" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "model"), "--catalog", str(tmp_path / "none"), "--device", "cpu"]) == 2  # typed over the setting
+    assert "mps" not in capsys.readouterr().err
+
+
+def test_kernel_and_dtype_are_measured_after_moving_and_kept_under_the_devices_name(fake, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Moon2Encoder, "embedding_dim", property(lambda self: 256))  # tiny is too small to be measured
+    monkeypatch.setattr(encoder, "pick_dtype", lambda device: seen.append(("dtype", device.type)) or torch.bfloat16)
+    monkeypatch.setattr(encoder, "faster_kernel", lambda block, tokens, dtype: seen.append(("kernel", block.gate_up_proj.device.type, dtype)) or ("grouped", {}))
+    model = tiny()
+    choices = train.choose_numerics(model, settings(device="auto"))
+    assert (choices.device, choices.dtype, choices.expert_kernel) == ("fake", "bfloat16", "grouped")
+    assert seen == [("dtype", "fake"), ("kernel", "fake", torch.bfloat16)]
+    known = outputs.read_json(core.cache_dir("probes") / "answers.json")
+    assert sorted(key.split(" torch-")[1].split(" ", 1)[1].split(" 4x")[0] for key in known) == ["dtype fake", "experts fake bfloat16"]
+    placed = tiny().place("auto")  # a model that is loaded is asked about in the same way
+    assert (placed.compute_dtype, {block.kernel for block in placed.moe_blocks}) == (torch.bfloat16, {"grouped"})
+    assert (tiny().place("cpu").compute_dtype, tiny().place("cpu").moe_blocks[0].kernel) == (torch.float32, "loop")
+
+
+def test_encode_uses_the_chosen_dtype_on_a_device_and_float32_on_the_cpu(fake):
+    items = [product.item("mm") for product in shop(6)]
+    here = tiny(perturbed=True)
+    expected = here.encode(items)
+    there = tiny(perturbed=True).place("auto")
+    assert np.abs(there.encode(items) - expected).max() < 1e-6  # attention is put together from other parts there
+    there.place("auto", "bfloat16")
+    assert 1e-5 < np.abs(there.encode(items) - expected).max() < 0.03
+    here.compute_dtype = torch.bfloat16
+    assert np.array_equal(here.encode(items), expected)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def trained(**changes):
+    trainer = Trainer(tiny(), shop(40, mixed=True), settings(device="auto", max_steps=3, filter_warmup_ratio=0.0, **changes))
+    trainer.train()
+    return trainer
+
+
+def test_training_runs_on_the_device_and_agrees_with_the_cpu(fake, monkeypatch):
+    with counted():
+        there = trained()
+        assert sum(fake_device.calls.values()) > 5000
+    places = {parameter.device.type for parameter in there.encoder.parameters()}
+    state = {value.device.type for entry in there._adamw.state.values() for name, value in entry.items() if name != "step"}
+    assert places == state == {"fake"} and there.choices.device == "fake"
+    without_device(monkeypatch)
+    here = trained()
+    assert here.encoder.backbone.device.type == "cpu"
+    assert abs(there.table().loss[0] - here.table().loss[0]) < 1e-5
+    assert np.allclose(there.table().loss, here.table().loss, rtol=1e-4)  # AdamW is fused on the CPU
+
+
+@pytest.mark.parametrize("kernel", ["loop", "grouped"])
+def test_a_step_waits_for_the_device_a_few_times(fake, kernel):
+    trainer = Trainer(tiny(), shop(40, mixed=True), settings(device="auto", filter_warmup_ratio=0.0))
+    trainer.encoder.set_expert_kernel(kernel)
+    trainer.prepare_features()
+    now = SimpleNamespace(batch=trainer.current_batch(), seconds=0.0)
+    with counted() as waits:
+        for phase in PHASES:
+            getattr(trainer, f"_{phase}")(now)
+    layers = len(trainer.encoder.moe_blocks) if kernel == "loop" else 0  # the loop has to know the size of each block
+    pairs = 2 if now.host["masked_pairs"] else 0  # and which pairs were masked is fetched where there are any
+    assert sum(waits.values()) == 3 + layers + pairs, dict(waits)  # which objectives have samples, the norms, the numbers of the history
+
+
+def test_the_masks_of_a_batch_are_computed_once(fake, monkeypatch):
+    made = []
+    for module in (losses, sys.modules["moon2_lab.filtering"]):
+        monkeypatch.setattr(module, "candidate_masks", lambda *a, _make=module.candidate_masks, **k: made.append(1) or _make(*a, **k))
+    trainer = Trainer(tiny(), shop(40), settings(device="auto"))
+    now = SimpleNamespace(batch=trainer.current_batch(), seconds=0.0)
+    for phase in PHASES[:5]:
+        getattr(trainer, f"_{phase}")(now)
+    assert len(made) == 5  # query against item; picture and title of positives and of negatives, both ways
+
+
+LEFT_BEHIND = {
+    "pooling": (encoder, "pool_index", lambda rows, view, device=None: _pool_index(rows, view)),
+    "packing": (encoder, "Packing", lambda lengths, causal=True, device=None: _packing(lengths, causal)),
+    "keys": (train, "lay_out", lambda *a, **k: _stuck(*_lay_out(*a, **k))),
+    "features": (backbone.Backbone, "vision_tokens", lambda self, features: self.connector(features.cpu().to(self.connector[1].weight.dtype))),
+    "masks": (losses, "_or_true", lambda mask, size, device: torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).cpu()),
+}
+_pool_index, _packing, _lay_out = encoder.pool_index, encoder.Packing, train.lay_out
+
+
+class Stuck(torch.Tensor):
+    "A tensor that `to` forgets to move."
+
+    def to(self, *args, **kwargs):
+        return self.as_subclass(torch.Tensor)
+
+
+def _stuck(items, keys):
+    keys.negative = keys.negative.as_subclass(Stuck)
+    return items, keys
+
+
+@pytest.mark.parametrize("what", LEFT_BEHIND)
+def test_a_tensor_that_is_left_behind_is_found(fake, monkeypatch, what):
+    "The proof that the tests of this file can fail."
+    monkeypatch.setattr(*LEFT_BEHIND[what])
+    trainer = Trainer(tiny(), shop(40, mixed=True), settings(device="auto"))
+    with pytest.raises(RuntimeError, match="same device"):
+        trainer.train()
+
+
+# ---------------------------------------------------------------------------------------------- everything else
+
+
+def test_vision_works_where_the_weights_are(fake, monkeypatch):
+    seen = []
+    plain = backbone.PatchColours.__call__
+    monkeypatch.setattr(backbone.PatchColours, "__call__", lambda self, *a: seen.append(plain(self, *a)) or seen[-1])
+    there = tiny().place("auto").backbone.vision_features([picture(n) for n in range(3)])
+    assert seen[0].device.type == "fake"
+    without_device(monkeypatch)
+    assert np.array_equal(tiny().place("auto").backbone.vision_features([picture(n) for n in range(3)]), there)
+    assert seen[1].device.type == "cpu"
+
+
+def test_the_weights_of_the_vision_encoder_move(fake, monkeypatch):
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.fold = torch.nn.Conv2d(3, 1280, 8, 8)
+
+        def extract_features(self, pixels):
+            return self.fold(pixels)
+
+    monkeypatch.setattr(backbone.EfficientNetLite0, "_build", lambda self: Small().eval().requires_grad_(False))
+    vision = backbone.EfficientNetLite0()
+    images = [picture(n).load() for n in range(2)]
+    expected = vision(images, 32, 4)
+    assert expected.device.type == "cpu"
+    there = vision(images, 32, 4, fake)
+    assert there.device.type == "fake" and vision.model.fold.weight.device.type == "fake"
+    assert torch.equal(there.cpu(), expected)
+
+
+def test_scores_with_their_baselines(fake, monkeypatch):
+    model, catalog = tiny(perturbed=True).place("auto"), shop(40)
+    fresh = []
+    made = Moon2Encoder.untrained
+    monkeypatch.setattr(Moon2Encoder, "untrained", lambda self: fresh.append(made(self)) or fresh[-1])
+    there = evaluate(model, catalog, "valid", resamples=0)
+    assert fresh[0].backbone.device.type == "fake"
+    without_device(monkeypatch)
+    here = evaluate(tiny(perturbed=True), catalog, "valid", resamples=0)
+    for name in ("directions", "trivial", "classification", "attributes"):
+        assert_alike(there[name], here[name])
+
+
+def assert_alike(there, here, gap=1e-5):
+    "Equal, numbers to `gap`."
+    if isinstance(there, dict):
+        assert there.keys() == here.keys()
+        for name in there:
+            assert_alike(there[name], here[name], gap)
+    elif isinstance(there, (list, tuple)):
+        assert len(there) == len(here)
+        for one, other in zip(there, here):
+            assert_alike(one, other, gap)
+    else:
+        assert there == here or isinstance(there, float) and abs(there - here) < gap, (there, here)
+
+
+def run(words, capsys):
+    "The facts of a command, and how many operations ran on the device."
+    capsys.readouterr()
+    with counted():
+        assert main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out), sum(fake_device.calls.values())
+
+
+def without_times(value):
+    "Facts that do not depend on the clock or on the folder."
+    if isinstance(value, dict):
+        return {name: without_times(item) for name, item in value.items() if "second" not in name and name not in ("page", "timing", "vectors", "collections")}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture
+def model_folders(tmp_path):
+    for seed in (1, 2):
+        tiny(perturbed=True, num_layers=seed).save_pretrained(tmp_path / f"model-{seed}")
+    return tmp_path / "model-1", tmp_path / "model-2"
+
+
+def test_every_command_runs_its_model_there_and_says_what_it_says_on_the_cpu(fake, monkeypatch, tmp_path, drawn_catalogue, model_folders, capsys):
+    one, two = model_folders
+    commands = {
+        "eval": ["eval", one, "--catalog", drawn_catalogue],
+        "embed": ["embed", one, "--catalog", drawn_catalogue, "--out", "{out}/vectors.parquet"],
+        "index": ["index", "{out}/vectors.parquet", "--uri", "{out}/vectors.db"],
+        "search": ["search", one, "--uri", "{out}/vectors.db", "--text", "red bag"],
+        "heatmap": ["heatmap", one, "--catalog", drawn_catalogue, "--query", "red cotton bag", "--item-text", "a red bag", "--method", "ig,attention", "--quick", "--out", "{out}/map.html"],
+        "compare": ["compare", one, two, "--catalog", drawn_catalogue, "--out", "{out}/diff.html", "--explain", "0"],
+    }
+    answers = {}
+    for place in ("fake", "cpu"):
+        (tmp_path / place).mkdir()
+        for name, words in commands.items():
+            answers[place, name], operations = run([str(word).format(out=tmp_path / place) for word in words], capsys)
+            assert (operations > 0) == (place == "fake" and name != "index"), name
+        without_device(monkeypatch)
+    for name in commands:
+        assert_alike(without_times(answers["fake", name]), without_times(answers["cpu", name]))
+
+
+@pytest.mark.parametrize("methods", [pytest.param(METHODS[:2], marks=pytest.mark.slow), METHODS[2:]], ids="-".join)
+@pytest.mark.parametrize("double", [True, False], ids=["float64", "no float64"])
+def test_every_kind_of_heatmap(fake, monkeypatch, double, methods):
+    "Also where the device has no float64, as mps has none."
+    from moon2_lab import attention
+    from moon2_lab.explain import Explainer
+
+    query, item = Item("red box", picture(0), "q"), Item("a box", picture(1), "p")
+    small = {"perturbed": True, "num_layers": 1, "visual_tokens": 1}
+    expected = Explainer(tiny(**small), query, item, "model", redrawn=False, trials=0).maps(methods)
+    if not double:
+        monkeypatch.setattr(fake_device, "no_double", [True])
+        for module in (recorder, attention):
+            monkeypatch.setattr(module, "widest", lambda device: torch.float32)
+    with counted():
+        found = Explainer(tiny(**small).place("auto"), query, item, "model", redrawn=False, trials=0).maps(methods)
+        assert sum(fake_device.calls.values()) > 300
+    for side in ("query", "item"):
+        for method in methods:
+            one, other = (getattr(pair, side).maps[method].cells for pair in (found, expected))
+            assert np.allclose(one, other, atol=1e-5), (side, method)
+
+
+def test_a_device_without_float64_refuses_it(fake, monkeypatch):
+    "The other test would fail if something were left in float64."
+    monkeypatch.setattr(fake_device, "no_double", [True])
+    with pytest.raises(TypeError, match="float64"):
+        recorder.row_mean(torch.tensor([0, 1], device=fake), 3)
+
+
+def test_the_demo_searches_and_explains_there(fake, monkeypatch, drawn_catalogue, model_folders):
+    from moon2_lab.demo import prepare
+
+    def answers():
+        shop_of = prepare(*model_folders, drawn_catalogue, "test").shop
+        assert {model.encoder.backbone.device.type for model in shop_of.models.values()} == {core.pick_device().type}
+        hits = shop_of.search("red bag", None)
+        return hits, shop_of.heatmap("red bag", None, next(iter(hits.values()))[0]["product_id"])
+
+    there = answers()
+    without_device(monkeypatch)
+    for one, other in zip(there, answers(), strict=True):
+        assert_alike(without_times(one), without_times(other))
+
+
+# ---------------------------------------------------------------------------------------------- a real one
+
+
+@pytest.mark.gpu
+def test_a_gpu_agrees_with_the_cpu(tmp_path, monkeypatch, drawn_catalogue, capsys):
+    """Train a few steps, score, embed, search, heatmap on cuda. In float32 losses agree with the CPU to 1 %, embeddings to 0.001 (dot product), and
+    at least 9 of 10 hits are the same."""
+    words = ["--set", "num_layers=2", "image_size=64", "visual_tokens=4", "max_steps=6", "per_device_train_batch_size=8", "dtype=float32"]
+    found = {}
+    for device in ("cuda", "cpu"):
+        monkeypatch.setenv("MOON2_CACHE", str(tmp_path / f"cache-{device}"))
+        out = tmp_path / device
+        out.mkdir()
+        assert main(["train", "--catalog", str(drawn_catalogue), "--out", str(out / "run"), "--backbone", "tiny", "--device", device, *words]) == 0
+        capsys.readouterr()
+        model = str(tmp_path / "cuda" / "run")  # one model for both
+        on = ["--device", device, "--json"]
+        for name, command in {
+            "eval": ["eval", model, "--catalog", str(drawn_catalogue)], "embed": ["embed", model, "--catalog", str(drawn_catalogue), "--out", str(out / "vectors.parquet")],
+            "index": ["index", str(out / "vectors.parquet"), "--uri", str(out / "vectors.db")], "search": ["search", model, "--uri", str(out / "vectors.db"), "--text", "red bag"],
+            "heatmap": ["heatmap", model, "--catalog", str(drawn_catalogue), "--query", "red bag", "--item-text", "a red bag", "--method", ",".join(METHODS), "--quick", "--out", str(out / "map.html")],
+        }.items():
+            assert main([*command, *([*on] if name != "index" else ["--json"])]) == 0
+            found[device, name] = json.loads(capsys.readouterr().out)
+        import pandas as pd
+
+        found[device, "history"] = pd.read_parquet(out / "run" / "history.parquet")
+        found[device, "vectors"] = np.stack(pd.read_parquet(out / "vectors.parquet").vector)
+    there, here = ({name: found[device, name] for name in ("history", "vectors", "search", "eval", "heatmap")} for device in ("cuda", "cpu"))
+    assert np.allclose(there["history"].loss, here["history"].loss, rtol=0.01)
+    assert ((there["vectors"] * here["vectors"]).sum(1) > 0.999).all()
+    hits = [{hit["product_id"] for hit in side["search"]["hits"]} for side in (there, here)]
+    assert len(hits[0] & hits[1]) >= 9
+    assert abs(there["heatmap"]["score"] - here["heatmap"]["score"]) < 1e-3
