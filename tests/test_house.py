@@ -248,7 +248,7 @@ MAY_IMPORT = {  # heavy packages, and the modules that may import them when they
     "accelerate": set(),
     "captum": set(),
     "gradio": {"demo", "tabs"},
-    "plotly": set(),
+    "plotly": {"widgets"},
     "matplotlib": set(),
     "sklearn": set(),
     "ipywidgets": {"widgets"},
