@@ -82,6 +82,87 @@ def test_hard_negatives_first():
     assert build_triplets(nothing_known, variants=1).counts == {"anything": 4}
 
 
+def plain_find(finder, product, count, rng, levels):
+    "The rule in its plainest form: each level's products from a random place on, and round."
+    chosen, used = [], {product.key}
+    for level, pool in levels:
+        start = rng.randrange(len(pool) or 1)
+        for other in pool[start:] + pool[:start]:
+            if len(chosen) < count and other.key not in used and (level != "different_attribute" or finder.differs(product, other)):
+                chosen.append(other)
+                used.add(other.key)
+        if len(chosen) == count:
+            break
+    return chosen
+
+
+def plain_match(group, fits):
+    "Pairs by the plainest rule: each with the first before it that fits; then two that are left take the first pair apart that they can."
+    free, pairs, left = [], [], []
+    for product in group:
+        other = next((other for other in free if fits(product, other)), None)
+        free = free + [product] if other is None else [one for one in free if one is not other]
+        pairs += [] if other is None else [(product, other)]
+    while len(free) > 1:
+        one, two = free.pop(), free.pop()
+        place = next((place for place, (a, b) in enumerate(pairs) if fits(one, a) and fits(two, b)), None)
+        if place is None:
+            left.append(one)
+            free.append(two)
+        else:
+            pairs[place : place + 1] = [(one, pairs[place][0]), (two, pairs[place][1])]
+    return pairs, left + free
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 40), st.sampled_from((0, .05, .4)))
+def test_negatives_and_partners_are_those_of_the_plain_rule(seed, count, shared):
+    "The indices give what looking at everything gives: with few and many attributes, categories of any depth, products that share a key."
+    rng = random.Random(seed)
+    values = {"colour": COLOURS, "material": ("clay", "wood"), "pattern": ("plain", "dotted")}
+    products = []
+    for i in range(count):
+        path = ["Home", "Things", rng.choice("ab")][: rng.choice((0, 1, 3, 3, 3))]
+        attributes = {name: rng.choice(choice) for name, choice in values.items() if rng.random() < .5}
+        products.append(Product(f"p{i}", f"t{i}", None, *(path + [None] * (3 - len(path))), attributes, key=999 if rng.random() < shared else i))
+    if len({product.key for product in products}) < 2:
+        return
+    finder = NegativeFinder(products)
+    for product in products:
+        found = finder.find(product, 3, random.Random(seed))
+        levels = [(level, finder.pools[path]) for level, path in finder._levels(product)]
+        assert found == plain_find(finder, product, 3, random.Random(seed), levels)
+    wanted, groups, order = {}, {}, random.Random(seed).sample(products, len(products))
+    for product in order:
+        if product.category_l1:
+            groups.setdefault((product.category_l1, product.category_l2, product.category_l3), []).append(product)
+    for group in groups.values():
+        pairs, left = plain_match(group, finder.differs)
+        alike = [product for product in left if not any(finder.differs(product, other) for other in group)]
+        for one, other in pairs + plain_match(alike, lambda a, b: a.key != b.key)[0]:
+            wanted[one.product_id], wanted[other.product_id] = other, one
+    assert mutual_partners(finder, random.Random(seed)) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attributes", [{}, {"colour": ("red", "blue")}], ids=["without attributes", "two colours"])
+@pytest.mark.parametrize("kind", ["Mugs", None])
+def test_negatives_and_batches_of_one_large_category_take_linear_time(kind, attributes):
+    "Eight times the products, at most sixteen times the processor's time (it was sixty-four)."
+    import time
+
+    def seconds(count):
+        level = {"category_l1": "Home" if kind else None, "category_l2": "Things" if kind else None, "category_l3": kind}
+        products = [Product(f"p{i}", f"thing {i}", **level, attributes={name: choice[i % 2] for name, choice in attributes.items()}, key=i) for i in range(count)]
+        start = time.process_time()
+        triplets = triplets_from_products(Catalog(products), Lexicon(Catalog(products)), 2, 1, 0, paired=True)
+        TripletSampler(triplets, 32, paired=True).batches(0)
+        return time.process_time() - start
+
+    small = min(seconds(2000) for _ in range(2))
+    assert seconds(16_000) < 16 * small
+
+
 def test_brand_and_size_make_no_negative():
     "Two red mugs that differ in brand and size are not told apart by a query."
     same = Catalog.from_products([product(i, attributes={"colour": "red", "Brand": f"b{i}", "size": str(i)}) for i in range(3)])
