@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNSEGMENTED', 'PIECE', 'folded', 'TITLED', 'SAYS_NOTHING', 'MAX_WORDS', 'MAX_CHARACTERS', 'LEVELS', 'LITTLE_WORDS',
-           'MIN_TITLES', 'PRICE', 'SHOP_TALK', 'TALK', 'ROLES', 'ROLE_OF', 'PLAIN', 'OF_A_PART', 'NAMED_VALUES',
-           'PACKING', 'Entity', 'is_unsegmented', 'scripts', 'stem', 'said_words', 'is_said', 'stands_in', 'is_denied',
-           'is_value', 'stated_values', 'category_values', 'leading_words', 'title_brands', 'AttributeLexicon',
-           'find_entities', 'tidy', 'drop_talk', 'drop_repeats', 'role_of', 'single_values']
+           'MIN_TITLES', 'PRICE', 'SHOP_TALK', 'TALK', 'LOOK_BACK', 'ROLES', 'ROLE_OF', 'PLAIN', 'OF_A_PART',
+           'NAMED_VALUES', 'PACKING', 'Entity', 'is_unsegmented', 'scripts', 'stem', 'said_words', 'is_said',
+           'stands_in', 'is_denied', 'is_value', 'stated_values', 'category_values', 'leading_words', 'title_brands',
+           'AttributeLexicon', 'find_entities', 'tidy', 'drop_talk', 'drop_repeats', 'role_of', 'single_values']
 
 # %% ../nbs/15_entities.ipynb #f02e4087
 import re
@@ -259,7 +259,7 @@ TALK = re.compile("|".join((PRICE, *SHOP_TALK)), re.IGNORECASE)
 
 def tidy(title: str) -> str:
     "Single spaces, no empty brackets, no punctuation left alone or at the ends."
-    title = re.sub(r"\(\s*\)|\[\s*\]", " ", title)
+    title = re.sub(r"\(\s*\)|\[\s*\]", " ", " ".join(title.split()))  # first of all single spaces: runs of blanks make the patterns slow
     title = re.sub(r"\s+", " ", re.sub(r"\s+([,;:])", r"\1", title))
     title = re.sub(r"([,;|:])(?:\s*[,;|:])+|([|–-])(?:\s+[|–-])+", r"\1\2", title)
     return title.strip(" ,;:|–-!*~")
@@ -270,7 +270,7 @@ def drop_talk(
     lexicon: AttributeLexicon,
 ) -> str:
     "The title without shop talk; the title itself where nothing else is in it."
-    kept = tidy(TALK.sub(lambda match: match[0] if match[0].strip() in lexicon else " ", title))
+    kept = tidy(TALK.sub(lambda match: match[0] if match[0].strip() in lexicon else " ", " ".join(title.split())))
     return kept if any(letter.isalpha() for letter in kept) else title.strip()
 
 
@@ -293,10 +293,13 @@ def drop_repeats(
     return " ".join(kept)
 
 
+LOOK_BACK = 200  # words before a word in which a repetition is looked for
+
+
 def _repeated(keys: list[str], plain: list[bool], place: int) -> int:
-    "How many words from `place` on repeat what stands before."
+    "How many words from `place` on repeat what stands at most LOOK_BACK words before."
     most = 0
-    for start in range(place):
+    for start in range(max(0, place - LOOK_BACK), place):
         length = 0
         while place + length < len(keys) and start + length < place and plain[place + length] and keys[start + length] == keys[place + length]:
             length += 1

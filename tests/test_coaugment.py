@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 pytest.importorskip("cv2")
 
 from moon2_lab.catalog import Catalog
-from moon2_lab.coaugment import STATE, Recipe, augment_catalog, evaluation_hash, expand_pictures, real_pairs, score_pairs
+from moon2_lab.coaugment import STATE, Recipe, augment_catalog, evaluation_hash, expand_pictures, real_pairs, score_pairs, unseen_products
 from moon2_lab.core import DataError, LabError, UsageError
 from moon2_lab.enrichers import NO_ANSWER, Enriched
 from moon2_lab.products import AUGMENTED
@@ -98,8 +99,9 @@ coaugment.augment_catalog({str(drawn)!r}, {str(tmp_path / 'out')!r}, coaugment.R
 def test_the_threshold_is_a_quantile_of_the_real_pairs(drawn, tmp_path):
     "Recomputed from the pictures themselves; a quantile of 0 refuses only what is below every real pair."
     strict, lax = (augment_catalog(drawn, tmp_path / str(q), Recipe(scorer=brightness, keep_quantile=q)) for q in (0.5, 0.0))
-    train = list(Catalog.load(drawn).split("train"))
-    real = brightness([product.image_ref() for product in real_pairs(train)], None)
+    valid = list(Catalog.load(drawn).split("valid"))
+    real = brightness([product.image_ref() for product in real_pairs(valid)], None)
+    assert strict["filter"]["pairs_of"] == "valid" and strict["filter"]["real_pairs"] == len(valid) >= 2
     assert strict["filter"]["threshold"] == pytest.approx(np.quantile(real, 0.5)) and lax["filter"]["threshold"] == pytest.approx(real.min())
     for folder, summary in ((tmp_path / "0.5", strict), (tmp_path / "0.0", lax)):
         table = Catalog.load(folder).augmentation.dropna(subset=["score"])
@@ -107,6 +109,22 @@ def test_the_threshold_is_a_quantile_of_the_real_pairs(drawn, tmp_path):
         for row in table[table.field == "expanded_image"].head(3).itertuples():
             assert row.score == pytest.approx(np.asarray(Image.open(folder / row.value).convert("RGB")).mean() / 255, abs=1e-6)
     assert strict["filter"]["refused"] > lax["filter"]["refused"]
+
+
+def test_the_threshold_is_not_taken_from_what_the_scorer_was_trained_on(drawn, tmp_path):
+    "A scorer that knows the train pairs by heart gives them 1 and everything else its real worth: the threshold is what unseen pairs get."
+    catalog = Catalog.load(drawn)
+    known = {(ref.key, product.title) for product in catalog.split("train") for ref in product.refs}
+
+    def by_heart(pictures, titles):
+        return np.array([1.0 if (picture.key, title) in known else 0.4 for picture, title in zip(pictures, titles)])
+
+    found = augment_catalog(drawn, tmp_path / "out", Recipe(scorer=by_heart))["filter"]
+    assert found["threshold"] == pytest.approx(0.4) and found["refused"] == 0
+    ids = {product.product_id for product in unseen_products(catalog)}
+    assert ids == {product.product_id for product in catalog.split("valid")}
+    twins = Catalog.from_products([replace(product, split="valid" if n else "train", title="One title") for n, product in enumerate(catalog)])
+    assert unseen_products(twins) == []  # all are the train product under other ids
 
 
 @pytest.mark.parametrize("answer", [np.zeros(3), np.full(7, np.nan), np.zeros((7, 1))], ids=["short", "nan", "two axes"])
