@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPANDED', 'JPEG_QUALITY', 'PARTS', 'REAL_PAIRS', 'STATE', 'Recipe', 'attempt', 'seed_of', 'enrich_titles',
-           'picture_path', 'expand_pictures', 'in_parts', 'real_pairs', 'score_pairs', 'apply_filter', 'link_files',
-           'evaluation_hash', 'open_target', 'typed', 'summarise_attempts', 'augment_catalog']
+           'picture_path', 'expand_pictures', 'in_parts', 'real_pairs', 'score_pairs', 'apply_filter',
+           'unseen_products', 'link_files', 'evaluation_hash', 'open_target', 'typed', 'summarise_attempts',
+           'augment_catalog']
 
 # %% ../nbs/19_coaugment.ipynb #301bb537
 import hashlib
@@ -187,7 +188,7 @@ def real_pairs(
     products: Sequence[Product],
     most: int = REAL_PAIRS,
 ) -> list[Product]:
-    "Products with a title and a picture, chosen by a hash of the id."
+    "Products with a title and a picture, chosen by a hash of the id, not by their place."
     both = [product for product in products if product.has_text and product.has_image]
     return sorted(both, key=lambda product: hashlib.sha256(f"pair:{product.product_id}".encode()).digest())[:most]
 
@@ -214,11 +215,16 @@ def apply_filter(
     recipe: Recipe,  # ready
     out: Path,
     parts: Path,
+    unseen: Sequence[Product] = (),  # products that the scorer was not trained on: their pairs set the threshold
 ) -> tuple[pd.DataFrame, dict]:
     "The table with scores, what is inconsistent no longer kept; and what the filter did."
     if recipe.scorer is None or not table.kept.any():
         return table, {"scorer": None}
-    real = real_pairs(list(products.values()))
+    origin = {"pairs_of": "valid"}
+    real = real_pairs(unseen)
+    if not real:
+        origin = {"pairs_of": "train", "note": "no pairs outside the train split: the threshold is too high if the scorer was trained on this catalogue"}
+        real = real_pairs(list(products.values()))
     if not real:
         return table, {"scorer": _name(recipe.scorer), "note": "no product has both a title and a picture: nothing to compare with"}
     threshold = float(np.quantile(score_pairs(recipe.scorer, [(product.image_ref(), product.title) for product in real], parts, "real"), recipe.keep_quantile))
@@ -229,7 +235,15 @@ def apply_filter(
     low = table.index.isin(scores.index[scores < threshold])
     table.loc[low, "reason"] = [f"inconsistent: score {score:.4f} below {threshold:.4f}" for score in table.loc[low, "score"]]
     table.loc[low, "kept"] = False
-    return table, {"scorer": _name(recipe.scorer), "threshold": threshold, "real_pairs": len(real), "refused": int(low.sum())}
+    return table, {"scorer": _name(recipe.scorer), "threshold": threshold, "real_pairs": len(real), "refused": int(low.sum()), **origin}
+
+
+def unseen_products(
+    catalog: Catalog,
+) -> list[Product]:
+    "The valid split, without products whose key is in the train split."
+    trained = {product.key for product in catalog if product.split == "train"}
+    return [product for product in catalog if product.split == "valid" and product.key not in trained]
 
 
 def _pair(row, product: Product, found: dict) -> tuple[ImageRef, str] | None:
@@ -358,7 +372,7 @@ def _augment(catalog: Catalog, products: list[Product], out: Path, recipe: Recip
         tables.append(_all_pictures([product for product in products if product.has_image], recipe, out, workers))
     seconds["pictures"], started = time.perf_counter() - started, time.perf_counter()
     table = pd.concat([table for table in tables if len(table)], ignore_index=True).reindex(columns=AUGMENTED_COLUMNS)
-    table, filtered = apply_filter(table, {product.product_id: product for product in products}, recipe, out, parts)
+    table, filtered = apply_filter(table, {product.product_id: product for product in products}, recipe, out, parts, unseen_products(catalog))
     seconds["filter"] = time.perf_counter() - started
     return _finish(catalog, out, table, settings, {"products": len(products), "filter": filtered, "seconds": seconds})
 

@@ -376,7 +376,11 @@ def augment_lines(
         refused = ", ".join(f"{number:,} x {reason}" for reason, number in counts["refused"].items())
         lines.append(f"  {kind:<11} {counts['kept']:>7,} kept of {counts['attempts']:,}" + (f"; {refused}" if refused else ""))
     filtered, seconds = summary["filter"], summary["seconds"]
-    lines.append(f"  filter: {filtered['refused']:,} below {filtered['threshold']:.4f} by {filtered['scorer']}" if "threshold" in filtered else "  filter: none, nothing was compared with its title")
+    if "threshold" in filtered:
+        pairs = f"from {filtered['real_pairs']:,} pairs of the {filtered['pairs_of']} split"
+        lines.append(f"  filter: {filtered['refused']:,} below {filtered['threshold']:.4f} by {filtered['scorer']}, {pairs}")
+    else:
+        lines.append("  filter: none, nothing was compared with its title")
     per_minute = 60 * summary["products"] / max(seconds["titles"] + seconds["pictures"], 1e-9)
     lines.append(f"  {per_minute:,.0f} products a minute for titles and pictures; {summary['products_outside_train']:,} products outside train, the same as before (checked)")
     return "\n".join(lines)
