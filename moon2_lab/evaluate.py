@@ -23,17 +23,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 # %% ../nbs/41_evaluate.ipynb #a00a9c39
-from .catalog import Catalog, Item, Product
+from .catalog import Catalog, Item, Product, large_keys
 from .core import VIEWS, DataError, LabError, UsageError
 from moon2_lab.metrics import (
     RARE, Ranks, average_precision_at, bm25, classification_scores, expected_hit_at, hit_at, nearest_class, normalised, precision_at, rank_scores, ranks_chunked,
 )
 from .outputs import NotSaved, atomic_path, file_sha256, held, json_text, try_file
 from moon2_lab.protocol import (
-    Direction, LabelTask, Side, catalog_queries, folded_words, gallery_side, label_tasks, pick_products, plan_directions, query_image_counts, read_gallery,
-    string_match, triplet_queries, unseen_queries,
+    Direction, LabelTask, Side, catalog_queries, equal_titles, folded_words, gallery_side, label_tasks, pick_products, plan_directions, query_image_counts,
+    read_gallery, string_match, triplet_queries, unseen_queries,
 )
 from .statistics import judged, paired_test, with_interval
+from .synth import drawn_from
 from .text import Lexicon
 
 # %% ../nbs/41_evaluate.ipynb #b0e7d87a
@@ -108,11 +109,11 @@ def recall_block(
     rows: np.ndarray | None = None,  # (Q,) bool, score only these queries
     hit: Callable[[Ranks, int], np.ndarray] = hit_at,  # expected_hit_at for baselines
 ) -> dict:
-    "R@1, R@5, R@10 with intervals (and mAP@k, Prec@k where the protocol has them); empty without queries."
+    "R@1, R@5, R@10 with intervals (and mAP@k, Prec@k of the model where the protocol has them); empty without queries."
     rows = np.ones(len(ranks), dtype=bool) if rows is None else rows
     if not rows.any():
         return {}
-    measures = {"R": hit} | ({"mAP": average_precision_at, "Prec": precision_at} if settings.precision else {})
+    measures = {"R": hit} | ({"mAP": average_precision_at, "Prec": precision_at} if settings.precision and hit is hit_at else {})
     return {f"{name}@{k}": settings.interval(measure(ranks, k)[rows], group[rows]) for name, measure in measures.items() for k in (1, 5, 10)}
 
 # %% ../nbs/41_evaluate.ipynb #f104d663
@@ -133,11 +134,13 @@ def direction_block(
     settings: Settings,
     nan_vectors: int = 0,  # broken vectors among queries and gallery
 ) -> dict:
-    "The direction's entry of metrics.json."
+    "The direction's entry of metrics.json; `n_equal_title`: queries whose words are the title that they look for."
     block = {"n_queries": len(ranks), "n_gallery": ranks.n_gallery, "n_keys": len(np.unique(direction.group)), **recall_block(ranks, direction.group, settings)}
     unseen = unseen_queries(direction, settings.catalog)
     if unseen is not None:
         block["unseen_title"] = {"n_queries": int(unseen.sum()), **recall_block(ranks, direction.group, settings, unseen)}
+    if direction.query_view != "i":
+        block["n_equal_title"] = int(equal_titles(direction.asking, direction.gallery)[direction.query_rows].sum())
     chance = {f"R@{k}": chance_recall(ranks, k) for k in (1, 5, 10)}
     return block | {"chance": chance, "n_without_hit": int((ranks.n_hits == 0).sum()), "n_nan_vectors": nan_vectors}
 
@@ -199,7 +202,7 @@ def baseline_block(
 ) -> dict:
     """The baseline's entry for a direction: its R@k, expected over random orders of equal scores, each with `paired`, the test of model minus baseline.
 
-    mAP@k and Prec@k, where there are, keep the model's rule for ties. No test without `settings.resamples`."""
+    A baseline has no mAP@k and Prec@k: with ties against it they would flatter the model. No test without `settings.resamples`."""
     block = recall_block(theirs, direction.group, settings, hit=expected_hit_at)
     for k in (1, 5, 10) if settings.resamples else ():
         values = hit_at(ranks, k), expected_hit_at(theirs, k)
@@ -359,6 +362,11 @@ def ask_triplets_v1(
     queries, left_out = triplet_queries(catalog if split == "all" else catalog.split(split), limit)
     products = pick_products(catalog, split) if gallery is None else read_gallery(catalog.whole, gallery)
     about = {"gallery": "all products of the split" if gallery is None else "list of ids", "n_pseudo_positive_left_out": left_out}
+    about["mAP@k"] = "sum of the precision at each found right answer / min(k, right answers in the gallery), mean over the queries"
+    there = np.array([product.key for product in products])
+    if not any(np.isin(keys, there).any() for keys in queries.hit_keys):
+        advice = "list the products that the queries look for, too (positive_id of triplets.parquet)"
+        raise DataError(f"none of the {len(queries):,} queries has a right answer among the {len(products):,} products of the gallery", where="gallery", advice=advice)
     return Question(catalog.whole, products, gallery_side(products), queries, queries, about)
 
 # %% ../nbs/41_evaluate.ipynb #990d96e0
@@ -376,7 +384,11 @@ def ask(
     if protocol == "catalog-v1" and gallery is not None:
         raise UsageError("catalog-v1 has a fixed gallery", where="gallery", advice="leave it out, or use triplets-v1")
     question = ask_catalog_v1(catalog, split, limit, lexicon) if protocol == "catalog-v1" else ask_triplets_v1(catalog, split, limit, gallery)
-    folder = question.catalog.folder
+    folder, equal = question.catalog.folder, equal_titles(question.queries, question.gallery)
+    asked = sum(bool(item.text) for item in question.queries.items)
+    question.about["queries_equal_title"] = {"n": int(equal.sum()), "of": asked, "share": float(equal.sum() / max(1, asked))}
+    question.about |= {"large_keys": groups} if (groups := large_keys(question.products)) else {}
+    question.about |= {"catalog_version": label["version"]} if folder and "version" in (label := drawn_from(folder) or {}) else {}
     question.about = {
         "name": protocol, "split": split, "hit_rule": "same product key", "catalog": Path(folder).resolve().name if folder else "in memory", "catalog_hash": question.catalog.data_hash,
         "limit": limit, "n_products": len(question.products), **RULES, **question.about,

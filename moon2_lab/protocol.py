@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'hash_order', 'pick_products', 'Side', 'gallery_side', 'catalog_queries', 'query_image_counts', 'Direction',
-           'plan_directions', 'unseen_queries', 'triplet_queries', 'read_gallery', 'LabelTask', 'product_classes',
-           'product_values', 'product_labels', 'label_tasks', 'folded_words', 'string_match']
+           'plan_directions', 'equal_titles', 'unseen_queries', 'triplet_queries', 'read_gallery', 'LabelTask',
+           'product_classes', 'product_values', 'product_labels', 'label_tasks', 'folded_words', 'string_match']
 
 # %% ../nbs/39_protocol.ipynb #17cd2d8c
 import hashlib
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 # %% ../nbs/39_protocol.ipynb #6fddab4b
-from .catalog import Catalog, Item, Product
+from .catalog import Catalog, Item, Product, folded_title
 from .core import DIRECTIONS, DataError, UsageError
 from .text import Lexicon, fold, query_image_ref, search_phrase, uses_photo_view, words
 
@@ -134,6 +134,18 @@ def plan_directions(
     return planned, skipped
 
 # %% ../nbs/39_protocol.ipynb #a70f6d98
+def equal_titles(
+    asking: Side,
+    gallery: Side,
+) -> np.ndarray:
+    "(N,) bool: the words of the query are the whole title of a product that it should find. Finding that is no search."
+    titles = defaultdict(set)
+    for key, item in zip(gallery.hit_keys, gallery.items):
+        titles[int(key)].add(folded_title(item.text))
+    asked = [(folded_title(item.text), np.atleast_1d(keys)) for item, keys in zip(asking.items, asking.hit_keys)]
+    return np.array([bool(text) and any(text in titles.get(int(key), ()) for key in keys) for text, keys in asked], dtype=bool)
+
+
 def unseen_queries(
     direction: Direction,
     catalog: Catalog,  # the whole catalogue
@@ -179,13 +191,15 @@ def read_gallery(
     "The products of a gallery list, each once; an unknown id is a `DataError`."
     if isinstance(gallery, (str, Path)):
         try:
-            lines = Path(gallery).read_text(encoding="utf-8").splitlines()
+            lines = Path(gallery).read_text(encoding="utf-8-sig").splitlines()  # a byte-order mark is no part of the first id
         except (OSError, UnicodeDecodeError) as error:
             raise DataError("not a readable list of product ids", where=str(gallery), advice="give a text file with one id per line") from error
         gallery = [line.strip() for line in lines if line.strip()]
     ids = list(dict.fromkeys(gallery))
+    if not ids:
+        raise DataError("the gallery is empty", where="gallery", advice="give a text file with one product id per line, or at least one id")
     unknown = [name for name in ids if catalog.get(name) is None]
-    if unknown or not ids:
+    if unknown:
         raise DataError(f"{len(unknown)} of {len(ids)} gallery ids are not in the catalogue: {', '.join(unknown[:3])}", where="gallery", advice="they may be set aside (moon2 data check)")
     return [catalog.get(name) for name in ids]
 

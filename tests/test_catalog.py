@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 import moon2_lab.images as images_module
-from moon2_lab.catalog import Catalog, ImageRef, Item, Product, decode_image, product_keys
+from moon2_lab.catalog import Catalog, ImageRef, Item, Product, decode_image, key_words, large_keys, product_keys
 from moon2_lab.core import DataError, LabError
 from moon2_lab.images import ImageFolder, examine
 from moon2_lab.page import picture_uri
@@ -536,3 +536,41 @@ def test_real_set(name, monkeypatch):
     start = time.perf_counter()
     assert Catalog.load(Path(DATA) / name).data_hash == catalog.data_hash
     print(f"{name}: second load {time.perf_counter() - start:.2f} s")
+
+
+# ---------------------------------------------------------------------------------------------- placeholders
+
+
+def with_placeholder(folder, count=24, kinds=("Mug", "Hat", "Bag"), shared=12, titles=True):
+    "Products of which the first `shared` show the same picture."
+    rows = [{"product_id": f"p{n:02}", "title": f"{kinds[n % len(kinds)]} no {n}" if titles else f"Mug no {n % 2}", "category_l1": kinds[n % len(kinds)],
+             "image_paths": json.dumps(["none.png" if n < shared else f"{n}.png"])} for n in range(count)]
+    return make(folder, rows, {"none.png": encoded(draw(99))} | {f"{n}.png": encoded(draw(n)) for n in range(shared, count)})
+
+
+def test_a_placeholder_is_set_aside_with_its_reason_and_joins_nothing(tmp_path):
+    catalog = Catalog.load(with_placeholder(tmp_path / "c", shared=20))  # 20 of 24: no reason to refuse the catalogue, all titles are there
+    assert len({product.key for product in catalog}) == 24 and [product.has_image for product in catalog] == [False] * 20 + [True] * 4
+    assert catalog.quarantine["reason"].tolist() == ["placeholder: the main picture of 20 products of different titles"] * 20
+    assert catalog.summary()["large_keys"] == []
+
+
+def test_a_placeholder_may_be_kept_and_is_then_named(tmp_path):
+    catalog = Catalog.load(with_placeholder(tmp_path / "c"), placeholder=0)
+    group, = catalog.summary()["large_keys"]
+    assert (group["products"], group["share"], group["by"], group["titles"]) == (12, 0.5, "picture", 12) and not len(catalog.quarantine)
+    assert "12 products (50%) share one picture (a placeholder?)" in key_words(group)
+
+
+@pytest.mark.parametrize("how", [{"shared": 9}, {"kinds": ("Ring",)}, {"kinds": ("Ring", "Band")}, {"titles": False}])
+def test_a_picture_of_few_products_or_of_variants_is_no_placeholder(tmp_path, how):
+    "Fewer than ten; ring sizes of one or two categories; listings of two titles. Without categories nothing tells variants from placeholders."
+    catalog = Catalog.load(with_placeholder(tmp_path / "c", **how))
+    assert not len(catalog.quarantine) and all(product.has_image for product in catalog)
+
+
+def test_a_chain_of_titles_and_pictures_is_named():
+    refs = [ImageRef.from_pil(draw(n)) for n in range(6)]
+    chain = [Product(f"p{n:02}", f"Mug no {n // 2}", refs=(refs[(n + 1) // 2],)) for n in range(11)]
+    group, = large_keys(Catalog.from_products(chain))
+    assert (group["products"], group["by"], group["titles"]) == (11, "title and picture in a chain", 6)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from moon2_lab.alarms import baseline_alarms
+from moon2_lab.alarms import baseline_alarms, query_alarms
 from moon2_lab.catalog import Catalog, Item, Product
 from moon2_lab.core import DIRECTIONS, DataError, UsageError
 from moon2_lab.evaluate import answer, ask, encode_side, evaluate
@@ -164,11 +164,11 @@ def test_files_are_written_where_asked(catalog, metrics, tmp_path):
     evaluate(FakeEncoder(), catalog, out=tmp_path / "a", resamples=200)
     again = evaluate(FakeEncoder(), catalog, out=tmp_path / "b" / "scores.json", resamples=200)
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"metrics.json", "per_query.parquet"}
-    assert {path.name for path in (tmp_path / "b").iterdir()} == {"scores.json", "per_query.parquet"}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"scores.json", "scores.per_query.parquet"}
     kept = json.loads((tmp_path / "a" / "metrics.json").read_text())
     without_time = lambda found: {name: value for name, value in found.items() if name != "timing"}
     assert without_time(kept) == without_time(again) == without_time(metrics)
-    first, second = (pd.read_parquet(tmp_path / name / "per_query.parquet") for name in "ab")
+    first, second = (pd.read_parquet(tmp_path / name) for name in ("a/per_query.parquet", "b/scores.per_query.parquet"))
     pd.testing.assert_frame_equal(first, second)
     assert list(first.columns[:6]) == ["query_id", "direction", "rank", "hit_ids", "top_ids", "top_scores"]
     assert (first["top_ids"].map(len) == first["top_scores"].map(len)).all() and (first["top_ids"].map(len) <= 10).all()
@@ -469,7 +469,7 @@ def test_a_gallery_file_replaces_the_split(asked, tmp_path):
     metrics = evaluate(FakeEncoder(), asked, protocol="triplets-v1", gallery=tmp_path / "gallery.txt", resamples=0, baselines=False)
     assert metrics["directions"]["t->mm"]["n_gallery"] == 25 and metrics["directions"]["t->mm"]["n_without_hit"] > 0
     assert metrics == evaluate(FakeEncoder(), asked, protocol="triplets-v1", gallery=names, resamples=0, baselines=False) | {"timing": metrics["timing"]}
-    for bad, message in ((["p000", "gone"], "1 of 2 gallery ids"), ([], "0 of 0"), (str(tmp_path / "none.txt"), "not a readable list")):
+    for bad, message in ((["p000", "gone"], "1 of 2 gallery ids"), ([], "the gallery is empty"), (str(tmp_path / "none.txt"), "not a readable list")):
         with pytest.raises(DataError, match=message):
             evaluate(FakeEncoder(), asked, protocol="triplets-v1", gallery=bad)
 
@@ -520,3 +520,53 @@ def test_fashion_counts(data_root):
     assert sum(key in train for key in gallery.group) >= 274
     tasks = {task.name: len(task.texts) for task in label_tasks(catalog, products)}
     assert tasks["category_l2"] == 23 and tasks["gender"] == 5
+
+
+# ---------------------------------------------------------------------------------------------- what a reader must know of the queries
+
+
+def test_queries_that_are_the_title_are_counted_everywhere(tmp_path):
+    "One run of Chinese is one word, so the phrase is the title: said in metrics.json, in the score lines and on the report."
+    from moon2_lab.job import score_lines
+
+    names = "红蓝绿黑白黄粉灰"
+    products = [Product(f"p{n:02}", f"{names[n % 8]}色棉衬衫第{n}号" if n < 24 else f"red cotton shirt no {n} new", split="test") for n in range(30)]
+    metrics = evaluate(FakeEncoder(), Catalog.from_products(products), resamples=0)
+    equal = metrics["directions"]["t->mm"]["n_equal_title"]
+    assert 24 <= equal < 30 and metrics["directions"]["t->mm"]["n_queries"] == 30
+    assert metrics["protocol"]["queries_equal_title"] == {"n": equal, "of": 30, "share": equal / 30}
+    assert f"{equal} of 30 queries equal the title" in score_lines(metrics)
+    assert [alarm.level for alarm in query_alarms(metrics)] == ["warning"] and f"{equal} of 30" in query_alarms(metrics)[0].text
+
+
+def test_large_keys_are_named_in_metrics_score_lines_and_alarms():
+    from moon2_lab.job import score_lines
+
+    shared = picture("grey", 3)
+    products = [Product(f"p{n:02}", f"{COLOURS[n % 5]} {KINDS[n % 4]} no {n}", refs=(shared if n % 2 else picture(COLOURS[n % 5], 1 + n % 15),), split="test") for n in range(40)]
+    metrics = evaluate(FakeEncoder(), Catalog.from_products(products), resamples=0)
+    group, = metrics["protocol"]["large_keys"]
+    assert group["products"] == 20 and group["by"] == "picture"
+    assert "20 products (50%) share one picture" in score_lines(metrics)
+    assert any("20 products (50%)" in alarm.text and alarm.level == "warning" for alarm in query_alarms(metrics))
+
+
+def test_gallery_files_get_clear_words(catalog, tmp_path):
+    test = [product.product_id for product in catalog.split("test")]
+    asked = triplets(catalog, [("q1", "red mug", None, test[0], None)])
+    (tmp_path / "marked.txt").write_bytes("\n".join([*test[:2], ""]).encode("utf-8-sig"))
+    marked = evaluate(FakeEncoder(), asked, protocol="triplets-v1", gallery=tmp_path / "marked.txt", resamples=0, baselines=False)
+    assert marked["directions"]["t->mm"]["n_gallery"] == 2
+    others = [name for name in test if catalog.product_key(name) != catalog.product_key(test[0])][:5]
+    for name, content, message in (("empty.txt", "\n\n", "the gallery is empty"), ("others.txt", "\n".join(others), "none of the 1 queries has a right answer among the 5 products")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=message):
+            evaluate(FakeEncoder(), asked, protocol="triplets-v1", gallery=tmp_path / name, resamples=0)
+
+
+def test_a_drawn_catalogue_carries_the_version_of_its_generator(tmp_path):
+    from moon2_lab.synth import GENERATOR_VERSION, make_catalog
+
+    drawn = Catalog.load(make_catalog(tmp_path / "drawn", 12, image_size=64))
+    about = ask(drawn, "all").about
+    assert (about["catalog_version"], about["catalog_hash"]) == (GENERATOR_VERSION, drawn.data_hash)

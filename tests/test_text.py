@@ -109,11 +109,11 @@ def test_fold(word, expected):
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=30))
-def test_words_and_fold_agree_with_the_plain_text(text):
-    assert words(text) == plain_words(text)
+def test_words_hold_letters_and_fold_is_stable(text):
+    "Of any text, marks and all: every word begins with a letter or digit, and folds to letters, digits and marks."
     for word in words(text):
-        assert fold(word) == plain_fold(word)
-        assert all(letter.isalnum() for letter in fold(word))
+        assert word[0].isalnum() and fold(word) and words(word) == [word]
+        assert all(letter.isalnum() or unicodedata.category(letter)[0] == "M" for letter in fold(word))
 
 
 # ---- golden values: a change here makes every stored score incomparable
@@ -249,3 +249,43 @@ def test_real_set(name, tmp_path, monkeypatch):
     for product in catalog[:: max(1, len(catalog) // 10)]:
         if product.n_images == 1:
             assert query_image_ref(product, 0).load().tobytes() == plain_photo(product.image(), product.product_id, 0).tobytes()
+
+
+# ---------------------------------------------------------------------------------------------- marks
+
+
+latin = st.text(st.characters(codec="utf-8", max_codepoint=0x24F), max_size=60).map(lambda text: unicodedata.normalize("NFC", text))
+segmented = st.text(st.characters(codec="utf-8", exclude_categories=("M", "C")), max_size=60)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(latin, segmented))
+def test_texts_without_marks_are_cut_and_folded_as_ever(text):
+    "Scores of other days compare: nothing changes for plain Latin in composed form, nor for any text without combining marks."
+    assert words(text) == plain_words(text)
+    assert [fold(word) for word in words(text)] == [plain_fold(word) for word in plain_words(text)]
+
+
+@pytest.mark.parametrize("title, count", [
+    ("लाल सूती साड़ी महिलाओं के लिए", 6), ("فُسْتَانٌ أَحْمَرُ قُطْنِيٌّ", 3), ("שָׁלוֹם עוֹלָם", 2), ("কালো চামড়ার জুতা", 3), ("சிவப்பு சட்டை", 2), ("กระเป๋าหนังแท้สีดำ ขนาดเล็ก", 2),
+    (unicodedata.normalize("NFD", "crème brûlée à l'été, 3.5 mm"), 6), (unicodedata.normalize("NFD", "Đèn bàn gỗ trắng"), 4), ("می\u200cخواهم کتاب", 2), ("क्\u200dष कम", 2),
+])
+def test_no_word_is_cut_at_a_mark(title, count):
+    assert len(words(title)) == count == len(title.split()), words(title)
+    assert all(fold(word) for word in words(title))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(codec="utf-8", min_codepoint=0x20, max_codepoint=0x1EFF), max_size=40))
+def test_decomposed_titles_give_the_folded_words_of_composed_ones(text):
+    composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+    assert [fold(word) for word in words(decomposed)] == [fold(word) for word in words(composed)]
+
+
+def test_phrases_do_not_depend_on_the_normal_form():
+    titles = ["crème brûlée ramekin blanc émaillé", "crème brûlée plat rond", "tasse à café bleue"]
+    phrases = []
+    for form in ("NFC", "NFD"):
+        catalog = Catalog.from_products([Product(f"p{n}", unicodedata.normalize(form, title)) for n, title in enumerate(titles)])
+        phrases.append([unicodedata.normalize("NFC", search_phrase(product, v, Lexicon(catalog))) for product in catalog for v in range(4)])
+    assert phrases[0] == phrases[1]
