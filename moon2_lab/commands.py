@@ -101,8 +101,11 @@ def check_lines(
     facts: dict,  # of Catalog.summary
 ) -> list[str]:
     "A summary for a reader."
+    from moon2_lab.catalog import key_words
+
     lines = [f"{facts['products']:,} of {facts['records']:,} records usable: {facts['with_title']:,} with a title, {facts['with_image']:,} with a picture, {facts['with_both']:,} with both"]
     lines += [f"{facts['keys']:,} different products ({facts['shared_titles']:,} share their title with another)"]
+    lines += [f"  {key_words(group)}" for group in facts["large_keys"]]
     for name, split in facts["splits"].items():
         seen = f", {split['key_in_train']:,} of them also in train by key" if name != "train" and split["key_in_train"] else ""
         lines.append(f"  {name}: {split['products']:,} products{seen}")

@@ -203,6 +203,7 @@ def score_lines(
     metrics: dict,  # of metrics.json
 ) -> str:
     "One line per direction: R@1, R@10 with its interval, the best trivial baseline, the verdict."
+    from moon2_lab.catalog import key_words
     from moon2_lab.tables import against_baselines, score_table
 
     scores = score_table(metrics)
@@ -214,6 +215,10 @@ def score_lines(
             first, tenth, other = rows[direction, "R@1"], rows[direction, "R@10"], beside.get(direction)
             against = f"{other.theirs:.3f} {other.baseline} ({', '.join(filter(None, (other.verdict, other.p)))})" if other else "-"
             lines.append(f"{direction:<10} {first.value:>6.3f} {tenth.value:>6.3f}  {tenth.lower:.3f} to {tenth.upper:.3f} {against}")
+    for direction, block in metrics["directions"].items():
+        if equal := block.get("n_equal_title"):
+            lines.append(f"{direction:<10} {equal:,} of {block['n_queries']:,} queries equal the title that they look for: no measure of search")
+    lines += [key_words(group) for group in metrics["protocol"].get("large_keys", ())]
     return "\n".join(lines + [f"{name:<10} not scored: {reason}" for name, reason in metrics.get("skipped", {}).items()])
 
 # %% ../nbs/67_job.ipynb #98fc2768
