@@ -1,5 +1,6 @@
 """A training run can be watched, paused, interrupted, killed and continued, and always gives the same weights."""
 import copy
+import dataclasses
 import errno
 import os
 import random
@@ -14,12 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from moon2_lab import train as train_module
 from moon2_lab.catalog import Catalog
-from moon2_lab.checkpoint import load_checkpoint, newest_checkpoint
-from moon2_lab.core import OBJECTIVES, VIEWS, DataError, DriftError, LabError, UsageError
-from moon2_lab.outputs import read_json
+from moon2_lab.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
+from moon2_lab.core import OBJECTIVES, VIEWS, DataError, DriftError, LabError, TrainConfig, UsageError
 from moon2_lab.encoder import Moon2Encoder
+from moon2_lab.filtering import Moon2Objective
 from moon2_lab.losses import TripletKeys, TripletRouting, TripletViews, inter_product_loss, objective_routing
+from moon2_lab.outputs import read_json
 from moon2_lab.train import PHASES, Trainer, lay_out
 from small import product, settings, shop, tiny
 
@@ -257,6 +260,16 @@ def test_what_if_leaves_nothing(catalog, straight):
         trainer.what_if(temprature=1)
 
 
+def test_what_if_it_were_the_paper(catalog):
+    "The preset is every field of the method; what was given stays."
+    trainer = Trainer(tiny(), catalog, TrainConfig(max_steps=6, per_device_train_batch_size=8, num_threads=1, device="cpu", aux_weight=0.5))
+    as_is, paper = trainer.what_if(preset="paper")
+    row, other = as_is[-1].data["row"], paper[-1].data["row"]
+    assert row["loss_intra_p"] != other["loss_intra_p"] and "loss_balance" in row and "loss_balance" not in other
+    terms = sum(other[f"omega_{name}"] * other[f"loss_{name}"] for name in OBJECTIVES) + 0.5 * other["loss_aux"] + 0.01 * other["loss_sparsity"]
+    assert other["loss"] == pytest.approx(terms, rel=1e-5)
+
+
 def test_what_if_in_the_middle_of_a_step(catalog, straight):
     trainer = Trainer(tiny(), catalog, settings())
     first(trainer, "gradients", 2)
@@ -318,6 +331,80 @@ def test_an_interrupted_calibration_leaves_nothing(catalog, straight, error):
     if trainer.max_steps > 1:
         assert events[0].data["triplets"] != events[len(PHASES)].data["triplets"]
     assert trainer.max_steps < 1000
+
+
+def slow(seconds):
+    "The paper's objective, so many seconds slower."
+    objective = Moon2Objective(settings())
+    return lambda *parts: (time.sleep(seconds), objective(*parts))[1]
+
+
+def test_minutes_are_a_limit_beside_steps(catalog):
+    "A run that would pass the clock has fewer steps, and the learning rate comes to its end all the same."
+    trainer = Trainer(tiny(), catalog, settings(max_steps=5000, max_minutes=4 / 60), objective=slow(0.05))
+    history = trainer.train()
+    assert trainer.seconds["steps"] == pytest.approx(history["seconds"].sum())
+    assert 10 < len(history) < 100 and trainer.step == trainer.max_steps and trainer.progress == 1
+    assert trainer.seconds["steps"] < 4 + 1.5 * history["seconds"].max()
+    assert history["lr_factor"].iloc[-1] < 0.05 < history["lr_factor"].max()
+    assert trainer.seconds["features"] > 0  # made before, not on the clock
+
+
+def made_up_steps(trainer, seconds):
+    "Let the trainer believe that it took steps of so many seconds; the number of steps it plans after each."
+    planned = []
+    for taken in seconds:
+        if trainer.step >= trainer.max_steps:
+            break
+        trainer.history.append({"seconds": taken})
+        trainer.step, trainer.seconds["steps"] = trainer.step + 1, trainer.seconds["steps"] + taken
+        trainer.keep_time()
+        planned.append(trainer.max_steps)
+    return planned
+
+
+def test_the_clock(catalog):
+    "Steps of made-up length under a limit of one minute."
+    def planned(seconds, found=60, **changes):
+        trainer = Trainer(tiny(), catalog, settings(**({"max_steps": 0, "max_minutes": 1} | changes)))
+        trainer.max_steps = found
+        return made_up_steps(trainer, seconds), trainer
+
+    plans, trainer = planned([1.0] * 100)
+    assert plans[-1] == trainer.step and 58 <= trainer.step <= 60  # as calibrated
+    plans, trainer = planned([1.0] * 30 + [2.0] * 70)  # a busier machine from the middle on
+    assert 43 <= trainer.step <= 46 and trainer.seconds["steps"] <= 61 and plans[29] == 60
+    assert plans[-2] - (trainer.step - 1) <= 2, "the last step should be near the end of the schedule"
+    plans, trainer = planned([0.1] * 1000)  # the calibration was six times too slow: seen early, and once
+    assert 560 <= trainer.step <= 600 and trainer.seconds["steps"] < 60 and len(set(plans)) <= 3
+    plans, trainer = planned([0.1] * 1000, found=70, max_steps=70)
+    assert trainer.step == 70  # steps that were asked for are not exceeded
+    plans, trainer = planned([5.0] * 2 + [300.0] + [1.0] * 9)  # put to sleep for five minutes: one last step, with the smallest rate
+    assert trainer.step == 4
+    plans, trainer = planned([100.0] * 70, found=70, max_steps=70, max_minutes=0)
+    assert trainer.step == 70  # no limit
+
+
+def test_steps_without_minutes_have_no_clock(catalog):
+    assert (settings(max_steps=6).max_minutes, settings(max_steps=0).max_minutes, settings(max_steps=6, max_minutes=2).max_minutes) == (0, 5, 2)
+
+
+def test_scores_at_even_distances(catalog, straight):
+    trainer = Trainer(tiny(), catalog, settings(eval_points=3), evaluate_fn=lambda encoder: {"score": 0.5})
+    history = trainer.train()
+    assert history["valid_score"].notna().tolist() == [False, True] * 3
+    assert trainer.encoder.fingerprint == straight[0]
+
+
+def test_checkpoints_by_time(catalog, tmp_path):
+    "By default every five minutes; here after every step, since each takes longer than a hundredth of a second."
+    assert settings().save_minutes == 5.0
+    trainer = Trainer(tiny(), catalog, settings(save_minutes=0.01 / 60), objective=slow(0.02), out=tmp_path / "run")
+    first(trainer, "step", 3)
+    assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")) == ["step-000003", "step-000004"]
+    trainer = Trainer(tiny(), catalog, settings(), out=tmp_path / "other")
+    first(trainer, "step", 3)
+    assert not (tmp_path / "other" / "checkpoints").exists()  # it is younger than five minutes
 
 
 def test_plan_comes_before_the_first_step(catalog):
@@ -426,6 +513,37 @@ def test_resume_with_something_else_is_refused(catalog, tmp_path):
         Trainer(tiny(), catalog, settings(seed=5), out=tmp_path / "run", resume=True)
     with pytest.raises(LabError, match="another|config|shape|num_experts"):
         Trainer(tiny(num_experts=2), catalog, settings(), out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.1}, {"omega_mode": "faithful"}, {"learning_rate": 1e-4}, {"max_steps": 9}, {"max_steps": 0, "max_minutes": 2}, {"preset": "paper"}], ids=str)
+def test_a_resumed_run_keeps_its_settings(catalog, tmp_path, changes):
+    "In Python as on the command line: every field that differs is named."
+    interrupted_run(catalog, tmp_path / "run", 2)
+    with pytest.raises(UsageError, match="a resumed run keeps its settings") as refused:
+        Trainer(tiny(), catalog, settings(**changes), out=tmp_path / "run", resume=True)
+    for name, value in changes.items():
+        assert f"{name}: {getattr(settings(), name)} -> {value}" in str(refused.value)
+
+
+def test_what_does_not_change_the_result_is_free_on_resume(catalog, straight, tmp_path):
+    "And without a config the run's own settings are used."
+    interrupted_run(catalog, tmp_path / "run", 2, temperature=0.05)
+    free = settings(save_steps=2, save_minutes=1.0, eval_steps=3, max_nonfinite_steps=9)
+    assert Trainer(tiny(), catalog, free, out=tmp_path / "run", resume=True).step == 2
+    resumed = Trainer(tiny(), catalog, out=tmp_path / "run", resume=True)
+    assert (resumed.config.learning_rate, resumed.config.max_steps, resumed.config.save_steps) == (1e-3, 6, 1)
+    same_history(resumed.train(), straight[1])
+
+
+def test_the_encoder_is_not_what_the_config_says(catalog):
+    "Who gives another number of experts is told that the encoder's counts; who gives none is not."
+    with pytest.warns(UserWarning, match=r"num_experts: 4 -> 2.*top_k: 2 -> 1"):
+        trainer = Trainer(tiny(num_experts=2, top_k=1, gate_scale=True), catalog, settings(max_steps=1))
+    assert trainer.config.num_experts == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trainer(tiny(), catalog, TrainConfig(max_steps=1, per_device_train_batch_size=8, num_threads=1, device="cpu"))
+        Trainer(tiny(), catalog, settings(max_steps=1))
 
 
 def test_a_cut_checkpoint_falls_back_to_the_one_before(catalog, straight, tmp_path):
@@ -569,14 +687,15 @@ def test_a_killed_run_continues_bit_equal(catalog, eight_steps, tmp_path):
     assert resumed.encoder.fingerprint == eight_steps[0] == Moon2Encoder.from_pretrained(tmp_path / "run" / "model").fingerprint
 
 
-def test_an_interrupted_run_goes_on(catalog, eight_steps, tmp_path):
-    "A real SIGINT: the run stops between two updates, leaves a checkpoint, and goes on in the same process or in another."
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_an_interrupted_run_goes_on(catalog, eight_steps, tmp_path, number):
+    "A real signal: the run stops between two updates, leaves a checkpoint, and goes on in the same process or in another."
     chance = random.Random()
     step, phase, delay = chance.randrange(2, 6), chance.choice(PHASES), chance.uniform(0, 0.1)
     process = child(tmp_path / "run", step, phase)
     until(process, f"event {step} {phase}")
     time.sleep(delay)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     told = next(line.split() for line in out.splitlines() if line.startswith("interrupted"))
@@ -650,8 +769,6 @@ class Poison:
     "The paper's objective, spoilt at some steps."
 
     def __init__(self, steps, value):
-        from moon2_lab.filtering import Moon2Objective
-
         self.inner, self.steps, self.value, self.calls = Moon2Objective(settings()), steps, value, 0
 
     def __call__(self, *parts):
@@ -681,6 +798,12 @@ def test_too_many_of_them_stop_the_run(catalog, tmp_path):
     assert trainer.step == 4 and trainer.table()["skipped"].tolist() == [0, 0, 1, 1]
     good = newest_checkpoint(tmp_path / "run")[1][0]
     assert all(bool(tensor.isfinite().all()) for name, tensor in good.items() if tensor.is_floating_point())
+
+
+def test_only_steps_in_a_row_stop_the_run(catalog):
+    "Every other step is bad, five in all: each time the next one was good."
+    trainer = Trainer(tiny(), catalog, settings(max_steps=10, max_nonfinite_steps=2), objective=Poison({1, 3, 5, 7, 9}, float("nan")))
+    assert trainer.train()["skipped"].sum() == 5 == trainer.skipped
 
 
 def test_nan_in_the_features_is_caught(catalog, monkeypatch):
@@ -840,3 +963,34 @@ def test_a_query_of_words_alone_counts_once_for_the_load():
     history = trainer.train()
     assert history["loss_inter_mm"].isna().all() and history["loss_inter_i"].isna().all() and history["omega_inter_mm"].eq(0).all()
     assert history["loss_inter_t"].notna().all()
+
+
+# ---------------------------------------------------------------------------------------------- devices
+
+
+def on_meta(choices):
+    "The choices of a machine with another device: torch's meta, which has shapes and no numbers."
+    return dataclasses.replace(choices, device="meta")
+
+
+def test_a_second_trainer_has_a_device_of_its_own(catalog, monkeypatch):
+    "accelerate keeps the first device of a process; the encoder stands where its own config says."
+    first_one = Trainer(tiny(), catalog, settings())
+    real = train_module.choose_numerics
+    monkeypatch.setattr(train_module, "choose_numerics", lambda *args, **options: on_meta(real(*args, **options)))
+    second = Trainer(tiny(), catalog, settings())
+    assert {p.device.type for p in second.model.parameters()} == {"meta"} == {p.device.type for g in second.optimizer.param_groups for p in g["params"]}
+    assert {p.device.type for p in first_one.model.parameters()} == {"cpu"} and len(first_one.train()) == 6
+
+
+def test_resumed_moments_stand_where_the_optimizer_reads_them():
+    "Fused AdamW reads its step count on the device; the plain one on the CPU."
+    for fused, place in ((True, "meta"), (False, "cpu")):
+        layer = torch.nn.Linear(2, 2, device="meta")
+        optimizer = torch.optim.AdamW(layer.parameters())
+        optimizer.param_groups[0]["fused"] = fused
+        stored = {f"model.{name}": torch.zeros(p.shape) for name, p in layer.named_parameters()} | {"rng": torch.get_rng_state()}
+        stored |= {f"optimizer.{name}.{key}": torch.tensor(3.0) if key == "step" else torch.zeros(p.shape) for name, p in layer.named_parameters() for key in ("step", "exp_avg")}
+        load_tensors(stored, layer, optimizer)
+        found = optimizer.state[layer.weight]
+        assert (found["step"].device.type, found["exp_avg"].device.type) == (place, "meta")
