@@ -238,7 +238,7 @@ class LiveConfig:
     def require(self, holds: bool, field: str, what: str) -> None:
         "Raise `UsageError` about `field` unless `holds`."
         if not holds:
-            raise UsageError(f"{field}={getattr(self, field)!r} cannot be used", where=field, advice=f"allowed: {what}")
+            raise UsageError(f"{field}={getattr(self, field)!r}: {what}", where=field, advice="correct it where it was given: --set, --config, or settings.ini [lab]")
 
 # %% ../nbs/00_core.ipynb #80f3d485
 @dataclass(init=False)

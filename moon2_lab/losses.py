@@ -10,6 +10,7 @@ __all__ = ['OMEGA_MODES', 'contrastive_loss', 'at_least_float32', 'truncated', '
 
 # %% ../nbs/30_losses.ipynb #1dfe8565
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -25,13 +26,30 @@ def contrastive_loss(
     candidates: Tensor,  # (C, D), l2-normalised; the first A are the anchors' own positives, in order
     allowed: Tensor,  # (A, C) bool; always true at the own positive
     temperature: float,  # eps: a logit is score / temperature
+    check: bool | None = None,  # warn of vectors that are not normalised; None: on the CPU, where looking costs no wait
 ) -> Tensor:  # (A,)
-    "InfoNCE of each anchor over the candidates allowed to it. Low-precision vectors are scored in float32."
-    if temperature <= 0:
+    """InfoNCE of each anchor over the candidates allowed to it. Low-precision vectors are scored in float32. A candidate
+    with a number that is not finite makes NaN of the anchors that may see it, and reaches no other, nor its gradient."""
+    if not 0 < temperature < math.inf:
         raise UsageError(f"temperature={temperature}", where="temperature", advice="give a positive number, such as 0.05")
-    logits = at_least_float32(anchor) @ at_least_float32(candidates).T / temperature
-    labels = torch.arange(len(anchor), device=anchor.device)
-    return F.cross_entropy(logits.masked_fill(~allowed, -math.inf), labels, reduction="none")
+    if anchor.device.type == "cpu" if check is None else check:
+        _warn_of_lengths(anchor, candidates)
+    whole = candidates.isfinite().all(1)
+    clean = torch.where(whole[:, None], candidates, candidates.new_zeros(()))  # 0 x NaN is NaN, in the backward pass too
+    logits = at_least_float32(anchor) @ at_least_float32(clean).T / temperature
+    logits = logits.masked_fill(allowed & ~whole, math.nan).masked_fill(~allowed, -math.inf)
+    return F.cross_entropy(logits, torch.arange(len(anchor), device=anchor.device), reduction="none")
+
+
+@torch.no_grad()
+def _warn_of_lengths(*rows: Tensor) -> None:
+    "Warn of vectors whose length is not 1 (or 0: they know nothing)."
+    for vectors in rows:
+        norms = torch.linalg.vector_norm(at_least_float32(vectors), dim=1)
+        off = ((norms - 1).abs() > 0.02) & (norms > 1e-5)
+        if off.any():
+            what = f"vectors of length {norms[off].min():.3g} to {norms[off].max():.3g} in a loss of unit vectors: the temperature means something else then"
+            warnings.warn(f"{what} -> normalise them, for example with torch.nn.functional.normalize", stacklevel=3)
 
 
 def at_least_float32(rows: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def main() -> None:
     for turn, seed in enumerate(args.seeds):
         for arm in args.arms[:: 1 if turn % 2 == 0 else -1]:
             if (arm, seed) not in done:
-                config = configs[arm].replace(seed=seed, max_steps=steps[arm])
+                config = configs[arm].replace(seed=seed, max_steps=steps[arm], max_minutes=0)
                 row = {"arm": arm, "seed": seed, **run_arm(catalog, part, config, out, f"{arm}-{seed}")}
                 with rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -22,10 +22,10 @@ def train_arm(catalog, part, arm: str, config, steps_file: Path, folder: Path) -
     if (folder / "config.json").is_file():
         return
     objective = {"full": Moon2Objective, "unaligned": UnalignedObjective}[arm]
-    trainer = make_trainer(catalog, part, config, objective(config))
     if not steps_file.is_file():
-        steps_file.write_text(json.dumps(config.max_steps or trainer.calibrate()))
-    trainer.max_steps = json.loads(steps_file.read_text())
+        steps_file.write_text(json.dumps(config.max_steps or make_trainer(catalog, part, config, objective(config)).calibrate()))
+    config = config.replace(max_steps=json.loads(steps_file.read_text()), max_minutes=0)  # the same steps for both, without a clock
+    trainer = make_trainer(catalog, part, config, objective(config))
     trainer.train()
     trainer.encoder.save_pretrained(folder)
 

@@ -67,7 +67,7 @@ def main() -> None:
     steps_file = out / "steps.json"
     if not steps_file.is_file():
         steps_file.write_text(json.dumps(args.steps or make_trainer(catalog, part, config).calibrate()))
-    config = config.replace(max_steps=json.loads(steps_file.read_text()))
+    config = config.replace(max_steps=json.loads(steps_file.read_text()), max_minutes=0)
     rows = out / "arms.jsonl"
     done = {json.loads(line)["arm"] for line in rows.read_text().splitlines()} if rows.is_file() else set()
     for arm in (arm for arm in args.arms if arm not in done):
