@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Outcome', 'written', 'read_config_file', 'parse_assignments', 'typed_settings', 'chosen_device', 'data_check',
-           'check_lines', 'data_synth', 'data_import', 'data_augment', 'train', 'evaluate', 'report', 'run', 'heatmap',
-           'heat_facts', 'heat_lines', 'embed', 'index', 'search', 'compare', 'run_names', 'compare_lines', 'demo']
+           'check_lines', 'data_synth', 'data_import', 'data_augment', 'train', 'evaluate', 'report', 'run',
+           'what_next', 'heatmap', 'heat_facts', 'heat_lines', 'embed', 'index', 'search', 'compare', 'run_names',
+           'compare_lines', 'demo']
 
 # %% ../nbs/79_commands.ipynb #3ea1086e
 import argparse
@@ -208,19 +209,25 @@ def report(args: argparse.Namespace) -> Outcome:
 def run(args: argparse.Namespace) -> Outcome:
     "The main job: train, evaluate, report."
     from moon2_lab.core import TrainConfig, pick_device
-    from moon2_lab.job import job_minutes, main_job, score_lines
+    from moon2_lab.job import job_settings, main_job, score_lines
     from moon2_lab.outputs import NotSaved
 
-    given = typed_settings(args)
-    given = {"max_minutes": job_minutes(args.catalog, given.get("backbone"))} | given
-    config = TrainConfig(**given)
+    config = TrainConfig(**job_settings(args.catalog, typed_settings(args)))
     pick_device(config.device)  # told before anything is read
     try:
         done = main_job(args.out, args.catalog, config, args.command_line, args.beside_dense)
     except NotSaved as error:
         return Outcome(score_lines(error.result), {"run": str(args.out), "metrics": error.result}, trouble=error)
     dense = f"\n\nthe dense recipe, as many minutes of steps:\n{score_lines(done['dense'])}" if done["dense"] else ""
-    return Outcome(f"{score_lines(done['metrics'])}{dense}\n\nreport: {done['report']}", done)
+    return Outcome(f"{score_lines(done['metrics'])}{dense}\n\n{what_next(done)}", done)
+
+
+def what_next(
+    done: dict,  # of main_job
+) -> str:
+    "Where the page is, and two things to do then."
+    app = "make app" if Path(done["run"]) == Path("runs/demo") else f"moon2 demo {done['run']} --catalog {done['catalog']}"
+    return f"open {done['report']}; next: {app}, make lab"
 
 # %% ../nbs/79_commands.ipynb #b899281e
 def heatmap(args: argparse.Namespace) -> Outcome:
