@@ -44,18 +44,18 @@ def pair_rows(encoder, twin, product, query, item, methods: list[str], about: di
     "Rows of one pair: its rows of vectors, the frozen copies and the random maps are made once."
     from moon2_lab.attribute import METHODS, make_case
     from moon2_lab.cases import run_case
-    from moon2_lab.faithful import faith_row, faithfulness
+    from moon2_lab.faithful import faith_row, faithfulness, random_gains
 
     settings = {name: about[name] for name in ("steps", "most_steps", "samples", "seed")}
     free, held, theirs = make_case(encoder, item, query, routing="free", **settings), make_case(encoder, item, query, **settings), make_case(twin, item, query, **settings)
-    random, rows = about["trials"], []
+    side, rows = (free.score, free.real, free.blank, free.pieces), []
+    random = random_gains(*side, about["trials"], about["seed"])  # the same for all methods
     for name in methods:
         mine, other = copy.copy(held), copy.copy(theirs)  # a method notes its steps and its gap in its case
         begun = time.perf_counter()
         values = run_case(mine, METHODS[name].run)
         seconds = time.perf_counter() - begun
-        faith = faithfulness(free.score, free.real, free.blank, free.pieces, values, random, about["seed"], run_case(other, METHODS[name].run))
-        random = faith.random  # they do not depend on the method
+        faith = faithfulness(*side, values, random, about["seed"], run_case(other, METHODS[name].run))
         points = [case.settings["steps"] if name == "ig" else 0 for case in (mine, other)]
         rows.append(faith_row(name, product.product_id, product.key, faith, seconds) | {"pieces": mine.count, "points": points[0], "gap": mine.gap, "redrawn_points": points[1], "redrawn_gap": other.gap})
     return rows
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--trials", type=int, default=20, help="random maps")
+    parser.add_argument("--trials", type=int, default=140, help="random maps; at least 20 for each method, else none of them can pass")
     parser.add_argument("--steps", type=int, default=32, help="points of the integral to begin with")
     parser.add_argument("--most-steps", type=int, default=512, help="and at most")
     parser.add_argument("--samples", type=int, default=25, help="orders of Shapley sampling")
