@@ -23,7 +23,6 @@ import gradio as gr
 import torch
 from gradio.route_utils import FnIndexInferError
 from gradio.routes import ORJSONResponse
-from starlette.middleware import Middleware
 
 from .cards import header_html
 from .catalog import Catalog
@@ -238,7 +237,7 @@ def launch_options(
     "Options of `gr.Blocks.launch` that make the page ours: guarded, system fonts, our style, small uploads, no records, no links to elsewhere."
     theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=["ui-monospace", "DejaVu Sans Mono", "monospace"])
     theme.set(body_text_color_subdued="*neutral_500", button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")  # the usual ones are too pale to read
-    guard = Middleware(Guard, names=host_names(os.environ, host, share), headers=security_headers(os.environ), limits=LIMITS)
+    guard = (Guard, (), {"names": host_names(os.environ, host, share), "headers": security_headers(os.environ), "limits": LIMITS})  # as Starlette wants it
     look = {"theme": theme, "css": static_text("demo.css"), "js": static_text("demo.js"), "footer_links": ["api"], "ssr_mode": False, "app_kwargs": {"exception_handlers": {FnIndexInferError: no_endpoint}, "middleware": [guard]}}
     return look | {"max_file_size": f"{LIMITS.upload // 2**20}mb", "show_error": True, "enable_monitoring": False, "run_history": False, "state_session_capacity": 500, "auth": user_of(os.environ)}
 
