@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AGAIN', 'random_positive', 'second_look', 'same_product_negative', 'inject_noise', 'triplet_gaps', 'auc',
-           'filter_auc', 'FilterWatch']
+           'auc_interval', 'filter_auc', 'FilterWatch']
 
 # %% ../nbs/32_noise.ipynb #2455bef7
 import random
@@ -18,6 +18,7 @@ import pandas as pd
 from .core import VIEWS, sha256_hex
 from .encoder import Moon2Encoder
 from .products import Item, Product
+from .statistics import key_draws
 from .text import Lexicon
 from .triplets import NegativeFinder, Triplet, TripletList, category_path, make_query, spoil
 
@@ -87,7 +88,7 @@ def triplet_gaps(
     encoder: Moon2Encoder,
     triplets: Sequence[Triplet],
     seed: int = 0,  # of the random negatives
-) -> pd.DataFrame:  # query_id, noise, gap_<view>, random_<view>; NaN where the query lacks the view
+) -> pd.DataFrame:  # query_id, key (of the positive), noise, gap_<view>, random_<view>; NaN where the query lacks the view
     "How far each positive is ahead of its negatives, under the weights as they are."
     items = {item.content: item for triplet in triplets for item in (product.item() for product in (triplet.positive, *triplet.negatives))}  # not by id: second looks of one product share it
     vectors = dict(zip(items, encoder.encode(list(items.values()), "mm"), strict=True))
@@ -96,7 +97,7 @@ def triplet_gaps(
     rng, pool = random.Random(f"{seed}:random negatives"), [triplet.positive for triplet in triplets]
     positive = np.stack([seen(triplet.positive) for triplet in triplets])
     others = [[triplet.negatives[0]] if triplet.noise == "pseudo_negative" else [_another(triplet, pool, rng)] for triplet in triplets]
-    table = {"query_id": [triplet.query_id for triplet in triplets], "noise": [triplet.noise for triplet in triplets]}
+    table = {"query_id": [triplet.query_id for triplet in triplets], "key": [triplet.key for triplet in triplets], "noise": [triplet.noise for triplet in triplets]}
     for name, negatives in (("gap", [triplet.negatives for triplet in triplets]), ("random", others)):
         for view in VIEWS:
             hardest = [max((float(query @ seen(other)) for other in some), default=np.nan) for query, some in zip(queries[view], negatives)]
@@ -126,29 +127,49 @@ def _another(triplet: Triplet, pool: Sequence[Product], rng: random.Random) -> P
 def auc(
     spoilt: np.ndarray,  # gaps
     clean: np.ndarray,
+    times: tuple[np.ndarray, np.ndarray] | None = None,  # how often each of them counts; None = once
 ) -> float:
     "Chance that a spoilt gap is smaller than a clean one, ties half; NaN without one of the two."
-    spoilt, clean = np.asarray(spoilt), np.sort(np.asarray(clean))
-    if not len(spoilt) or not len(clean):
+    spoilt, clean = np.asarray(spoilt), np.asarray(clean)
+    spoilt_times, clean_times = times or (np.ones(len(spoilt)), np.ones(len(clean)))
+    if not spoilt_times.sum() or not clean_times.sum():
         return float("nan")
-    larger = len(clean) - (np.searchsorted(clean, spoilt, "left") + np.searchsorted(clean, spoilt, "right")) / 2
-    return float(larger.mean() / len(clean))
+    order = np.argsort(clean, kind="stable")
+    counted = np.r_[0, np.cumsum(clean_times[order])]
+    smaller = (counted[np.searchsorted(clean[order], spoilt, "left")] + counted[np.searchsorted(clean[order], spoilt, "right")]) / 2
+    return float(1 - smaller @ spoilt_times / (spoilt_times.sum() * counted[-1]))
+
+
+def auc_interval(
+    spoilt: np.ndarray,  # gaps
+    clean: np.ndarray,
+    keys: tuple[np.ndarray, np.ndarray],  # product keys of both: triplets of one product stand and fall together
+    resamples: int = 200,  # 0: no interval
+    seed: int = 0,
+) -> tuple[float, float]:
+    "95 % interval of `auc`: whole product keys are drawn; NaN where none can be told."
+    names, group = np.unique(np.r_[keys[0], keys[1]], return_inverse=True)
+    if not resamples or not len(spoilt) or not len(clean):
+        return float("nan"), float("nan")
+    draws = (times[group].astype(float) for block in key_draws(len(names), resamples, seed) for times in block)
+    drawn = [auc(spoilt, clean, (times[: len(spoilt)], times[len(spoilt) :])) for times in draws]
+    low, high = np.nanquantile(drawn, (0.025, 0.975)) if np.isfinite(drawn).any() else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def filter_auc(
     gaps: pd.DataFrame,  # of triplet_gaps
-    resamples: int = 200,
+    resamples: int = 200,  # of product keys
     seed: int = 0,
 ) -> pd.DataFrame:  # noise, negatives (hard, random), view, auc, lo, hi, spoilt, clean
     "How well phi tells spoilt from clean triplets: one row for each kind of noise, kind of negative and query view."
-    rng, rows = np.random.default_rng(seed), []
+    rows = []
     for noise in ("pseudo_positive", "pseudo_negative"):
         for negatives, column in (("hard", "gap"), ("random", "random")):
             for view in VIEWS:
-                values = gaps[f"{column}_{view}"]
-                spoilt, clean = values[gaps.noise == noise].dropna().to_numpy(), values[gaps.noise.isna()].dropna().to_numpy()
-                drawn = [auc(rng.choice(spoilt, len(spoilt)), rng.choice(clean, len(clean))) for _ in range(resamples if len(spoilt) and len(clean) else 0)]
-                rows.append((noise, negatives, view, auc(spoilt, clean), *np.quantile(drawn or [np.nan], (0.025, 0.975)), len(spoilt), len(clean)))
+                known = gaps.rename(columns={f"{column}_{view}": "value"})[["value", "noise", "key"]].dropna(subset="value")
+                (spoilt, keys), (clean, others) = ((part.value.to_numpy(), part.key.to_numpy()) for part in (known[known.noise == noise], known[known.noise.isna()]))
+                rows.append((noise, negatives, view, auc(spoilt, clean), *auc_interval(spoilt, clean, (keys, others), resamples, seed), len(spoilt), len(clean)))
     return pd.DataFrame(rows, columns=["noise", "negatives", "view", "auc", "lo", "hi", "spoilt", "clean"])
 
 # %% ../nbs/32_noise.ipynb #dabd58d7

@@ -3,6 +3,7 @@ import dataclasses
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import settings as examples
@@ -77,6 +78,17 @@ def test_auc_agrees_with_scikit_learn(spoilt, clean):
 
     expected = roc_auc_score([1] * len(spoilt) + [0] * len(clean), [-gap for gap in spoilt + clean])
     assert auc(np.array(spoilt), np.array(clean)) == pytest.approx(expected)
+
+
+def test_the_interval_of_auc_draws_product_keys():
+    "Twelve triplets of each product say no more than one: as wide as without the copies, where triplets drawn one by one would be far too sure."
+    rng = np.random.default_rng(0)
+    gaps = pd.DataFrame({"key": np.arange(60), "noise": [None, "pseudo_positive"] * 30}).assign(**{f"{kind}_{view}": rng.normal(size=60) for kind in ("gap", "random") for view in ("t", "i", "mm")})
+    copies = gaps.loc[gaps.index.repeat(12)].reset_index(drop=True)
+    alone, together, naive = (filter_auc(table).iloc[0] for table in (gaps, copies, copies.assign(key=np.arange(len(copies)))))
+    assert together.auc == pytest.approx(alone.auc) and (together.lo, together.hi) == pytest.approx((alone.lo, alone.hi))
+    assert naive.hi - naive.lo < 0.5 * (alone.hi - alone.lo)
+    assert np.isnan(filter_auc(gaps, resamples=0).lo).all()
 
 
 def test_gaps_are_what_the_loss_compares(catalog, clean):
