@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_SIDE', 'MAX_PIXELS', 'MAX_BYTES', 'FORMAT_PIXELS', 'FORMATS', 'TURNS', 'LARGE', 'SETTLED', 'open_image', 'to_rgb',
            'scale_transparency', 'orientation', 'decode_image', 'bare', 'fit', 'ImageFacts', 'pixel_sha256', 'examine',
-           'is_scaled_copy', 'recall_facts', 'remember_facts', 'Stretch', 'index_tar', 'folded_name', 'NearNames',
-           'walk_names', 'ImageFolder', 'recall_places', 'remember_places', 'examine_all', 'ImageRef']
+           'is_scaled_copy', 'recall_facts', 'remember_facts', 'Stretch', 'index_tar', 'folded_name', 'near_hint',
+           'NearNames', 'walk_names', 'ImageFolder', 'recall_places', 'remember_places', 'examine_all', 'ImageRef']
 
 # %% ../nbs/05_images.ipynb #47fa4c60
 import hashlib
@@ -344,6 +344,15 @@ def folded_name(name: str) -> str:
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
 
+def near_hint(name: str, near: Iterable[str], limit: int = 3) -> str:
+    "' (near: ...)' for a message about a name that is not there; empty when nothing is near."
+    near = [other for other in near if other != name]
+    plain = unicodedata.normalize("NFC", name)
+    marks = [" in another Unicode form" if unicodedata.normalize("NFC", other) == plain else "" for other in near[:limit]]
+    shown = ", ".join(f"{other!r}{mark}" for other, mark in zip(near, marks, strict=False))
+    return f" (near: {shown}{' ...' if len(near) > limit else ''})" if near else ""
+
+
 class NearNames:
     "Names of files that are almost the one looked for: other case, Unicode form or folder."
 
@@ -353,18 +362,10 @@ class NearNames:
             self.whole.setdefault(folded_name(name), []).append(name)
             self.last.setdefault(folded_name(posixpath.basename(name)), []).append(name)
 
-    def hint(self, name: str, limit: int = 3) -> str:
+    def hint(self, name: str) -> str:
         "' (near: ...)' for a message; empty when there is none."
         folded = folded_name(name)
-        near = self.whole.get(folded) or self.last.get(posixpath.basename(folded), [])
-        shown = [f"{other!r}{self._difference(name, other)}" for other in near if other != name][:limit]
-        return f" (near: {', '.join(shown)}{' ...' if len(near) > limit else ''})" if shown else ""
-
-    @staticmethod
-    def _difference(name: str, other: str) -> str:
-        "What a reader cannot see in the two names."
-        same = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other)
-        return " in another Unicode form" if same else ""
+        return near_hint(name, self.whole.get(folded) or self.last.get(posixpath.basename(folded), []))
 
 
 def walk_names(folder: Path) -> Iterator[str]:
