@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLACEHOLDER', 'OF_CATEGORIES', 'SHARED_BY', 'TRIPLETS', 'TRIPLET_COLUMNS', 'NOISE', 'examine_paths',
-           'name_placeholders', 'attach_pictures', 'folded_title', 'main_pixels', 'large_keys', 'key_words',
-           'product_keys', 'read_triplets', 'read_triplet', 'read_negatives', 'Catalog', 'load_catalog', 'summarise',
-           'ImageRef', 'Item', 'Product', 'Quarantine', 'decode_image']
+           'name_placeholders', 'scaled_copies', 'attach_pictures', 'folded_title', 'main_pixels', 'large_keys',
+           'key_words', 'product_keys', 'read_triplets', 'read_triplet', 'read_negatives', 'Catalog', 'load_catalog',
+           'summarise', 'ImageRef', 'Item', 'Product', 'Quarantine', 'decode_image']
 
 # %% ../nbs/10_catalog.ipynb #bf600eec
 import dataclasses
@@ -21,8 +21,34 @@ import pandas as pd
 
 # %% ../nbs/10_catalog.ipynb #df9dfcbf
 from .core import DataError, sha256_hex
-from .images import MAX_PIXELS, MAX_SIDE, ImageFolder, ImageRef, decode_image, examine_all, pixel_sha256
-from .products import AUGMENTED, AUGMENTED_COLUMNS, TABLE, TEXT_FIELDS, Item, Product, Quarantine, read_augmentation, read_id, read_json_field, read_records, read_rows, read_text, reason_classes
+from .cells import Reading, is_empty, parse_packed, read_id_cell, read_text_cell
+from moon2_lab.images import (
+    MAX_PIXELS,
+    MAX_SIDE,
+    ImageFacts,
+    ImageFolder,
+    ImageRef,
+    decode_image,
+    examine_all,
+    is_scaled_copy,
+    pixel_sha256,
+)
+from moon2_lab.products import (
+    AUGMENTED,
+    AUGMENTED_COLUMNS,
+    TABLE,
+    TEXT_FIELDS,
+    Item,
+    Product,
+    Quarantine,
+    iter_rows,
+    keep_reading,
+    read_augmentation,
+    read_cell,
+    read_records,
+    read_rows,
+    reason_classes,
+)
 
 _all_ = ["ImageRef", "Item", "Product", "Quarantine", "decode_image"]  # also to be had from here
 
@@ -33,6 +59,7 @@ def examine_paths(
     max_side: int | None = MAX_SIDE,
     max_pixels: int = MAX_PIXELS,
     workers: int = 0,
+    seen: dict[str, ImageFacts] | None = None,  # is given path -> facts
 ) -> dict[str, ImageRef | str]:
     "Path -> reference, or the reason why there is none."
     found, places = {}, {}
@@ -41,8 +68,11 @@ def examine_paths(
             places[path] = pictures.find(path)
         except DataError as error:
             found[path] = error.what
-    for (path, place), facts in zip(places.items(), examine_all(list(places.values()), max_pixels, workers), strict=True):
+    examined = examine_all(list(places.values()), max_pixels, workers, pictures.folder)
+    for (path, place), facts in zip(places.items(), examined, strict=True):
         found[path] = facts.reason or ImageRef.from_stretch(place, facts, max_side, max_pixels)
+        if seen is not None:
+            seen[path] = facts
     return found
 
 
@@ -79,6 +109,15 @@ def _category(product: Product) -> str:
     return " > ".join(filter(None, (product.category_l1, product.category_l2, product.category_l3)))
 
 
+def scaled_copies(products: Iterable[Product], seen: dict[str, ImageFacts]) -> int:
+    "How many pictures are an earlier picture of the same product in another size or compression."
+    copies = 0
+    for product in products:
+        facts = [seen[path] for path in product.image_paths]
+        copies += sum(any(is_scaled_copy(fact, earlier) for earlier in facts[:place]) for place, fact in enumerate(facts))
+    return copies
+
+
 def attach_pictures(
     records: dict[int, Product],
     found: dict[str, ImageRef | str],
@@ -91,15 +130,29 @@ def attach_pictures(
         for path in product.image_paths:
             if path not in good:
                 aside.add(product.product_id, path, "image_paths", found[path])
+        main_set_aside = bool(product.image_paths) and product.image_paths[0] not in good
+        good = _each_once(product.product_id, good, found, aside)
         hidden = product.has_text and all(str(found[path]).startswith(SHARED_BY) for path in product.image_paths)  # nothing of it is lost
         if not good and (product.image_paths or not product.has_text) and not hidden:
             aside.lost.add(number)
         if not good and not product.has_text:
             aside.add(product.product_id, TABLE, "record", "empty record: neither title nor picture")
             continue
-        main_set_aside = bool(product.image_paths) and product.image_paths[0] not in good
-        products.append(dataclasses.replace(product, image_paths=good, refs=tuple(found[path] for path in good), main_set_aside=main_set_aside))
+        refs = tuple(found[path] for path in good)
+        products.append(dataclasses.replace(product, image_paths=good, refs=refs, main_set_aside=main_set_aside))
     return products
+
+
+def _each_once(product_id: str, paths: list[str], found: dict[str, ImageRef | str], aside: Quarantine) -> list[str]:
+    "The pictures of a product whose pixels are not those of an earlier one: a copy is no second photo."
+    first = {}
+    for path in paths:
+        pixels = found[path].pixels or path
+        if pixels in first:
+            aside.add(product_id, path, "image_paths", f"same picture: its pixels are those of {first[pixels]}")
+        else:
+            first[pixels] = path
+    return list(first.values())
 
 # %% ../nbs/10_catalog.ipynb #77604804
 def folded_title(title: str | None) -> str:
@@ -175,16 +228,18 @@ def read_triplets(
 
 def read_triplet(number: int, row: dict[str, Any], known: set[str], found: dict[str, ImageRef | str], aside: Quarantine) -> tuple | None:
     "The values of TRIPLET_COLUMNS, or None when the triplet cannot be used."
-    positive, query_id = read_id(row.get("positive_id")), read_id(row.get("query_id")) or f"row-{number}"
+    positive, query_id = (_id_of(row.get(name)) for name in ("positive_id", "query_id"))
+    query_id = query_id or f"row-{number}"
 
     def complain(name, reason):
         aside.add(positive, TRIPLETS, name, f"{reason} (query {query_id})")
 
-    text = read_text(row.get("query_text"), "query_text", complain)
-    image = read_text(row.get("query_image"), "query_image", complain)
+    text, image, noise = (
+        keep_reading(read_cell(read_text_cell, row.get(name)), name, complain, complain)
+        for name in ("query_text", "query_image", "noise")
+    )
     if image and isinstance(found[image], str):
         image = complain("query_image", f"{found[image]}: {image}")
-    noise = read_text(row.get("noise"), "noise", complain)
     if noise not in NOISE:
         noise = complain("noise", f"unknown noise: {noise!r}")
     if positive not in known:
@@ -198,16 +253,34 @@ def read_triplet(number: int, row: dict[str, Any], known: set[str], found: dict[
 
 def read_negatives(value: Any, positive: str, known: set[str], complain) -> list[str]:
     "The usable ids of a triplet's negatives, each once."
-    negatives = []
-    for given in read_json_field(value, "negative_ids", list, complain):
-        product_id = read_id(given)
+    listed, negatives = read_cell(_listed_ids, value, []), []
+    for reason in listed.lost:
+        complain("negative_ids", reason)
+    for given, product_id in listed.value:
         if product_id not in known:
-            complain("negative_ids", f"unknown product: {given}")
+            complain("negative_ids", f"unknown product: {str(given)[:80]}")
         elif product_id == positive:
-            complain("negative_ids", f"positive as negative: {given}")
+            complain("negative_ids", f"positive as negative: {str(given)[:80]}")
         elif product_id not in negatives:
             negatives.append(product_id)
     return negatives
+
+
+def _listed_ids(value: Any) -> Reading:
+    "(as given, id) of each entry in a list of ids, which may be written as text."
+    if is_empty(value):
+        return Reading([])
+    entries = parse_packed(value) if isinstance(value, str) else value
+    if isinstance(value, str) and entries is None and value.strip()[:1] not in "[{":
+        entries = [value]  # one id
+    if not isinstance(entries, list):
+        return Reading([], "unknown", [f"malformed list of ids: {str(value)[:60]!r}"])
+    return Reading([(entry, _id_of(entry)) for entry in entries], "list")
+
+
+def _id_of(value: Any) -> str | None:
+    "An id as text; None when it is none."
+    return read_cell(read_id_cell, value).value
 
 # %% ../nbs/10_catalog.ipynb #4045dfb0
 class Catalog:
@@ -223,8 +296,9 @@ class Catalog:
         records: int | None = None,  # rows of the table
         whole: "Catalog | None" = None,  # the catalogue this is a part of
         augmentation: pd.DataFrame | None = None,  # what co-augmentation made and refused, with its provenance
+        copies: int = 0,  # pictures that are an earlier one of the same product in another size or compression
     ):
-        self.augmentation = augmentation
+        self.augmentation, self.scaled_copies = augmentation, copies
         self.products, self.folder, self.triplets, self.whole = products, folder, triplets, whole or self
         self.quarantine = Quarantine().frame() if quarantine is None else quarantine
         self.records, self._found, self._hash = len(products) if records is None else records, found or {}, None
@@ -354,28 +428,40 @@ def load_catalog(
 ) -> Catalog:
     "See `Catalog.load`."
     _require_table(folder)
-    rows = read_rows(folder / TABLE, ["product_id", *TEXT_FIELDS, "attributes", "image_paths"], ("product_id",))
-    triplet_rows = read_rows(folder / TRIPLETS, TRIPLET_COLUMNS, ("positive_id",)) if (folder / TRIPLETS).is_file() else None
-    added = read_rows(folder / AUGMENTED, AUGMENTED_COLUMNS, ("product_id", "field", "value", "kept")) if (folder / AUGMENTED).is_file() else []
-    pictures, aside = ImageFolder(folder), Quarantine()
+    triplet_rows, added = _optional_rows(folder)
+    pictures, aside, seen = ImageFolder(folder), Quarantine(), {}
     for name, trouble in pictures.troubles.items():
         aside.add(None, name, "archive", trouble)
-    records = read_records(rows, aside)
-    query_images = [row["query_image"] for row in triplet_rows or [] if isinstance(row.get("query_image"), str) and row["query_image"].strip()]
-    found = examine_paths([path for product in records.values() for path in product.image_paths] + query_images, pictures, max_side, max_pixels, workers)
+    rows = iter_rows(folder / TABLE, ["product_id", *TEXT_FIELDS, "attributes", "image_paths"], ("product_id",))
+    records = read_records(rows, aside, pictures.holds)
+    asked = (read_cell(read_text_cell, row.get("query_image")).value for row in triplet_rows or [])
+    paths = [path for product in records.values() for path in product.image_paths] + [path for path in asked if path]
+    found = examine_paths(paths, pictures, max_side, max_pixels, workers, seen)
     name_placeholders(records.values(), found, placeholder)
     expanded = [row["value"] for row in added if row["kept"] and row["field"] == "expanded_image" and isinstance(row["value"], str)]
     made = examine_paths(expanded, pictures, max_side, max_pixels, workers)
     found |= {path: "augmented picture: listed as an original" for path in made if path in found}
     products = _with_keys(attach_pictures(records, found, aside))
+    del records
+    copies = scaled_copies(products, seen)
     changed = read_augmentation(added, {product.product_id: product for product in products}, made, aside)
     products = [changed.get(product.product_id, product) for product in products]
-    triplets = None if triplet_rows is None else read_triplets(triplet_rows, {product.product_id for product in products}, found, aside)
-    _enforce_limit(len(aside.lost), len(rows), quarantine_limit, aside, folder / TABLE)
+    known = {product.product_id for product in products}
+    triplets = None if triplet_rows is None else read_triplets(triplet_rows, known, found, aside)
+    _enforce_limit(len(aside.lost), aside.records, quarantine_limit, aside, folder / TABLE)
     _enforce_limit(len(aside.lost_triplets), len(triplet_rows or []), quarantine_limit, aside, folder / TRIPLETS)
     if not products and quarantine_limit < 1:
-        raise DataError("nothing usable in the catalogue", where=str(folder), advice="the table is empty or every record was set aside: moon2 data check lists why")
-    return Catalog(products, aside.frame(), folder, triplets, found, len(rows), augmentation=pd.DataFrame(added, columns=AUGMENTED_COLUMNS) if added else None)
+        advice = "the table is empty or every record was set aside: moon2 data check lists why"
+        raise DataError("nothing usable in the catalogue", where=str(folder), advice=advice)
+    augmentation = pd.DataFrame(added, columns=AUGMENTED_COLUMNS) if added else None
+    return Catalog(products, aside.frame(), folder, triplets, found, aside.records, augmentation=augmentation, copies=copies)
+
+
+def _optional_rows(folder: Path) -> tuple[list[dict] | None, list[dict]]:
+    "(rows of triplets.parquet, None without it; rows of augmented.parquet)."
+    triplets, augmented = folder / TRIPLETS, folder / AUGMENTED
+    rows = read_rows(triplets, TRIPLET_COLUMNS, ("positive_id",)) if triplets.is_file() else None
+    return rows, read_rows(augmented, AUGMENTED_COLUMNS, ("product_id", "field", "value", "kept")) if augmented.is_file() else []
 
 
 def _require_table(folder: Path) -> None:
@@ -383,6 +469,9 @@ def _require_table(folder: Path) -> None:
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
         raise DataError(what, where=str(folder), advice=f"give the folder that holds {TABLE}")
+    if (folder / TABLE).is_dir():
+        advice = f"moon2 data import csv {folder / TABLE} OUT makes a catalogue of it"
+        raise DataError(f"{TABLE} is a folder, a table in several files", where=str(folder), advice=advice)
     if not (folder / TABLE).is_file():
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
         raise DataError(f"no {TABLE}", where=str(folder), advice=f"found: {names or 'nothing'}")
@@ -409,7 +498,8 @@ def summarise(catalog: Catalog) -> dict[str, Any]:
         splits[name]["key_in_train"] = sum(product.key in train for product in by_split[name])
     return {
         "folder": str(catalog.folder) if catalog.folder else None, "records": catalog.records, **_counts(catalog.products),
-        "shared_titles": sum(count for count in titles.values() if count > 1), "main_image_set_aside": sum(product.main_set_aside for product in catalog), "large_keys": large_keys(catalog),
+        "shared_titles": sum(count for count in titles.values() if count > 1), "large_keys": large_keys(catalog), "scaled_copies": catalog.scaled_copies,
+        "main_image_set_aside": sum(product.main_set_aside for product in catalog),
         "splits": splits, "augmented": {"titles": sum(bool(product.enriched_title) for product in catalog), "pictures": sum(len(product.expanded) for product in catalog)},
         "quarantine": {"entries": len(catalog.quarantine), "reasons": reason_classes(catalog.quarantine)},
         "triplets": None if catalog.triplets is None else _triplet_counts(catalog), "data_hash": catalog.data_hash,
@@ -420,12 +510,22 @@ def _counts(products: list[Product]) -> dict[str, int]:
     "Products, what they have, and how many keys they make."
     return {
         "products": len(products), "with_title": sum(product.has_text for product in products), "with_image": sum(product.has_image for product in products),
-        "with_both": sum(product.has_text and product.has_image for product in products), "images": sum(product.n_images for product in products),
+        "with_both": sum(product.has_text and product.has_image for product in products), "without_image": sum(not product.has_image for product in products), "images": sum(product.n_images for product in products),
         "keys": len({product.key for product in products}),
     }
 
 
 def _triplet_counts(catalog: Catalog) -> dict[str, Any]:
-    "Triplets, their noise, and negatives that a split leaves out because they belong to another one."
-    foreign = sum(catalog.get(name).split != catalog.get(positive).split for positive, names in zip(catalog.triplets["positive_id"], catalog.triplets["negative_ids"], strict=True) for name in names)
-    return {"triplets": len(catalog.triplets), "noise": {str(kind): int(count) for kind, count in catalog.triplets["noise"].value_counts().items()}, "negatives_in_another_split": foreign}
+    "Triplets, their noise, negatives that a split leaves out, and queries that show the picture they look for."
+    triplets = catalog.triplets
+    pairs = zip(triplets["positive_id"], triplets["negative_ids"], strict=True)
+    foreign = sum(catalog.get(name).split != catalog.get(positive).split for positive, names in pairs for name in names)
+    shown = sum(_shows_positive(catalog, positive, path) for positive, path in zip(triplets["positive_id"], triplets["query_image"], strict=True))
+    noise = {str(kind): int(count) for kind, count in triplets["noise"].value_counts().items()}
+    return {"triplets": len(triplets), "noise": noise, "negatives_in_another_split": foreign, "query_shows_positive": shown}
+
+
+def _shows_positive(catalog: Catalog, positive: str, path: str | None) -> bool:
+    "Whether a query's picture has the pixels of a picture of its positive."
+    ref = catalog.image_ref(path) if path else None
+    return bool(ref and ref.pixels) and any(ref.pixels == other.pixels for other in catalog.get(positive).refs)

@@ -6,7 +6,7 @@
 __all__ = ['MAX_DEPTH', 'EMPTY_WORDS', 'VALUE_KEYS', 'SIDE_KEYS', 'Reading', 'plain_value', 'is_empty', 'accounted',
            'describe_form', 'some_names', 'shortened', 'parse_packed', 'strip_html', 'plain_text', 'clean',
            'scalar_text', 'read_text_cell', 'first_language', 'measure_text', 'read_id_cell', 'read_category_cell',
-           'spread_levels']
+           'spread_levels', 'read_category_columns']
 
 # %% ../nbs/01_cells.ipynb #2fb7c7b2
 import ast
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-# %% ../nbs/01_cells.ipynb #37d26c15
+# %% ../nbs/01_cells.ipynb #05d92cec
 MAX_DEPTH = 8  # of lists and objects in each other
 
 
@@ -77,7 +77,10 @@ def is_empty(value: Any, depth: int = 0) -> bool:
 
 def accounted(reading: Reading, value: Any, what: str) -> Reading:
     "The reading; a value of which nothing is left has at least the reason that it was not understood."
-    if not reading.value and not reading.notes and not is_empty(value):
+    if reading.value or reading.notes:
+        return reading
+    packed = parse_packed(value) if isinstance(value, str) else None
+    if not is_empty(value if packed is None else packed):
         reading.lost.append(f"{what}: {describe_form(value)}")
     return reading
 
@@ -199,7 +202,7 @@ def clean(value: Any) -> str | None:
     )
     return reading.value
 
-# %% ../nbs/01_cells.ipynb #e4f7bda8
+# %% ../nbs/01_cells.ipynb #4ca125f4
 VALUE_KEYS = (
     "value",
     "@value",
@@ -276,6 +279,8 @@ def _read_text(value: Any, depth: int) -> Reading:
 
 def _read_string(text: str, depth: int) -> Reading:
     packed = parse_packed(text) if depth <= MAX_DEPTH else None
+    if packed is not None and is_empty(packed):
+        return Reading()
     if packed and (isinstance(packed, dict) or all(isinstance(entry, (str, list, dict)) for entry in packed)):
         reading = read_text_cell(packed, depth + 1)
         if reading.value:
@@ -406,7 +411,7 @@ def _id_of_bytes(data: bytes) -> str:
         return text
     return str(uuid.UUID(bytes=data)) if len(data) == 16 else data.hex()
 
-# %% ../nbs/01_cells.ipynb #9dc35fe2
+# %% ../nbs/01_cells.ipynb #7ffe0b7a
 _LEVELS = re.compile(r"\s*(?:>{1,2}|»|›|→)\s*")
 _ROOTS = {"categories", "default category", "root catalog", "root category", "root"}
 _CATEGORY_KEYS = ("node_name", "name", "label", "title", "value", "path", "category", "category_name", "item")
@@ -419,7 +424,8 @@ def read_category_cell(value: Any, depth: int = 0) -> Reading:
 
 def _read_category(value: Any, depth: int) -> Reading:
     value = plain_value(value)
-    if isinstance(value, (str, bytes)) and (packed := parse_packed(value) if isinstance(value, str) else None):
+    packed = parse_packed(value) if isinstance(value, str) else None
+    if packed is not None:
         value = packed
     if is_empty(value):
         return Reading([])
@@ -502,3 +508,12 @@ def spread_levels(levels: list[str]) -> tuple[list[str | None], dict[str, str]]:
     "(category_l1, category_l2, category_l3; deeper levels as attributes category_l4 ...)."
     deeper = {f"category_l{place}": level for place, level in enumerate(levels[3:], 4)}
     return [*levels[:3], None, None, None][:3], deeper
+
+# %% ../nbs/01_cells.ipynb #22fc606d
+def read_category_columns(columns: list[Any]) -> tuple[list[str | None], dict[str, str], list[Reading]]:
+    "(category_l1, l2, l3; deeper levels as attributes; what was read) of three cells: a path in the first one is spread."
+    readings = [read_category_cell(value) for value in columns]
+    first, *others = (reading.value for reading in readings)
+    if len(first) > 1 and not any(others):
+        return *spread_levels(first), readings
+    return [" > ".join(levels) or None for levels in (first, *others)], {}, readings

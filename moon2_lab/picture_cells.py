@@ -132,7 +132,7 @@ def _read_data(text: str) -> Reading | None:
         else None
     )
 
-# %% ../nbs/03_picture_cells.ipynb #b42fc7d1
+# %% ../nbs/03_picture_cells.ipynb #7011c0d0
 _BYTES_KEYS = ("bytes", "b64_json", "base64", "image_bytes", "data")
 _SIZE_KEYS = (
     "hi_res",
@@ -258,7 +258,7 @@ def _read_picture_bytes(data: bytes, exists: Callable[[str], bool] | None) -> Re
 
 def _read_picture_text(text: str, exists: Callable[[str], bool] | None, depth: int) -> Reading:
     "References that are written as text."
-    text = text.replace("\0", "").strip()
+    text = text.replace("\0", "").encode("utf-8", "replace").decode().strip()
     packed = parse_packed(text)
     if packed is not None:
         reading = read_picture_cell(packed, exists, depth + 1)

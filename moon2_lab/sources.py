@@ -252,6 +252,9 @@ class Importer:
     def finish(self) -> ImportSummary:
         "Merge the parts, and remove what was only needed on the way."
         desk = self.desk
+        for remark, count in desk.pictures.finder.remarks.items():
+            if remark:
+                desk.aside(None, str(desk.pictures.finder.place.name), "image", f"{remark} ({count:,} pictures)")
         desk.parts.save()
         self.store.finish()
         listings = read_listings(desk.parts, self.out)

@@ -342,15 +342,16 @@ def test_titles_long_odd_and_missing(tmp_path):
 
 
 def test_wrong_types_lose_only_the_field(tmp_path):
+    "A number has one obvious text, an object of sizes has none."
     table = pa.table({
-        "product_id": ["a", "b"], "title": pa.array([1.5, 2.5]), "description": ["d", "d"], "category_l1": pa.array([True, False]),
+        "product_id": ["a", "b"], "title": pa.array([{"w": 1, "h": 2}, {"w": 3, "h": 4}]), "description": ["d", "d"], "category_l1": pa.array([1.5, 2.5]),
         "image_paths": pa.array([["1.png"], ["1.png", "none.png"]]),
         "attributes": pa.array([[("colour", "red")], [("colour", "blue")]], pa.map_(pa.string(), pa.string())), "split": ["train", "test"],
     })
     make(tmp_path / "c", [row("x")], {"1.png": encoded(draw(1))})
     pq.write_table(table, tmp_path / "c" / "products.parquet")
     catalog = Catalog.load(tmp_path / "c", quarantine_limit=1)
-    assert [(product.title, product.attributes, product.n_images) for product in catalog] == [(None, {"colour": "red"}, 1), (None, {"colour": "blue"}, 1)]
+    assert [(product.title, product.category_l1, product.attributes, product.n_images) for product in catalog] == [(None, "1.5", {"colour": "red"}, 1), (None, "2.5", {"colour": "blue"}, 1)]
     assert set(catalog.quarantine["reason"].str.split(":").str[0]) == {"not text", "no such file"}
     with pytest.raises(DataError, match="2 of 2 records lost"):
         Catalog.load(tmp_path / "c")
@@ -371,7 +372,7 @@ def test_malformed_json(tmp_path):
     catalog = Catalog.load(make(tmp_path / "c", rows, {"1.png": encoded(draw(1))}), quarantine_limit=0.5)
     assert len(catalog) == 4 and catalog.get("c").n_images == 1
     counts = catalog.quarantine.groupby("product_id")["field"].apply(sorted).to_dict()
-    assert counts == {"a": ["attributes", "image_paths"], "b": ["attributes", "image_paths"], "c": ["attributes"] + ["image_paths"] * 3}
+    assert counts == {"a": ["attributes", "image_paths"], "b": ["attributes", "image_paths"], "c": ["attributes"] + ["image_paths"] * 2}
 
 
 def test_duplicates_and_empty_records(tmp_path):
