@@ -510,7 +510,7 @@ def _counts(products: list[Product]) -> dict[str, int]:
     "Products, what they have, and how many keys they make."
     return {
         "products": len(products), "with_title": sum(product.has_text for product in products), "with_image": sum(product.has_image for product in products),
-        "with_both": sum(product.has_text and product.has_image for product in products), "without_image": sum(not product.has_image for product in products), "images": sum(product.n_images for product in products),
+        "with_both": sum(product.has_text and product.has_image for product in products), "images": sum(product.n_images for product in products),
         "keys": len({product.key for product in products}),
     }
 

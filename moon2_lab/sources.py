@@ -74,6 +74,8 @@ class ImportSummary:
     def _check_lines(self) -> list[str]:
         check = self.check
         lines = [f"{check['products']:,} of {check['records']:,} records usable: {check['with_title']:,} with a title, {check['with_image']:,} with a picture, {check['with_both']:,} with both"]
+        without = check["products"] - check["with_image"]
+        lines += [f"{without:,} products have no picture"] if without else []
         lines += [f"{check['keys']:,} different products ({check['shared_titles']:,} share their title with another)"]
         for name, split in check["splits"].items():
             lines.append(f"  {name}: {split['products']:,} products" + (f", {split['key_in_train']:,} of them also in train by key" if split.get("key_in_train") else ""))
