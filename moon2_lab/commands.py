@@ -105,6 +105,9 @@ def check_lines(
     from moon2_lab.catalog import key_words
 
     lines = [f"{facts['products']:,} of {facts['records']:,} records usable: {facts['with_title']:,} with a title, {facts['with_image']:,} with a picture, {facts['with_both']:,} with both"]
+    without = facts["products"] - facts["with_image"]
+    lines += [f"{without:,} products have no picture"] if without else []
+    lines += [f"{facts['scaled_copies']:,} pictures are an earlier picture of the same product in another size or compression"] if facts.get("scaled_copies") else []
     lines += [f"{facts['keys']:,} different products ({facts['shared_titles']:,} share their title with another)"]
     lines += [f"  {key_words(group)}" for group in facts["large_keys"]]
     for name, split in facts["splits"].items():
@@ -112,6 +115,8 @@ def check_lines(
         lines.append(f"  {name}: {split['products']:,} products{seen}")
     if facts["triplets"]:
         lines.append(f"{facts['triplets']['triplets']:,} triplets; noise said to be in them: {facts['triplets']['noise'] or 'none'}")
+        shown = facts["triplets"].get("query_shows_positive")
+        lines += [f"  {shown:,} queries show a picture of the very product they look for"] if shown else []
     return lines + [f"set aside: {facts['quarantine']['entries']}" + "".join(f"\n  {count} x {reason}" for reason, count in facts["quarantine"]["reasons"].items())]
 
 
