@@ -2,8 +2,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -244,6 +246,24 @@ def test_stopping_by_hand(moon2, monkeypatch, drawn_catalogue):
     monkeypatch.setattr(moon2_lab.catalog.Catalog, "load", stop)
     code, out, err = moon2("data", "check", drawn_catalogue)
     assert (code, out) == (130, "") and "--resume" in one_line(err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_training_that_the_system_stops_can_be_resumed(drawn_catalogue, tmp_path, name):
+    "Like Ctrl-C: a checkpoint, one line, exit code 130. It was saved by time before, without being asked."
+    run = tmp_path / "run"
+    words = ["train", "--catalog", str(drawn_catalogue), "--out", str(run), *SMALL[:-3], "max_steps=100000", "save_minutes=0.002", *SMALL[-2:]]
+    code = f"import sys; from moon2_lab.cli import main; sys.exit(main({words!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 240
+    while not list(run.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err.splitlines()[-1].startswith("moon2: stopped"), err
+    newest = max(run.glob("checkpoints/step-*"))
+    assert len(pd.read_parquet(newest / "history.parquet")) == int(newest.name[5:]) >= 1
 
 
 def test_the_main_job_end_to_end(moon2, drawn_catalogue, tmp_path):
