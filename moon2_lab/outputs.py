@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'DAY', 'LOCK', 'EXCHANGE', 'HERE', 'SUMS', 'disk_is_full', 'unwritable', 'claim', 'is_left', 'sweep',
-           'new_temporary', 'atomic_path', 'umask', 'locked', 'plain', 'json_text', 'write_json', 'read_json',
+           'new_temporary', 'atomic_path', 'sync', 'umask', 'locked', 'plain', 'json_text', 'write_json', 'read_json',
            'write_parquet', 'try_file', 'try_folder', 'NotSaved', 'is_rubbish', 'holds_nothing', 'require_new',
            'clear_rubbish', 'lock_file', 'Hold', 'held', 'require_free', 'exchange', 'whole_folder', 'copy_whole',
            'file_sha256', 'write_checksums', 'require_checksums']
@@ -159,12 +159,17 @@ def _rename(temporary: Path, path: Path, durable: bool) -> None:
     "Give a complete file its name."
     try:
         if durable:
-            with open(temporary, "rb+") as written:
-                os.fsync(written.fileno())
+            sync(temporary)
         temporary.chmod(0o666 & ~umask())  # mkstemp makes private files
         temporary.replace(path)
     except OSError as error:
         raise unwritable(error, path) from error
+
+
+def sync(path: Path) -> None:
+    "Return when the file is on the disk."
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def umask() -> int:

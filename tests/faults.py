@@ -85,8 +85,13 @@ import moon2_lab.cli, moon2_lab.job, moon2_lab.train, moon2_lab.embed, moon2_lab
 import accelerate, safetensors.torch, pyarrow.parquet, pandas, sqlite3, PIL.JpegImagePlugin, cv2
 import torch
 torch.set_num_threads(1)
-here = sys.stdout.fileno()
-answers = os.fdopen(os.dup(here), "w")
+pyarrow.set_cpu_count(1)
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+warm = sys.argv[1]  # whatever is imported only when it is needed is imported now, once
+os.environ["MOON2_CACHE"] = warm + "/cache"
+for words in json.loads(sys.argv[2]):
+    moon2_lab.cli.main(words)
 
 class Audit:  # where there is no compiler
     EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
@@ -135,6 +140,20 @@ for line in sys.stdin:
 """
 
 
+SMALL = ("--backbone", "tiny", "--set", "max_steps=4", "save_steps=2", "per_device_train_batch_size=4", "image_size=32", "visual_tokens=4", "num_layers=1",
+         "num_threads=1", "device=cpu", "dtype=float32", "query_variants=1")
+
+
+def warm_up(folder: Path) -> list[list[str]]:
+    "The commands that make what the others work on: a catalogue, a table to import, a run, a file of vectors."
+    shop, run = str(folder / "shop"), str(folder / "run")
+    return [
+        ["data", "synth", shop, "--products", "30", "--seed", "1"],
+        ["train", "--catalog", shop, "--out", run, *SMALL],
+        ["embed", run, "--catalog", shop, "--out", str(folder / "vectors.parquet")],
+    ]
+
+
 class Done(NamedTuple):
     "What became of a command."
     code: int  # exit code; -9: killed
@@ -155,7 +174,7 @@ class Faults:
             made = subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", library, self.folder / "faults.c", "-ldl"], capture_output=True, text=True)
             self.exact = made.returncode == 0
             env |= {"LD_PRELOAD": str(library)} if self.exact else {}
-        self.process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen([sys.executable, "-c", SERVER, str(self.folder), json.dumps(warm_up(self.folder))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def __call__(self, root, *words, n=0, mode=COUNT) -> Done:
         "Run `moon2 WORDS`; the n-th call that changes something below `root` is the one."
