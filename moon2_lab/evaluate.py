@@ -28,7 +28,7 @@ from .core import VIEWS, DataError, LabError, UsageError
 from moon2_lab.metrics import (
     RARE, Ranks, average_precision_at, bm25, classification_scores, expected_hit_at, hit_at, nearest_class, normalised, precision_at, rank_scores, ranks_chunked,
 )
-from .outputs import NotSaved, atomic_path, file_sha256, held, json_text, try_file
+from .outputs import NotSaved, atomic_path, file_sha256, held, json_text, sync, try_file
 from moon2_lab.protocol import (
     Direction, LabelTask, Side, catalog_queries, equal_titles, folded_words, gallery_side, label_tasks, pick_products, plan_directions, query_image_counts,
     read_gallery, string_match, triplet_queries, unseen_queries,
@@ -434,12 +434,13 @@ class Evaluation:
     def write(self, out: str | Path) -> None:
         "metrics.json (or the given .json name) in the folder `out`, and its table of queries beside it, which knows the scores it belongs to."
         path = metrics_file(out)
-        with held(path, folder=False), atomic_path(path) as scores:
+        table = pa.Table.from_pandas(self.per_query, preserve_index=False)
+        with held(path, folder=False), atomic_path(path, durable=False) as scores, atomic_path(per_query_file(path), durable=False) as queries:
             scores.write_text(json_text(self.metrics), encoding="utf-8")
-            table = pa.Table.from_pandas(self.per_query, preserve_index=False)
-            table = table.replace_schema_metadata({**table.schema.metadata, BELONGS: file_sha256(scores)})
-            with atomic_path(per_query_file(path)) as temporary:
-                pq.write_table(table, temporary, compression="zstd")
+            noted = {**table.schema.metadata, BELONGS: file_sha256(scores)}
+            pq.write_table(table.replace_schema_metadata(noted), queries, compression="zstd")
+            sync(scores)
+            sync(queries)  # both are on the disk before the first one gets its name
 
 
 def answer(
