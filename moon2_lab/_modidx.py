@@ -1580,6 +1580,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'moon2_lab.outputs.require_free': ('outputs.html#require_free', 'moon2_lab/outputs.py'),
                                    'moon2_lab.outputs.require_new': ('outputs.html#require_new', 'moon2_lab/outputs.py'),
                                    'moon2_lab.outputs.sweep': ('outputs.html#sweep', 'moon2_lab/outputs.py'),
+                                   'moon2_lab.outputs.sync': ('outputs.html#sync', 'moon2_lab/outputs.py'),
                                    'moon2_lab.outputs.try_file': ('outputs.html#try_file', 'moon2_lab/outputs.py'),
                                    'moon2_lab.outputs.try_folder': ('outputs.html#try_folder', 'moon2_lab/outputs.py'),
                                    'moon2_lab.outputs.umask': ('outputs.html#umask', 'moon2_lab/outputs.py'),
