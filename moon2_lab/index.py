@@ -472,6 +472,8 @@ def require_filled(about: dict, total: int, uri: str) -> None:
 
 def _same_model(there: dict | None, now: dict, uri: str) -> None:
     "Raise `UsageError` unless the vectors may lie beside those that the store has."
+    if there and "field_rows" not in there:
+        raise UsageError("another version filled the store", where=uri, advice="--replace fills it anew, or give another --uri")
     for key, what in (("dim", "length"), ("model_fingerprint", "model")):
         if there and there[key] != now[key]:
             raise UsageError(f"the store holds vectors of another {what} ({there[key] or 'unknown'}; these: {now[key] or 'unknown'})", where=uri, advice="--replace drops them, or give another --uri")
@@ -538,6 +540,8 @@ class VectorStore:
             raise UsageError(what, where=self.uri, advice=f"there are: {', '.join(sorted(views))}" if views else "moon2 index fills it")
         self.name = f"moon2_{self.view}"
         self.about = known[self.name]
+        if missing := {"index", "search", "dim", "field_rows", "model", "model_fingerprint"} - set(self.about):
+            raise UsageError(f"the store does not say its {', '.join(sorted(missing))}: another version filled it", where=self.uri, advice="index the vectors again with --replace")
         self.client.load_collection(self.name)
         require_filled(self.about, count_rows(self.client, self.name), self.uri)
 

@@ -405,3 +405,17 @@ def test_a_damaged_store_is_one_line(tmp_path, monkeypatch, exact_below):
             said.append(str(error))
         shutil.rmtree(store)
     assert len(said) >= len(files) // 2
+
+
+def test_a_terminal_gets_nothing_that_it_obeys(moon2, tmp_path):
+    "An id with control sequences is shown in an error, and not sent; in JSON it stays the same value."
+    hostile = "p\x1b[2J\x9b31m\u202e"
+    table = pd.DataFrame({"product_id": [hostile], "view": ["t"], "vector": [[1.0, 0.0]], "attributes": ["no JSON"]})
+    table.to_parquet(tmp_path / "v.parquet")
+    code, out, err = moon2("index", tmp_path / "v.parquet", "--uri", tmp_path / "v.db")
+    assert code == 2 and "p\\u001b[2J\\u009b31m\\u202e" in err and not set("\x1b\x9b\u202e") & set(out + err)
+    (folder := tmp_path / "shop").mkdir()
+    pd.DataFrame({"product_id": ["ok", hostile], "title": ["red bag", None]}).to_parquet(folder / "products.parquet")
+    code, out, err = moon2("data", "check", folder, "--json")
+    assert not set("\x1b\x9b\u202e") & set(out + err) and json.loads(out)["set_aside"][0]["product_id"] in (hostile, None)
+    assert not set("\x1b\x9b\u202e") & set("".join(moon2("data", "check", folder)[1:]))
