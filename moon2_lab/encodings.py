@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PACKED', 'PACKED_FREE', 'BLOCK', 'HEAD', 'MARKS', 'UTF8', 'WESTERN', 'CENTRAL', 'TURKISH', 'BALTIC', 'CYRILLIC',
            'GREEK', 'HEBREW', 'ARABIC', 'THAI', 'HANS', 'HANT', 'KANA', 'KANJI', 'HANGUL', 'SINGLE', 'PAIRED', 'MARGIN',
-           'WORST', 'OWN', 'SYMBOLS', 'VOWELS', 'EAST', 'SAMPLE', 'open_bytes', 'read_head', 'TextForm', 'open_text',
-           'decode_line', 'east_score', 'west_score', 'readings', 'guess_legacy', 'given_encoding', 'text_form']
+           'WORST', 'OWN', 'SYMBOLS', 'VOWELS', 'EAST', 'ALL_LANGUAGES', 'SAMPLE', 'FEW', 'open_bytes', 'read_head',
+           'TextForm', 'open_text', 'decode_line', 'east_score', 'west_score', 'readings', 'guess_legacy', 'plausible',
+           'given_encoding', 'text_form']
 
 # %% ../nbs/02_encodings.ipynb #e0c0de03
 import codecs
@@ -246,6 +247,9 @@ def _east_letter(letter: str, frequent: set[str], usual: float, standard: str) -
     return _level(letter, standard) if kind == "Lo" else -11.0
 
 
+ALL_LANGUAGES = (WESTERN, CENTRAL, TURKISH, BALTIC, CYRILLIC, GREEK, HEBREW, ARABIC, THAI)
+
+
 def east_score(text: str, language: str) -> float:
     "How likely a text is as one of this language: the sum of logarithms over what is not ASCII."
     letters, standard = EAST[language]
@@ -338,13 +342,29 @@ def guess_legacy(lines: list[bytes]) -> tuple[str | None, str]:
         return best[2], "guessed"
     return None, f"it may be {best[2]} or {other[2]}"
 
+# %% ../nbs/02_encodings.ipynb #e0c0de1d
+def plausible(lines: list[bytes], encoding: str) -> int:
+    "2 when most of the lines are texts of one language in this encoding, 1 when they can be read by it, 0 when not."
+    try:
+        texts = [line.decode(encoding) for line in lines]
+    except UnicodeDecodeError:
+        return 0
+    good = 0
+    for text in texts:
+        count = sum(not letter.isascii() for letter in text)
+        west = [(west_score(text, languages), WORST["own" if next(iter(languages)) in OWN else "west"]) for languages in ALL_LANGUAGES]
+        good += any(score >= least * count for score, least in [*west, *((east_score(text, name), WORST["east"]) for name in EAST)])
+    return 2 if 2 * good > len(texts) else 1
+
 # %% ../nbs/02_encodings.ipynb #e0c0de16
-SAMPLE = 2**16  # bytes of lines that are not UTF-8, for the guess
+SAMPLE = 2**16  # bytes of lines for the guess
+FEW = 200  # so many characters of two bytes may be UTF-8 by accident
 
 
 def _wide(head: bytes) -> str | None:
     "UTF-16 or UTF-32 without a mark: the order of bytes in which line ends, commas and quotes come out as such."
-    if not head.count(0) or len(head) < 4:
+    plain = sum(32 <= one < 127 and 32 <= other < 127 for one, other in zip(head[:4096:2], head[1:4096:2]))
+    if not head.count(0) or len(head) < 4 or plain > min(len(head), 4096) * 0.3:  # letters of one byte, side by side
         return None
     best = []
     for encoding in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
@@ -373,7 +393,8 @@ def text_form(path: Path, given: str | None = None) -> TextForm:
     "How the file is written; `.doubtful` says why lines beyond ASCII cannot be read where nobody can tell their encoding."
     with open_bytes(path) as file:
         head = read_head(file, path.name)
-    returns = b"\n" not in head and b"\r" in head.rstrip(b"\r\n\0 ")
+    bare = head.count(b"\r") - head.count(b"\r\n") - head.count(b"\r\r\n")
+    returns = bare > head.count(b"\n") and (b"\r" in head.rstrip(b"\r\n\0 ") or bare > 1)
     mark = next((encoding for mark, encoding in MARKS if head.startswith(mark)), None)
     if given:
         name = given_encoding(given)
@@ -390,12 +411,14 @@ def text_form(path: Path, given: str | None = None) -> TextForm:
 
 def _narrow_form(path: Path, returns: bool) -> TextForm:
     "The form of a file without a mark: UTF-8, or what its lines beyond UTF-8 say together."
-    if _is_utf8(path):
+    whole = _is_utf8(path)
+    if whole > FEW:
         return TextForm("utf-8", "UTF-8", returns)
-    lines, good, bad, plain = _foreign_lines(path, TextForm(returns=returns))
-    if good >= bad:
-        return TextForm("utf-8", f"UTF-8, but for {bad} lines", returns)
-    encoding, why = guess_legacy(lines)
+    lines, alike, good, bad, plain = _foreign_lines(path, TextForm(returns=returns))
+    encoding, why = guess_legacy(lines + alike) if lines or plausible(alike, "utf-8") < 2 else (None, "")
+    as_utf8 = good >= bad and (encoding is None or plausible(alike, "utf-8") >= plausible(alike, encoding))
+    if as_utf8 or not (lines or encoding):
+        return TextForm("utf-8", "UTF-8" if not bad else f"UTF-8, but for {bad} lines", returns)
     if encoding:
         return TextForm(encoding, "guessed from its letters", returns)
     if bad > good + plain:
@@ -403,37 +426,38 @@ def _narrow_form(path: Path, returns: bool) -> TextForm:
     return TextForm("utf-8", "not known", returns, f"unknown, {why}; name it with --encoding")
 
 
-def _is_utf8(path: Path) -> bool:
-    "Whether every byte of the file is UTF-8; a file that is cut is as far as it goes."
-    decoder = codecs.getincrementaldecoder("utf-8")()
+def _is_utf8(path: Path) -> int:
+    "How many characters beyond ASCII the file has if every byte of it is UTF-8, FEW + 1 when it has many or none; 0 when it is not UTF-8. A file that is cut is as far as it goes."
+    decoder, count, short = codecs.getincrementaldecoder("utf-8")(), 0, True
     with open_bytes(path) as file:
         try:
             while block := file.read(BLOCK):
-                decoder.decode(block)
+                text = decoder.decode(block)
+                if count <= FEW and not text.isascii():
+                    foreign = [letter for letter in text if not letter.isascii()]
+                    count, short = count + len(foreign), short and max(foreign) < "\u0800"
             decoder.decode(b"", True)
         except UnicodeDecodeError:
-            return False
+            return 0
         except (OSError, EOFError, zlib.error):
             pass
-    return True
+    return count if short and count else FEW + 1
 
 
-def _foreign_lines(path: Path, form: TextForm) -> tuple[list[bytes], int, int, int]:
-    "(different lines that are not UTF-8, up to SAMPLE bytes; how many lines beyond ASCII are UTF-8, how many are not; how many are ASCII)."
-    sample, size, good, bad, plain = {}, 0, 0, 0, 0
+def _foreign_lines(path: Path, form: TextForm) -> tuple[list[bytes], list[bytes], int, int, int]:
+    "(different lines that are not UTF-8, and such as are, up to SAMPLE bytes; how many lines beyond ASCII are UTF-8, how many are not; how many are ASCII)."
+    samples, size, good, bad, plain = ({}, {}), [0, 0], 0, 0, 0
     with open_text(path, form) as file:
         try:
             while line := file.readline(HEAD):
                 if line.isascii():
                     plain += bool(line.strip())
                     continue
-                if decode_line(line)[0] is not None:
-                    good += 1
-                    continue
-                bad += 1
-                line = line.strip()[:4096]
-                if size < SAMPLE and line not in sample:
-                    sample[line], size = None, size + len(line)
+                fits = decode_line(line)[0] is not None
+                good, bad, line = good + fits, bad + (not fits), line.strip()[:4096]
+                if size[fits] < SAMPLE and line not in samples[fits]:
+                    samples[fits][line] = None
+                    size[fits] += len(line)
         except (OSError, EOFError, zlib.error):
             pass
-    return list(sample), good, bad, plain
+    return list(samples[0]), list(samples[1]), good, bad, plain

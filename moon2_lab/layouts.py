@@ -174,7 +174,7 @@ def _is_there(name: str, found: list[str]) -> bool:
 
 def _columns_found(name: str, found: list[str]) -> str:
     "A word about the columns, the nearest first."
-    near = difflib.get_close_matches(name, found, n=3, cutoff=0.4)
+    near, found = (difflib.get_close_matches(name, found, n=3, cutoff=0.4), [one.encode("utf-8", "replace").decode() for one in found])
     return (f"nearest: {', '.join(near)}; " if near else "") + f"columns found: {', '.join(found[:40]) or 'none'}"
 
 # %% ../nbs/04_layouts.ipynb #c3d6b101

@@ -155,7 +155,7 @@ def read_json_lines(file: DataFile, start: tuple[int, int] = (0, 0), limit: int 
 BITE = 2**20  # characters read at a time
 WASTE = 2**29  # characters that may be read in vain
 NEXT_ITEM = re.compile(r'\}\s*,\s*(?="(?:[^"\\]|\\.){0,1000}"\s*:|\{)')
-KEY = re.compile(r'\s*("(?:[^"\\]|\\.)*")\s*:\s*')
+KEY = re.compile(r'\s*("[^"\\]*(?:\\.[^"\\]*)*")\s*:\s*')
 
 
 class _Window:
@@ -206,7 +206,7 @@ class _Window:
             if rest or not self.more():
                 return
 
-    def skip(self, pattern: re.Pattern, limit: int = MAX_LINE) -> re.Match | None:
+    def skip(self, pattern: re.Pattern, limit: int = BITE) -> re.Match | None:
         "Move past the pattern, which has to stand here."
         self.blank()
         while not (match := pattern.match(self.text, self.at)) or match.end() == len(self.text):
@@ -296,6 +296,8 @@ def _next_item(window: _Window, file: DataFile, number: int, keyed: bool, limit:
     value, reason, note = _value(window, file, limit)
     if reason:
         return Row(file.name, str(number), (0, number), None, f"{reason} (item {name[:60] if key else number})")
+    if isinstance(value, dict) and isinstance(value.get("node"), dict) and set(value) <= {"node", "cursor"}:
+        value = value["node"]
     values = value if isinstance(value, dict) else {"_value": value}
     return Row(file.name, str(number), (0, number), {**values, "_key": name} if key else values, None, note)
 
@@ -510,7 +512,9 @@ def _header_place(records: list[_Record]) -> int | None:
     counts = Counter(len(record.fields) for record in records if record.fields and any(map(str.strip, record.fields)))
     usual = max(counts, key=lambda count: (count > 1, counts[count]), default=1)
     for place, record in enumerate(records):
-        fields = record.fields or []
+        if record.fields is None:  # nothing is known of what comes next
+            return place
+        fields = record.fields
         filled = sum(bool(name.strip()) for name in fields)
         comment = filled and fields[0].lstrip().startswith("#") and len(fields) != usual
         if filled >= min(2, usual) and not comment:
@@ -524,10 +528,16 @@ def _fit(file: DataFile, lines: list[Line], whole: bool) -> tuple[tuple, int | N
     place = _header_place(records)
     if place is None:
         return (False, 0.0, 0), None, records
-    count = len(records[place].fields)
+    count = len(records[place].fields or ())
     later = [record for record in records[place + 1 : None if whole else -1] if record.fields is None or any(record.fields)]
     good = sum(record.fields is not None and not record.note and (len(record.fields) == count or not any(record.fields[count:] or ["x"])) for record in later)
     return (count > 1, good / len(later) if later else 1.0, count), place, records
+
+
+def _balanced(lines: list[Line], file: DataFile) -> bool:
+    "Whether quotes may be letters: no field that starts with one leaves it open."
+    fields = [field for line, _ in lines for field in (line or b"").decode(file.form.inner, "replace").split(file.delimiter)]
+    return all(field.count('"') % 2 == 0 for field in fields if field.startswith('"'))
 
 
 def table_form(file: DataFile, delimiter: str | None = None) -> DataFile:
@@ -544,8 +554,8 @@ def table_form(file: DataFile, delimiter: str | None = None) -> DataFile:
     wanted = [delimiter or (told and told[1])] if delimiter or told else ["\t", *",;|"] if file.path.name.lower().removesuffix(".gz").endswith(".tsv") else list(DELIMITERS)
     tried = [replace(file, delimiter=one, quoting="double") for one in wanted]
     best = max(tried, key=lambda one: _fit(one, lines, whole)[0])
-    ways = [(_fit(way, lines, whole)[0], way) for way in (replace(best, quoting=quoting) for quoting in ("double", "backslash", "none"))]
-    best = max((one for one in ways if one[1].quoting != "none" or one[0][1] == 1.0), key=lambda one: one[0])[1]
+    quotings = ("double", "backslash", "none") if best.delimiter == "\t" and _balanced(lines, best) else ("double", "backslash")
+    best = max((replace(best, quoting=quoting) for quoting in quotings), key=lambda way: _fit(way, lines, whole)[0])
     _, place, records = _fit(best, lines, whole)
     if place is None:
         if any((line or b"").strip() for line, _ in lines):
@@ -561,6 +571,8 @@ def _with_header(file: DataFile, records: list[_Record], place: int) -> DataFile
         text, why = decode_line(line or b"", file.form)
         if text is None or why:
             raise DataError(f"the header cannot be decoded: {why}", where=f"{file.name}:{after[1]}", advice="name the encoding with --encoding, for example --encoding cp1252")
+    if header.fields is None:
+        raise DataError(f"the header cannot be read: {header.reason}", where=f"{file.name}:{header.lines[0][1][1]}", advice="the first line names the columns; mend its quotes")
     names, notes = _named(header.fields)
     passed = [line.decode(file.form.inner, "replace").strip() for record in records[:place] for line, _ in record.lines if line and line.strip()]
     notes += [f"before the header, passed over: {text[:80]}" for text in passed]

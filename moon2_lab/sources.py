@@ -242,7 +242,8 @@ class Importer:
     def count_columns(self, row: Row) -> None:
         "How often each column is filled, and how often it is there."
         for name, value in (row.values or {}).items():
-            name = str(name)[:100] if name in self.columns or len(self.columns) < MANY_COLUMNS else "(more columns)"
+            name = str(name)[:100].encode("utf-8", "replace").decode()
+            name = name if name in self.columns or len(self.columns) < MANY_COLUMNS else "(more columns)"
             filled = self.columns.setdefault(name, [0, 0])
             filled[0] += not (value is None or value == "" if isinstance(value, (str, int, float, type(None))) else is_empty(value))
             filled[1] += 1
