@@ -29,13 +29,14 @@ from .encoder import Moon2Encoder
 def state_tensors(
     encoder: Moon2Encoder,
     optimizer: torch.optim.Optimizer,
+    copies: bool = True,  # False: the tensors themselves, to be written before the next step
 ) -> dict[str, torch.Tensor]:
-    "Copies of all tensors of the training state, by name."
-    tensors = {f"model.{name}": tensor.detach().clone() for name, tensor in encoder.state_dict().items()}
+    "All tensors of the training state, by name."
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in encoder.state_dict().items()}
     for name, parameter in encoder.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().clone()
-    return tensors | {"rng": torch.get_rng_state()}
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach()
+    return {name: tensor.clone() if copies else tensor for name, tensor in tensors.items()} | {"rng": torch.get_rng_state()}
 
 
 def load_tensors(

@@ -38,6 +38,7 @@ class EmbedJob:
     dtype: str
     dim: int
     piece: int  # products a piece
+    arithmetic: str = "float32"  # of the encoder: pieces of two kinds are not put together
 
 
 def plan_job(
@@ -55,7 +56,7 @@ def plan_job(
             raise UsageError(f"unknown {name} {value!r}", where=name, advice=f"one of {', '.join(known)}")
     if piece < 1:
         raise UsageError(f"piece={piece}", where="piece", advice="1 or more products")
-    return EmbedJob(encoder.fingerprint, catalog.whole.data_hash, split, view, dtype, length_kept(dim, encoder.embedding_dim), piece)
+    return EmbedJob(encoder.fingerprint, catalog.whole.data_hash, split, view, dtype, length_kept(dim, encoder.embedding_dim), piece, str(getattr(encoder, "encode_dtype", "float32")).removeprefix("torch."))
 
 
 def parts_folder(out: str | Path) -> Path:

@@ -218,12 +218,12 @@ FASTER = 0.97  # grouped must be below this share of the loop's time
 def _is_clear(
     rounds: list[dict[str, float]],  # seconds of each kernel
 ) -> bool:
-    "Whether the machine was quiet, and the ratio of the best times and that of the typical round lie on one side of `FASTER`, a tenth away."
+    "Whether the machine was quiet, and the ratio of the best times and that of the typical round lie on one side of `FASTER`, a quarter away."
     middle = len(rounds) // 2
     best = {name: min(turn[name] for turn in rounds) for name in KERNELS}
     quiet = all(sorted(turn[name] for turn in rounds)[middle] < 1.25 * best[name] for name in KERNELS)
     ratios = best["grouped"] / best["loop"], sorted(turn["grouped"] / turn["loop"] for turn in rounds)[middle]
-    return quiet and (max(ratios) < FASTER - 0.1 or min(ratios) > FASTER + 0.1)
+    return quiet and (max(ratios) < FASTER / 1.25 or min(ratios) > FASTER * 1.25)
 
 # %% ../nbs/21_moe.ipynb #e31e8039
 def measured_once(
