@@ -139,6 +139,7 @@ def test_a_busy_machine_does_not_choose_the_kernel(monkeypatch):
     monkeypatch.setattr(moe, "GROUPED_MM", None)  # another torch
     turns["grouped"] = 8
     assert moe.faster_kernel(tiny().moe_blocks[0], 16)[0] == "loop"
+    monkeypatch.setattr(moe, "mix_experts", plain)
     with pytest.raises(UsageError, match="no grouped matrix product.*set_expert_kernel"):
         tiny_grouped = tiny()
         tiny_grouped.set_expert_kernel("grouped")
