@@ -37,7 +37,7 @@ from moon2_lab.checkpoint import (
     state_tensors,
     stops_as_interrupt,
 )
-from .core import OBJECTIVES, VIEWS, EncoderConfig, LabError, NumericChoices, TrainConfig, UsageError, progress, run_settings, seed_everything
+from .core import OBJECTIVES, VIEWS, EncoderConfig, LabError, NumericChoices, TrainConfig, UsageError, device_counts, pick_device, progress, run_settings, seed_everything
 from .outputs import Hold, clear_rubbish, plain, require_new, try_folder, whole_folder, write_json, write_parquet
 from .encoder import ItemViews, Moon2Encoder
 from .filtering import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
@@ -672,7 +672,7 @@ def evaluate(self: Trainer) -> dict[str, float]:
 def save(self: Trainer) -> Path:
     "Write a checkpoint; the two newest are kept."
     folder = self.out / "checkpoints" / f"step-{self.step:06}"
-    save_checkpoint(folder, state_tensors(self.encoder, self._adamw), self.meta(), self.table())
+    save_checkpoint(folder, state_tensors(self.encoder, self._adamw, copies=False), self.meta(), self.table())
     keep_newest(self.out, 2)
     self._saved = time.monotonic()
     return folder
@@ -708,9 +708,10 @@ def resume(self: Trainer, allow_drift: bool = False, found: tuple | None = None)
     folder, (tensors, meta, history) = found
     stored = NumericChoices(**meta["choices"])
     choices = dataclasses.replace(stored, torch_version=torch.__version__)
-    if choices.device != "cpu" and not torch.cuda.is_available() and not torch.backends.mps.is_available():
-        choices = dataclasses.replace(choices, device="cpu")
+    if choices.device not in device_counts():
+        choices = dataclasses.replace(choices, device=pick_device().type)
     asked = {name: getattr(self.config, name) for name in ("device", "dtype", "num_threads") if getattr(self.config, name) not in ("auto", 0)}
+    asked |= {"device": asked["device"].partition(":")[0]} if "device" in asked else {}
     choices = dataclasses.replace(choices, **asked)
     choices.require_same(stored, str(folder), allow_drift)
     self.choices = choices
