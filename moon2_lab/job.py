@@ -211,6 +211,7 @@ def score_lines(
     metrics: dict,  # of metrics.json
 ) -> str:
     "One line per direction: R@1, R@10 with its interval, the best trivial baseline, the verdict."
+    from moon2_lab.alarms import cut_words
     from moon2_lab.catalog import key_words
     from moon2_lab.tables import against_baselines, score_table
 
@@ -226,6 +227,8 @@ def score_lines(
     for direction, block in metrics["directions"].items():
         if equal := block.get("n_equal_title"):
             lines.append(f"{direction:<10} {equal:,} of {block['n_queries']:,} queries equal the title that they look for: no measure of search")
+    cut = metrics["protocol"].get("text_tokens") or {}
+    lines += [cut_words(cut)] if cut.get("cut") else []
     lines += [key_words(group) for group in metrics["protocol"].get("large_keys", ())]
     return "\n".join(lines + [f"{name:<10} not scored: {reason}" for name, reason in metrics.get("skipped", {}).items()])
 

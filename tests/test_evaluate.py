@@ -570,3 +570,16 @@ def test_a_drawn_catalogue_carries_the_version_of_its_generator(tmp_path):
     drawn = Catalog.load(make_catalog(tmp_path / "drawn", 12, image_size=64))
     about = ask(drawn, "all").about
     assert (about["catalog_version"], about["catalog_hash"]) == (GENERATOR_VERSION, drawn.data_hash)
+
+
+def test_cut_texts_are_counted_in_metrics_score_lines_and_alarms():
+    "A title of 30 words where 8 tokens are read."
+    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.job import score_lines
+
+    products = [Product(f"p{n}", f"mug no {n} " + "very " * (26 if n < 3 else 1), split="test") for n in range(6)]
+    metrics = evaluate(Moon2Encoder.from_backbone("tiny", num_layers=1, max_text_tokens=8), Catalog.from_products(products), resamples=0, baselines=False)
+    cut = metrics["protocol"]["text_tokens"]
+    assert cut["max_text_tokens"] == 8 and cut["cut"] == 6 and cut["texts"] >= 9  # three titles, and their three phrases
+    assert cut["tokens_cut"] >= 3 * (29 - 8) and f"6 of {cut['texts']} texts are longer than 8 tokens" in score_lines(metrics)
+    assert any("longer than 8 tokens" in alarm.text for alarm in query_alarms(metrics))
