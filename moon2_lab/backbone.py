@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LITE0_SHA256', 'VISION', 'SPECS', 'SMOLLM2_PACKAGE', 'SMOLLM2_WHEEL_SHA256', 'SMOLLM2_FILE', 'SMOLLM2_SHA256',
-           'CHECKED', 'Packing', 'packed_attention', 'register_packed_attention', 'HashTokenizer', 'FileTokenizer',
-           'square', 'PatchColours', 'EfficientNetLite0', 'require_sha256', 'FeatureStore', 'BackboneSpec',
-           'mini_assets', 'Backbone', 'build_backbone', 'with_exact_norms']
+           'CHECKED', 'Packing', 'packed_attention', 'register_packed_attention', 'count_cut', 'HashTokenizer',
+           'FileTokenizer', 'square', 'PatchColours', 'EfficientNetLite0', 'require_sha256', 'FeatureStore',
+           'BackboneSpec', 'mini_assets', 'local_tokenizer', 'Backbone', 'build_backbone', 'with_exact_norms']
 
 # %% ../nbs/20_backbone.ipynb #363b1f65
 import contextlib
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,6 +104,17 @@ def register_packed_attention() -> str:
     return "moon2_packed"
 
 # %% ../nbs/20_backbone.ipynb #bb10d108
+def count_cut(
+    tokenizer: Callable[[str], tuple[list[int], list[tuple[int, int]]]],
+    texts: Iterable[str | None],
+    most: int,  # max_text_tokens
+) -> dict[str, int]:
+    "What the limit on tokens takes away from these texts: {texts (different ones), cut, tokens_cut, max_text_tokens}."
+    lengths = [len(tokenizer(text)[0]) for text in dict.fromkeys(texts) if text]
+    over = [length - most for length in lengths if length > most]
+    return {"texts": len(lengths), "cut": len(over), "tokens_cut": sum(over), "max_text_tokens": most}
+
+
 class HashTokenizer:
     "One id per word or sign: CRC-32 of the lower-cased word, modulo the vocabulary. Needs no file."
     pattern = re.compile(r"\w+|[^\w\s]")
@@ -321,6 +332,17 @@ def mini_assets() -> Path:
     return folder
 
 
+def local_tokenizer(
+    name: str,  # tiny or mini
+) -> HashTokenizer | FileTokenizer | None:
+    "The tokenizer of a backbone, if it can be had without fetching anything."
+    kind, _, size = SPECS[name].tokenizer.partition(":") if name in SPECS else ("", "", "")
+    folder = cache_dir("backbones") / f"smollm2-{SMOLLM2_SHA256[:12]}"
+    if kind == "hash":
+        return HashTokenizer(int(size))
+    return FileTokenizer(folder) if kind == "file" and (folder / "complete").exists() else None
+
+
 def _convert_mini(folder: Path) -> None:
     "GGUF -> safetensors, in a temporary folder that is renamed when complete."
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -387,6 +409,10 @@ class Backbone(nn.Module):
         "Ids and spans of `text`, cut to `max_text_tokens`; alike with and without an image."
         ids, spans = self.tokenizer(text)
         return ids[: self.config.max_text_tokens], spans[: self.config.max_text_tokens]
+
+    def cut_tokens(self, texts: Iterable[str | None]) -> dict[str, int]:
+        "How many of these texts `tokenize` cuts, see `count_cut`."
+        return count_cut(self.tokenizer, texts, self.config.max_text_tokens)
 
     def embed_text(self, ids: torch.Tensor) -> torch.Tensor:
         "(T,) ids -> (T, D)."

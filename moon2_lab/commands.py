@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Outcome', 'written', 'read_config_file', 'parse_assignments', 'typed_settings', 'chosen_device', 'data_check',
-           'check_lines', 'data_synth', 'data_import', 'data_augment', 'train', 'evaluate', 'report', 'run',
-           'what_next', 'heatmap', 'heat_facts', 'heat_lines', 'embed', 'index', 'search', 'compare', 'run_names',
-           'compare_lines', 'demo']
+           'title_tokens', 'check_lines', 'data_synth', 'data_import', 'data_augment', 'train', 'evaluate', 'report',
+           'run', 'what_next', 'heatmap', 'heat_facts', 'heat_lines', 'embed', 'index', 'search', 'compare',
+           'run_names', 'compare_lines', 'demo']
 
 # %% ../nbs/79_commands.ipynb #3ea1086e
 import argparse
@@ -92,16 +92,27 @@ def data_check(args: argparse.Namespace) -> Outcome:
 
     catalog = Catalog.load(args.folder, quarantine_limit=1.0)
     aside = catalog.quarantine.to_dict("records")
-    facts = {"usable": len(catalog) > 0, **catalog.summary(), "set_aside": aside}
+    facts = {"usable": len(catalog) > 0, **catalog.summary(), "text_tokens": title_tokens(catalog), "set_aside": aside}
     shown = [f"  {entry['product_id'] or '-'}  {entry['file'] or '-'}  {entry['field']}: {entry['reason']}" for entry in aside[: args.show]]
     more = [f"  and {len(aside) - args.show} more (--show {len(aside)} or --json lists all)"] if len(aside) > args.show else []
     return Outcome("\n".join([*check_lines(facts), *shown, *more]), facts, 0 if len(catalog) else 1)
+
+
+def title_tokens(catalog) -> dict | None:
+    "What the limit on tokens takes away from the titles, with the backbone of the settings; None where its tokenizer is not on this machine."
+    from moon2_lab.backbone import count_cut, local_tokenizer
+    from moon2_lab.core import TrainConfig
+
+    config = TrainConfig()
+    tokenizer = local_tokenizer(config.backbone)
+    return None if tokenizer is None else {"backbone": config.backbone, **count_cut(tokenizer, (product.title for product in catalog), config.max_text_tokens)}
 
 
 def check_lines(
     facts: dict,  # of Catalog.summary
 ) -> list[str]:
     "A summary for a reader."
+    from moon2_lab.alarms import cut_words
     from moon2_lab.catalog import key_words
 
     lines = [f"{facts['products']:,} of {facts['records']:,} records usable: {facts['with_title']:,} with a title, {facts['with_image']:,} with a picture, {facts['with_both']:,} with both"]
@@ -110,6 +121,7 @@ def check_lines(
     lines += [f"{facts['scaled_copies']:,} pictures are an earlier picture of the same product in another size or compression"] if facts.get("scaled_copies") else []
     lines += [f"{facts['keys']:,} different products ({facts['shared_titles']:,} share their title with another)"]
     lines += [f"  {key_words(group)}" for group in facts["large_keys"]]
+    lines += [f"  {cut_words(facts['text_tokens'])} ({facts['text_tokens']['backbone']})"] if (facts.get("text_tokens") or {}).get("cut") else []
     for name, split in facts["splits"].items():
         seen = f", {split['key_in_train']:,} of them also in train by key" if name != "train" and split["key_in_train"] else ""
         lines.append(f"  {name}: {split['products']:,} products{seen}")

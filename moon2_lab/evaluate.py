@@ -465,6 +465,9 @@ def answer(
     directions = {direction.name: direction_block(direction, ranks, settings, _nan_vectors(direction, views)) for direction, ranks in ranked}
     metrics = {"protocol": question.about | {"model": encoder.fingerprint, "seed": seed, "resamples": resamples}, "directions": directions, "balance": _balance(directions)}
     metrics["protocol"] |= {} if whole else {"stored": str(stored)}
+    if hasattr(getattr(encoder, "backbone", None), "cut_tokens"):
+        texts = [text for side in (question.gallery, question.queries) for item in side.items for text in item.texts]
+        metrics["protocol"]["text_tokens"] = encoder.backbone.cut_tokens(texts)
     metrics |= {"skipped": skipped} if skipped else {}
     metrics |= score_baselines(encoder, ranked, question.queries, question.gallery, settings, directions) if baselines and whole else {}
     metrics |= score_labels(encoder, question.products, question.gallery, views["products"], settings) if labels and catalog_v1 and whole else {}

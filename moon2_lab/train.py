@@ -575,6 +575,7 @@ def plan(self: Trainer) -> dict:
     return {
         "products": len({t.positive.product_id for t in self.triplets}), "triplets": len(self.triplets), "triplets_from": getattr(self.triplets, "source", "given"), "triplets_per_step": count,
         "hard_negatives_per_query": keys.negative.shape[1], "in_batch_negatives_per_query": f"up to {in_batch} (repeated and equal products are counted once or masked)",
+        "text_tokens": self.encoder.backbone.cut_tokens(text for triplet in self.triplets for item in (triplet.query, triplet.positive.item()) for text in item.texts),
         "images": len(refs), "images_to_encode": len(self.encoder.backbone.missing_features(refs)), "unique_items_per_step": len(unique), **cost,
         "steps": steps, "epochs": round(steps * count / len(self.triplets), 2), "predicted_minutes": round(steps * cost["predicted_seconds_per_step"] / 60, 1),
         "numeric_choices": dataclasses.asdict(self.choices), "sampler": self.sampler.ledger,
