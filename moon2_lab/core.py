@@ -118,7 +118,10 @@ def lab_settings() -> dict[str, str]:
     if path is None:
         return {}
     parser = configparser.ConfigParser(default_section="_", interpolation=None)  # [DEFAULT] holds project facts: do not mix them in
-    parser.read(path, encoding="utf-8")
+    try:
+        parser.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise UsageError(f"the settings cannot be read ({' '.join(str(error).split())[:160]})", where=str(path), advice="write a section [lab] with lines 'name = value', in UTF-8") from error
     return dict(parser["lab"]) if parser.has_section("lab") else {}
 
 # %% ../nbs/00_core.ipynb #91e0f8f8
