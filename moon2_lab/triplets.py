@@ -575,7 +575,7 @@ class TripletSampler:
         self.triplets, self.batch_size, self.seed, self.paired = with_answers(triplets), batch_size, seed, paired
         self.epoch = self.position = 0
         self._counts: dict[int, dict[str, int]] = {}
-        self._pairs, self._singles = _units(triplets, paired)
+        self._pairs, self._singles = _units(self.triplets, paired)
         self._ranks, self._most = _ranks(triplets)
 
     def __len__(self) -> int:
@@ -685,10 +685,10 @@ def _ranks(triplets: list[Triplet]) -> tuple[list[tuple[int, int]], int]:
 
 def _query_groups(triplets: Sequence[Triplet]) -> list[list[int]]:
     "For each triplet a number for each query, by id and as a whole, that other triplets ask with another right answer; below all product keys."
-    marks = [_query_marks(triplet.query_id, triplet.query) for triplet in triplets]
+    marks = [_query_marks(triplet.query_id, triplet.query)[::3] if triplet.answers else () for triplet in triplets]  # by id, as a whole
     keys_of, numbers = defaultdict(set), {}
-    for triplet, (same_id, *_, whole) in zip(triplets, marks):
-        keys_of[same_id].add(triplet.key)
-        keys_of[whole].add(triplet.key)
-    return [[-(2**62) - numbers.setdefault(mark, len(numbers)) for mark in (same_id, whole) if len(keys_of[mark]) > 1] for same_id, *_, whole in marks]
+    for triplet, several in zip(triplets, marks):
+        for mark in several:
+            keys_of[mark].add(triplet.key)
+    return [[-(2**62) - numbers.setdefault(mark, len(numbers)) for mark in several if len(keys_of[mark]) > 1] for several in marks]
 
