@@ -444,6 +444,136 @@ def test_missing_columns_are_named(tmp_path, capsys):
     assert import_catalog("mbe", path, tmp_path / "good", mapping={"title": "doc_titel"}).counts["products"] == 1
 
 
+# ---------------------------------------------------------------------------------------------- what a table may look like
+
+
+def imported(folder, text, layout="csv", name="t.csv", encoding="utf-8", **options):
+    "(products as id -> title, reasons of what was set aside, summary) of one small file."
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(text.encode(encoding))
+    summary = import_catalog(layout, folder / name, folder / "out", **options)
+    return {row["product_id"]: row["title"] for row in table(folder / "out")}, [row["reason"] for row in table(folder / "out", "quarantine")], summary
+
+
+@pytest.mark.parametrize("encoding,titles", [
+    ("cp1252", ["Coleção de verão", "Calção azul"]), ("cp1252", ["Häähattu tyttöä"]), ("cp1250", ["Sukienka żółta", "Łyżka"]), ("cp1251", ["Платье красное"]), ("cp1253", ["Φόρεμα κόκκινο"]),
+    ("cp932", ["赤いワンピース"]), ("cp949", ["빨간 원피스"]), ("big5", ["紅色洋裝"]), ("gb18030", ["红色连衣裙", "女装"]), ("utf-16", ["Größe"]), ("utf-16-le", ["Größe", "赤い"]), ("utf-16-be", ["Größe"]), ("utf-8", ["Größe", "女装"]),
+])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_one_encoding_for_a_file(tmp_path, encoding, titles, kind):
+    "A few titles are enough, and no title comes out in another script."
+    rows = [f'{{"id": {n}, "title": "{title}"}}' if kind == "jsonl" else f"{n},{title}" for n, title in enumerate(titles)]
+    products, aside, summary = imported(tmp_path / "in", "\n".join(rows if kind == "jsonl" else ["id,title", *rows]) + "\n", name=f"t.{kind}", encoding=encoding)
+    assert list(products.values()) == titles and not aside and encoding.removesuffix("-le").removesuffix("-be") in summary.files[0]["written"]
+
+
+def test_an_encoding_that_cannot_be_told_is_asked_for(tmp_path):
+    "A letter that two languages write, and nothing else: no product, until the encoding is named."
+    products, aside, _ = imported(tmp_path / "a", "id,title\n1,Świeca\n", encoding="cp1250")
+    assert products == {} and "name it with --encoding" in aside[0]
+    (tmp_path / "t.csv").write_bytes("id,title\n1,Świeca\n".encode("cp1250"))
+    import_catalog("csv", tmp_path / "t.csv", tmp_path / "out", encoding="cp1250")
+    assert table(tmp_path / "out")[0]["title"] == "Świeca"
+    with pytest.raises(UsageError, match="unknown encoding 'cp999'"):
+        import_catalog("csv", tmp_path / "t.csv", tmp_path / "no", encoding="cp999")
+    (tmp_path / "h.csv").write_bytes(b"id,title,d\xe9f\n" + "1,Größe,x\n2,Käse,y\n3,Öl,z\n".encode())
+    with pytest.raises(DataError, match="the header cannot be decoded"):
+        import_catalog("csv", tmp_path / "h.csv", tmp_path / "no")
+
+
+@pytest.mark.parametrize("text,products,aside", [
+    ("id,title,text\n1,Shirt,\"12\\\" and\n99,Fake,row\nend\"\n2,Hat,y\n", {"1": "Shirt", "2": "Hat"}, ["other value"] * 2),
+    ("id,title,text\n1,Shirt,\"12\" and\n99,Fake,row\nend\"\n2,Hat,y\n", {"2": "Hat"}, ["stray or open quote", "other value"]),
+    ("id,title\n1,Shirt\n2,\"Hat\n3,Cup\n", {"1": "Shirt"}, ["stray or open quote"]),
+    ("id,\"title\n(English)\"\n1,Shirt\n2,Hat\n", {"1": "Shirt", "2": "Hat"}, []),
+    ("\r\nid,title\r\n1,Shirt\r\n", {"1": "Shirt"}, []),
+    ("# from the shop\nExport\nid;title\n1;Shirt, red\n", {"1": "Shirt, red"}, []),
+    ("sep=|\nid|title\n1|Shirt\n", {"1": "Shirt"}, []),
+    ("id,title\r1,Shirt\r2,Hat\r", {"1": "Shirt", "2": "Hat"}, []),
+    ("id,title,title\n1,Shirt,Tee\n", {"1": "Shirt"}, ["other value"]),
+    ("id,title,name\n1,,Shirt\n2,Hat,Hat\n", {"1": "Shirt", "2": "Hat"}, []),
+    ("id\ttitle\n1\t\"Best\" shirt\n2\t12\" plate\n", {"1": '"Best" shirt', "2": '12" plate'}, []),
+    ("id,title\n1,Shirt\n2\n3,Cup,,\n", {"1": "Shirt", "3": "Cup"}, ["wrong number of fields"]),
+])
+def test_tables_are_read_record_by_record(tmp_path, text, products, aside):
+    "No product is made of a header or of the lines of a description, and what cannot be told apart is listed."
+    found, reasons, _ = imported(tmp_path / "in", text)
+    assert found == products and [reason.split(":")[0].split(" in another")[0] for reason in reasons] == aside
+
+
+def test_every_column_and_picture_is_accounted_for(tmp_path):
+    write_pictures(tmp_path / "in", ["a.png"])
+    products, _, summary = imported(tmp_path / "in", "id,title,price,image\n1,Shirt,3,a.png\n2,Hat,,gone.png\n3,,4,\n")
+    columns = {column["column"]: (column["read_as"], column["filled"], column["empty"], column["not_understood"]) for column in summary.columns}
+    assert columns == {"id": (["product_id"], 3, 0, 0), "title": (["title"], 2, 1, 0), "price": ([], 2, 1, 0), "image": (["image"], 2, 1, 0)}
+    assert summary.pictures == {"named": 2, "found": 1, "by_id": 0, "missing": 1, "guessed": 0, "products_without": 1}
+    assert (summary.counts["seen"], summary.counts["products"], summary.reasons) == (3, 2, {"no such picture": 1, "empty record": 1})
+    assert any("price" in line and "not used" in line for line in summary.lines())
+
+
+def test_rows_of_one_product_are_joined(tmp_path):
+    "A row for each picture, as shops export them; a row with another title is a second product with the id."
+    write_pictures(tmp_path / "in", ["a.png", "b.png", "c.png"])
+    text = "Handle,Title,Image Src\ntee,Plain Tee,a.png\ntee,,b.png\nmug,Mug,\ntee,Plain Tee,c.png\nmug,Cup,\n"
+    products, aside, summary = imported(tmp_path / "in", text)
+    assert products == {"tee": "Plain Tee", "mug": "Mug"} and len(json.loads(table(tmp_path / "in" / "out")[0]["image_paths"])) == 3
+    assert aside == ["duplicate id: first at t.csv:4, with another title"] and summary.counts["rows_joined"] == 2
+
+
+def test_listings_of_one_product_stay_on_one_side(tmp_path):
+    "Equal titles, or equal main pictures, whatever their ids."
+    write_pictures(tmp_path / "in", [f"{n}.png" for n in range(60)])
+    lines = [f"{n},Thing {n // 2},{n}.png" for n in range(120) if n < 60] + [f"x{n},Other {n},{n}.png" for n in range(60)]
+    _, _, summary = imported(tmp_path / "in", "id,title,image\n" + "\n".join(lines) + "\n")
+    assert {name: split.get("key_in_train", 0) for name, split in summary.check["splits"].items()} == {"train": 0, "valid": 0, "test": 0}
+    assert summary.check["keys"] == 30 and Catalog.load(tmp_path / "in" / "out").summary()["splits"] == summary.check["splits"]
+
+
+def test_splits_from_folders_and_partitions(tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        pd.DataFrame({"id": [f"{split}{n}" for n in range(4)], "title": [f"thing {split} {n}" for n in range(4)]}).to_parquet(tmp_path / "in" / split / "0.parquet")
+    import_catalog("csv", tmp_path / "in", tmp_path / "out", split_by="file name")
+    assert {(row["product_id"][:-1], row["split"]) for row in table(tmp_path / "out")} == {("train", "train"), ("validation", "valid"), ("test", "test")}
+    pd.DataFrame({"id": ["1", "2"], "title": ["a", "b"], "split": ["train", "test"]}).to_parquet(tmp_path / "spark", partition_cols=["split"])
+    import_catalog("csv", tmp_path / "spark", tmp_path / "parts")
+    assert {row["product_id"]: row["split"] for row in table(tmp_path / "parts")} == {"1": "train", "2": "test"}
+    with pytest.raises(UsageError, match="no file or folder names a split"):
+        import_catalog("csv", write_lines(tmp_path / "rows.jsonl", [{"id": 1, "title": "a"}]), tmp_path / "no", split_by="file name")
+
+
+def test_graded_answers_and_lists(tmp_path):
+    "Exact is positive, irrelevant a negative, what lies between neither; a list is several."
+    graded = [{"query_id": "q", "query": "shirt", "product_id": name, "product_title": f"title {name}", "esci_label": label} for name, label in zip("abcd", ("Exact", "Substitute", "Complement", "Irrelevant"), strict=True)]
+    import_catalog("st", write_lines(tmp_path / "esci.jsonl", graded), tmp_path / "esci")
+    assert [(row["positive_id"], row["negative_ids"]) for row in table(tmp_path / "esci", "triplets")] == [("a", '["d"]')] and reasons(tmp_path / "esci") == {"grade between": 2}
+    import_catalog("st", write_lines(tmp_path / "flag.jsonl", [{"query": "shirt", "pos": ["A", "B"], "neg": ["C", "D"]}]), tmp_path / "flag")
+    titles = {row["product_id"]: row["title"] for row in table(tmp_path / "flag")}
+    assert [(titles[row["positive_id"]], [titles[name] for name in json.loads(row["negative_ids"])]) for row in table(tmp_path / "flag", "triplets")] == [("A", ["C", "D"]), ("B", ["C", "D"])]
+
+
+def test_no_raw_error_and_no_bomb(tmp_path, capsys):
+    "Names that cannot be stored, nests, pipes, a .gz that holds too much, a file that is no table: one sentence each."
+    (tmp_path / "odd.json").write_text('[{"id": "1", "title": "a", "\\ud800": "b"}, {"id": "2", "title": "b", "attributes": ' + '{"a":' * 900 + "1" + "}" * 900 + "}]")
+    assert import_catalog("csv", tmp_path / "odd.json", tmp_path / "odd").counts["products"] == 2
+    (tmp_path / "m5_id_label.json").write_text('{"1": {"title": "a"}, "\\ud800": {"title": "b"}, "\\q": {"title": "c"}, "3": {"title": "d"}}')
+    assert import_catalog("m5product", tmp_path / "m5_id_label.json", tmp_path / "m5").counts["products"] == 2
+    os.mkfifo(tmp_path / "x.csv")
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1, "title": "' + b"a" * 80_000_000))
+    (tmp_path / "book.csv").write_bytes(b"PK\x03\x04 and so on")
+    for name, said in (("x.csv", "not a plain file"), ("bomb.jsonl.gz", "times its own size"), ("book.csv", "Excel")):
+        assert main(["data", "import", "csv", str(tmp_path / name), str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_second_table_in_the_folder_is_left_and_said(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "styles.csv").write_text("id,title\n1,a\n")
+    (tmp_path / "in" / "images.csv").write_text("filename,link\n1.jpg,x\n")
+    summary = import_catalog("csv", tmp_path / "in", tmp_path / "out")
+    assert summary.counts["products"] == 1 and [file["file"] for file in summary.files if file.get("set_aside")] == ["images.csv"]
+
+
 # ---------------------------------------------------------------------------------------------- pictures
 
 
