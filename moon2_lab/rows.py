@@ -527,11 +527,11 @@ def _fit(file: DataFile, lines: list[Line], whole: bool) -> tuple[tuple, int | N
     records = list(_Records(iter(lines), file, None))
     place = _header_place(records)
     if place is None:
-        return (False, 0.0, 0), None, records
+        return (False, 0.0, False, 0), None, records
     count = len(records[place].fields or ())
     later = [record for record in records[place + 1 : None if whole else -1] if record.fields is None or any(record.fields)]
     good = sum(record.fields is not None and not record.note and (len(record.fields) == count or not any(record.fields[count:] or ["x"])) for record in later)
-    return (count > 1, good / len(later) if later else 1.0, count), place, records
+    return (count > 1, good / len(later) if later else 1.0, good > 0, count), place, records
 
 
 def _balanced(lines: list[Line], file: DataFile) -> bool:
