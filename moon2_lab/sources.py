@@ -465,10 +465,10 @@ def _only_begun(out: Path) -> bool:
 
 @contextlib.contextmanager
 def _told(out: Path):
-    "A full disk, or a second import into the same folder, as an error that says so."
+    "A full disk, or one that fails, as an error that says so: SQLite calls a journal that finds no space an I/O error, or a file that cannot be opened."
     try:
         yield
     except (OSError, sqlite3.Error) as error:
         full = (isinstance(error, OSError) and disk_is_full(error)) or "full" in str(error)
         what = "the disk is full" if full else f"the import stopped: {error}"
-        raise LabError(what, where=str(out), advice="free some space and go on with --resume" if full else "is another import writing there? then go on with --resume") from error
+        raise LabError(what, where=str(out), advice="free some space and go on with --resume" if full else "free some space, or see what is wrong with the disk, and go on with --resume") from error
