@@ -9,7 +9,6 @@ __all__ = ['MAX_LETTERS', 'UPLOAD_PIXELS', 'UPLOAD_FORMATS', 'DECODING', 'FREE_Q
 
 # %% ../nbs/73_queries.ipynb #fa31a10d
 import ctypes
-import difflib
 import re
 import threading
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from PIL import Image
 from .catalog import Catalog, ImageRef, Item, Product, decode_image
 from .compare import matching_attributes
 from .core import DataError, UsageError
+from .filters import nearest_names
 from .images import MAX_SIDE, TURNS, bare, fit, open_image, orientation, to_rgb
 from .tables import printable
 from .text import Lexicon, fold
@@ -114,7 +114,7 @@ def existing_product(catalog: Catalog, product_id: str, advice: str = "moon2 dat
     "The product of this id. `UsageError` when there is none, which names the nearest ids."
     product = catalog.get(product_id)
     if product is None:
-        near = difflib.get_close_matches(product_id[:200], [product.product_id for product in catalog], 3, 0.6)
+        near = nearest_names(product_id, (product.product_id for product in catalog))
         raise UsageError("no such product", where=product_id[:80], advice=f"nearest: {', '.join(near)}" if near else advice)
     return product
 
@@ -173,7 +173,7 @@ def pick_product(
     fitting = [product for product in catalog if wanted and wanted <= {fold(word) for word in words_of(product.title or "")}]
     if len(fitting) == 1:
         return fitting[0]
-    near = [product.product_id for product in fitting[:3]] or difflib.get_close_matches(named, [product.product_id for product in catalog], 3, 0.6)
+    near = [product.product_id for product in fitting[:3]] or nearest_names(named, (product.product_id for product in catalog))
     what = f"{len(fitting):,} products have these words" if fitting else "no such product" if named else "no product is named"
     raise UsageError(what, where=named[:80] or "product", advice=f"choose one by its id, for example {', '.join(near)}" if near else "give a product's id, or words of its title")
 
