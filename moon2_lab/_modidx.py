@@ -1057,6 +1057,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'moon2_lab.filters.field_values': ('filters.html#field_values', 'moon2_lab/filters.py'),
                                    'moon2_lab.filters.fold_value': ('filters.html#fold_value', 'moon2_lab/filters.py'),
                                    'moon2_lab.filters.milvus_filter': ('filters.html#milvus_filter', 'moon2_lab/filters.py'),
+                                   'moon2_lab.filters.nearest_names': ('filters.html#nearest_names', 'moon2_lab/filters.py'),
                                    'moon2_lab.filters.parse_filter': ('filters.html#parse_filter', 'moon2_lab/filters.py'),
                                    'moon2_lab.filters.read_filter': ('filters.html#read_filter', 'moon2_lab/filters.py')},
             'moon2_lab.focus': { 'moon2_lab.focus.attention_share': ('focus.html#attention_share', 'moon2_lab/focus.py'),
