@@ -29,7 +29,7 @@ from moon2_lab.cells import (
     some_names,
 )
 
-# %% ../nbs/02_attribute_cells.ipynb #70db8dca
+# %% ../nbs/02_attribute_cells.ipynb #89b7ad02
 _NAME_KEYS = (
     "name",
     "key",
@@ -97,12 +97,7 @@ class _Attributes:
             if not self.pairs(value, depth + 1, parent=name):
                 for entry in value:
                     self.add(name, entry, depth + 1, several=True)
-        elif (
-            isinstance(value, dict)
-            and not measure_text(value)
-            and not any(key in value for key in VALUE_KEYS[:8])
-            and len(value) > 1
-        ):
+        elif isinstance(value, dict) and not _is_one_text(value):
             for inner, given in value.items():
                 self.add(f"{name}.{inner}" if name else inner, given, depth + 1)
         else:
@@ -166,6 +161,13 @@ class _Attributes:
             self.reading.lost.append(f"attribute without a name: {some_names(self.nameless)}")
         self.reading.form = form
         return self.reading
+
+
+def _is_one_text(value: dict) -> bool:
+    "Whether an object stands for one text: a value with a unit or a language, a schema.org thing with its name."
+    others = [key for key in value if key not in SIDE_KEYS]
+    named = len(others) == 1 and others[0] in VALUE_KEYS
+    return bool(measure_text(value)) or named or len(value) == 1 or any(key in value for key in VALUE_KEYS[:8])
 
 
 def _pair_keys(objects: list[dict]) -> tuple[str, str] | None:

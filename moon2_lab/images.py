@@ -254,7 +254,7 @@ def is_scaled_copy(one: ImageFacts, other: ImageFacts) -> bool:
     aspect = one.width * other.height / (other.width * one.height)
     slack = 1 + 1.5 / min(one.width, one.height, other.width, other.height)
     difference = np.abs(np.frombuffer(one.small, np.uint8).astype(int) - np.frombuffer(other.small, np.uint8))
-    return bool(1 / slack <= aspect <= slack and difference.mean() < 1 and difference.max() <= 8)
+    return bool(1 / slack <= aspect <= slack and difference.mean() < 2 and difference.max() <= 8)
 
 # %% ../nbs/05_images.ipynb #fa806602
 _FACT_FIELDS = [entry.name for entry in dataclasses.fields(ImageFacts)]

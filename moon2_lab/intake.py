@@ -92,6 +92,9 @@ class Desk:
         self.misread.update(product.misread)
         kept = [self.picture(image, product.product_id, product.where) for image in product.images]
         product.images = list(dict.fromkeys(path for path in kept if path))
+        copies = sum(bool(path) for path in kept) - len(product.images)
+        if copies:
+            self.aside(product.product_id, product.where, "image", f"same picture: listed {copies + 1} times, kept once")
         if self.layout.grouped:
             first = self.ledger.execute("SELECT number FROM seen WHERE id = ?", (product.product_id,)).fetchone()[0]
             self.counts["partials"] += 1

@@ -575,3 +575,68 @@ def test_a_chain_of_titles_and_pictures_is_named():
     chain = [Product(f"p{n:02}", f"Mug no {n // 2}", refs=(refs[(n + 1) // 2],)) for n in range(11)]
     group, = large_keys(Catalog.from_products(chain))
     assert (group["products"], group["by"], group["titles"]) == (11, "title and picture in a chain", 6)
+
+
+# ---- cells of every kind
+
+
+def test_a_foreign_table_is_read_as_the_importers_read_it(tmp_path):
+    "Ids as floats, attributes as pairs, several pictures in one text, HTML, other Unicode forms: one rule, and each change is listed."
+    rows = [
+        {"product_id": 1.0, "title": "cre\u0300me &amp; more", "attributes": json.dumps([{"name": "colour", "value": "red"}]), "image_paths": "a.png; b.png"},
+        {"product_id": 2.0, "title": "N/A", "attributes": "colour: blue; size: S", "image_paths": "A.png"},
+    ]
+    folder = make(tmp_path / "c", rows, {"a.png": encoded(draw(1)), "b.png": encoded(draw(2))})
+    catalog = Catalog.load(folder, quarantine_limit=1)
+    assert [(p.product_id, p.title, p.attributes, p.image_paths) for p in catalog] == [("1", "cr\u00e8me & more", {"colour": "red"}, ["a.png", "b.png"])]
+    classes = catalog.quarantine["reason"].str.split(":").str[0].tolist()
+    assert sorted(classes) == sorted(["HTML read as text", "letters and marks joined (NFC)", "empty word", "no such file", "empty record"]), classes
+    assert any("(near" in reason and "'a.png'" in reason for reason in catalog.quarantine["reason"])
+
+
+def test_one_bad_cell_never_ends_a_load(tmp_path):
+    "Text that is no UTF-8, half a surrogate pair, deep nesting, a cell of megabytes: each is one line of the quarantine."
+    folder = make(tmp_path / "c", [row("x")])
+    texts = [b"A mug", b"caf\xe9", b"x" * 2_000_000, b"Cup"]
+    titles = pa.StringArray.from_buffers(4, *pa.array(texts).buffers()[1:])
+    attributes = ['{"k\\ud800": "v\\ud800"}', "[" * 5000, "{", None]
+    pq.write_table(pa.table({"product_id": ["a", "b", "c", "d"], "title": titles, "attributes": attributes, "image_paths": ['["\\ud800.png"]', None, None, "https://shop.example/a.png"]}), folder / "products.parquet")
+    catalog = Catalog.load(folder, quarantine_limit=1)
+    assert [(product.product_id, product.title, product.attributes) for product in catalog] == [("a", "A mug", {"k": "v"}), ("d", "Cup", {})]
+    listed = catalog.quarantine.groupby("product_id")["field"].apply(sorted).to_dict()
+    assert listed == {"a": ["attributes", "attributes", "image_paths"], "b": ["attributes", "record", "title"], "c": ["attributes", "record", "title"], "d": ["image_paths"]}
+    catalog.quarantine.to_parquet(tmp_path / "quarantine.parquet")  # what is listed can be written
+
+
+def test_a_small_file_cannot_unpack_to_gigabytes(tmp_path):
+    folder = make(tmp_path / "c", [row("x")])
+    title = pa.DictionaryArray.from_arrays(pa.array([0] * 7000, pa.int32()), ["x" * 999_000])
+    pq.write_table(pa.table({"product_id": [str(n) for n in range(7000)], "title": title}), folder / "products.parquet")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match="too large when unpacked: over .* MB from a file of"):
+        Catalog.load(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 800_000  # kB; it took 7.2 GB
+
+
+def test_files_are_not_read_again_unless_they_changed(tmp_path, monkeypatch):
+    "The second load stats; a file of the same size and time that was put in its place is read."
+    folder = make(tmp_path / "c", [row("a", "1.bmp"), row("b", "2.bmp", title="Cup")], {f"{i}.bmp": encoded(draw(i), "BMP") for i in (1, 2)})
+    monkeypatch.setattr(images_module, "SETTLED", -60)  # these files are moments old
+    first, read = Catalog.load(folder), []
+    whole = images_module.Stretch.read
+    monkeypatch.setattr(images_module.Stretch, "read", lambda place: read.append(place.path) or whole(place))
+    assert Catalog.load(folder).data_hash == first.data_hash and not read
+    times = (folder / "1.bmp").stat()
+    (folder / "1.bmp").write_bytes(encoded(draw(9), "BMP"))
+    os.utime(folder / "1.bmp", ns=(times.st_atime_ns, times.st_mtime_ns))
+    again = Catalog.load(folder)
+    assert [Path(path).name for path in read] == ["1.bmp", "1.bmp"] and again[0].image().tobytes() == draw(9).tobytes()
+
+
+def test_a_picture_with_the_pixels_of_an_earlier_one_is_listed_once(tmp_path):
+    photo = draw(3, (240, 180))
+    files = {"1.png": encoded(photo), "2.bmp": encoded(photo, "BMP"), "3.jpg": encoded(photo.resize((120, 90)), "JPEG", quality=90), "4.png": encoded(draw(8, (240, 180)))}
+    catalog = Catalog.load(make(tmp_path / "c", [row("a", "1.png", "2.bmp", "3.jpg", "4.png"), row("b", "1.png", title="Other")], files))
+    assert catalog[0].image_paths == ["1.png", "3.jpg", "4.png"] and catalog[1].image_paths == ["1.png"] and len(catalog.quarantine) == 1
+    assert reasons(catalog)["a", "2.bmp"] == "same picture: its pixels are those of 1.png"
+    assert catalog.summary()["scaled_copies"] == 1
