@@ -76,6 +76,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'moon2_lab/attribute_cells.py'),
                                            'moon2_lab.attribute_cells._continued': ( 'attribute_cells.html#_continued',
                                                                                      'moon2_lab/attribute_cells.py'),
+                                           'moon2_lab.attribute_cells._is_one_text': ( 'attribute_cells.html#_is_one_text',
+                                                                                       'moon2_lab/attribute_cells.py'),
                                            'moon2_lab.attribute_cells._pair_keys': ( 'attribute_cells.html#_pair_keys',
                                                                                      'moon2_lab/attribute_cells.py'),
                                            'moon2_lab.attribute_cells._pair_value': ( 'attribute_cells.html#_pair_value',
