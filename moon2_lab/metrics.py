@@ -93,7 +93,7 @@ def top_rows(
     "Gallery positions (q, k), best first; -1 where the gallery is shorter than k."
     count, width = scores.shape
     keep = min(k, width)
-    threshold = np.partition(scores, width - keep, axis=1)[:, width - keep]
+    threshold = scores.max(axis=1) if keep == 1 else np.partition(scores, width - keep, axis=1)[:, width - keep]
     top = np.full((count, k), -1, dtype=np.int64)
     for row in range(count):
         candidates = np.flatnonzero(scores[row] >= threshold[row])  # more than k when scores tie

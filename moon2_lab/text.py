@@ -13,7 +13,7 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -54,6 +54,7 @@ def _belongs(letter: str) -> bool:
     return letter > "\u036f" and unicodedata.category(letter)[0] == "M" and not unicodedata.name(letter, "").startswith(GENERIC)
 
 
+@lru_cache(maxsize=2**17)  # a catalogue says the same words again and again
 def fold(
     word: str,
 ) -> str:
