@@ -87,7 +87,7 @@ def same_chances():
 def save_checkpoint(
     folder: str | Path,  # final name; replaced when it exists
     tensors: dict[str, torch.Tensor],
-    meta: dict,  # JSON values
+    meta: dict,  # JSON values; a DataFrame at any depth becomes a parquet file of its own
     history: pd.DataFrame,
 ) -> None:
     "Write a checkpoint folder, whole or not at all, with its checksums. `LabError` for a full disk or a place that cannot be written."
@@ -95,9 +95,26 @@ def save_checkpoint(
 
     with whole_folder(folder, replace=True) as work:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work / "state.safetensors")
-        write_json(work / "trainer.json", meta)
+        write_json(work / "trainer.json", _tables_to_files(meta, work))
         write_parquet(work / "history.parquet", history)
         write_checksums(work)
+
+
+def _tables_to_files(value, work: Path, name: str = ""):
+    "`value` with {'table': file name} in the place of each DataFrame, which is written into `work`."
+    if isinstance(value, pd.DataFrame):
+        write_parquet(work / f"{name[1:]}.parquet", value)
+        return {"table": f"{name[1:]}.parquet"}
+    return {key: _tables_to_files(part, work, f"{name}-{key}") for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def _files_to_tables(value, folder: Path):
+    "Undo to `_tables_to_files`."
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"table"}:
+        return pd.read_parquet(folder / value["table"])
+    return {key: _files_to_tables(part, folder) for key, part in value.items()}
 
 
 def load_checkpoint(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict, pd.DataFrame]:
@@ -109,7 +126,8 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict, 
     require_checksums(folder, advice)
     meta = read_json(folder / "trainer.json")
     try:
-        return load_file(folder / "state.safetensors"), meta, pd.read_parquet(folder / "history.parquet")
+        tensors, history = load_file(folder / "state.safetensors"), pd.read_parquet(folder / "history.parquet")
+        return tensors, _files_to_tables(meta, folder), history
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"the checkpoint cannot be read ({str(error).splitlines()[0]})", where=str(folder), advice=advice) from error
 

@@ -168,13 +168,14 @@ class FilterLedger:
         return table.sort_values(["times", "mean_phi", "query_id"], ascending=[False, True, True]).reset_index()
 
     def state_dict(self) -> dict:
-        "For a checkpoint."
-        return {"doubted": list(self.doubted), "masked": list(self.masked), "dropped": self.dropped}
+        "Two tables and a number, for a checkpoint."
+        return {"doubted": self.to_frame(), "masked": self.masked_frame(), "dropped": self.dropped}
 
     def load_state_dict(self, state: dict) -> None:
         "Continue where `state` was saved."
-        self.doubted.clear(), self.masked.clear()
-        self.doubted.extend(map(tuple, state["doubted"])), self.masked.extend(map(tuple, state["masked"]))
+        for table, rows in ((self.doubted, state["doubted"]), (self.masked, state["masked"])):
+            table.clear()
+            table.extend(rows.itertuples(index=False, name=None))
         self.dropped = state["dropped"]
 
 # %% ../nbs/31_filtering.ipynb #fba108d2
