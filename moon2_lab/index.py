@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from .core import VIEWS, DataError, LabError, UsageError
-from .outputs import held, holds_nothing, try_file, whole_folder
+from .outputs import disk_is_full, held, holds_nothing, try_file, unwritable, whole_folder
 from .filters import facets, field_values, milvus_filter
 from .products import Product
 from .vectors import PAYLOAD, VectorBlock, VectorFile, shortened
@@ -424,6 +424,10 @@ def _fill(file: VectorFile, uri: str | Path, views: Counter, dim: int, replace: 
     try:
         with store_errors(uri, "the vectors cannot be put into the store"):
             return [_index_view(client, file, view, views[view], dim, store_address(uri), replace) for view in sorted(views)]
+    except LabError as error:
+        if disk_is_full(error):
+            raise unwritable(error, uri) from error
+        raise
     finally:
         disconnect(client, uri)
 

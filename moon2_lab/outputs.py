@@ -38,7 +38,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def disk_is_full(error: BaseException) -> bool:
     "Whether `error` says so; safetensors and NumPy have words of their own for it."
     said = str(error)
-    told = any(f"(os error {number})" in said for number in FULL) or "requested and" in said and "written" in said
+    told = any(f"(os error {number})" in said or f"[Errno {number}]" in said for number in FULL) or "requested and" in said and "written" in said
     return getattr(error, "errno", None) in FULL or told
 
 
