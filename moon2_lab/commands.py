@@ -164,7 +164,7 @@ def data_augment(args: argparse.Namespace) -> Outcome:
     options = {f"{part}_options": parse_assignments(getattr(args, f"{part}_set"), f"--{part}-set", "model=path/to/model") for part in ("enricher", "editor")}
     config = TrainConfig(**{"max_minutes": SCORER_MINUTES} | ({"backbone": args.backbone} if args.backbone else {}))
     enricher = None if args.enricher == "none" else args.enricher
-    try_folder(args.out)
+    try_folder(args.out, keep=False)
     summary = augment_run(args.catalog, args.out, args.scorer, config, args.limit, kinds=kinds, enricher=enricher, editor=args.editor, keep_quantile=args.keep_quantile, seed=args.seed, **options)
     return Outcome(f"{args.out}\n{augment_lines(summary)}", {"folder": str(args.out), **summary})
 
@@ -181,7 +181,7 @@ def train(args: argparse.Namespace) -> Outcome:
     config = resumed_config(args.out, given) if args.resume else TrainConfig(**given)
     pick_device(config.device)  # told before anything is read
     if not args.plan:
-        require_free(try_folder(args.out))
+        require_free(try_folder(args.out, keep=False))
     catalog = load_catalogue(args.catalog, config)
     if args.plan:
         plan = build_trainer(catalog, config).plan()

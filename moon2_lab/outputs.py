@@ -256,14 +256,19 @@ def try_file(
 
 def try_folder(
     folder: str | Path,
+    keep: bool = True,  # False: only a trial; folders that it made are removed again
 ) -> Path:
     "Make the folder and make sure that files can be written in it; returns it. Raises `LabError` with the cause."
     folder = Path(folder)
+    made = [] if keep else [path for path in (folder, *folder.parents) if not path.exists()]
     with _tried(folder):
         if folder.exists() and not folder.is_dir():
             raise UsageError("there is a file of this name", where=str(folder), advice="give a folder")
         folder.mkdir(parents=True, exist_ok=True)
         _write_a_byte(folder / "try")
+    for path in made:
+        with contextlib.suppress(OSError):  # somebody uses it already
+            path.rmdir()
     return folder
 
 

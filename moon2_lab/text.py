@@ -59,7 +59,11 @@ def fold(
     word: str,
 ) -> str:
     "NFKC, casefold, letters with the marks of their script and digits only, a final single 's' cut from words over 3 letters."
-    folded = "".join(letter for letter in unicodedata.normalize("NFKC", word).casefold() if letter.isalnum() or _belongs(letter))
+    folded, carried = "", False  # carried: a letter or digit stands before, which may carry marks
+    for letter in unicodedata.normalize("NFKC", word).casefold():
+        mark = unicodedata.category(letter)[0] == "M"
+        carried = carried if mark else letter.isalnum()
+        folded += letter if carried and (not mark or _belongs(letter)) else ""
     return folded[:-1] if len(folded) > 3 and folded.endswith("s") and not folded.endswith("ss") else folded
 
 # %% ../nbs/12_text.ipynb #6c55e049

@@ -476,7 +476,7 @@ def test_save_and_load(tmp_path):
         assert np.array_equal(loaded.encode_views(ITEMS)[view], vectors, equal_nan=True)
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model" / "model.safetensors").read_bytes()
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["SHA256SUMS", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
@@ -485,7 +485,7 @@ def test_cut_weights_are_named(tmp_path, share):
     weights = tmp_path / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(DataError, match=r"model\.safetensors.*copy it again"):
+    with pytest.raises(DataError, match=r"model\.safetensors.*copy the model again"):
         Moon2Encoder.from_pretrained(tmp_path)
 
 

@@ -240,7 +240,8 @@ def test_snapshot_and_restore(catalog, straight):
 def state(trainer):
     "All of a trainer's state, comparable."
     tensors, meta, history = trainer.snapshot()
-    return {name: tensor.tolist() for name, tensor in tensors.items()}, meta, copy.deepcopy(history)
+    ledger = {name: part.to_json() if isinstance(part, pd.DataFrame) else part for name, part in meta["ledger"].items()}
+    return {name: tensor.tolist() for name, tensor in tensors.items()}, meta | {"ledger": ledger}, copy.deepcopy(history)
 
 
 def test_what_if_leaves_nothing(catalog, straight):
