@@ -85,23 +85,25 @@ def name_placeholders(
     found: dict[str, ImageRef | str],  # placeholders become a reason
     least: int = PLACEHOLDER,  # 0: none is looked for
 ) -> None:
-    "Set aside main pictures that stand for 'no picture': shared by many products of different titles that do not belong to one category."
+    "Set aside pictures that stand for 'no picture', or for none in particular: shared by many products of different titles that do not belong to one category."
     shared = defaultdict(list)
     for product in records:
-        first = found.get(product.image_paths[0]) if product.image_paths else None
-        if isinstance(first, ImageRef) and first.pixels:
-            shared[first.pixels].append(product)
+        refs = [found.get(path) for path in product.image_paths]
+        for pixels in {ref.pixels for ref in refs if isinstance(ref, ImageRef) and ref.pixels}:
+            shared[pixels].append(product)
     reasons = {}
     for pixels, products in shared.items():
         titles, categories = ({text(product) for product in products} - {""} for text in (lambda product: folded_title(product.title), _category))
         if least and len(titles) >= least and len(categories) >= OF_CATEGORIES:
-            reasons[pixels] = f"{SHARED_BY} {len(products):,} products of different titles"
+            first = [found[product.image_paths[0]] for product in products]
+            place = "the main picture" if all(getattr(ref, "pixels", None) == pixels for ref in first) else "a picture"
+            reasons[pixels] = f"{SHARED_BY} {place} of {len(products):,} products of different titles"
     for path, ref in found.items() if reasons else ():
         if isinstance(ref, ImageRef) and ref.pixels in reasons:
             found[path] = reasons[ref.pixels]
 
 
-SHARED_BY = "placeholder: the main picture of"
+SHARED_BY = "placeholder:"
 
 
 def _category(product: Product) -> str:

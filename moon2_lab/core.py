@@ -86,7 +86,11 @@ def cache_dir(
     "The cache folder (`MOON2_CACHE`, else the user's cache folder), created when missing."
     base = os.environ.get("MOON2_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moon2_lab"
     folder = Path(base).joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        advice = "set MOON2_CACHE to a folder that can be written"
+        raise UsageError(f"the cache folder cannot be made ({error.strerror})", where=str(folder), advice=advice) from error
     return folder
 
 
@@ -136,7 +140,11 @@ def parse_value(
             if isinstance(value, str):
                 return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.strip().lower()]
             return {True: True, False: False}[value]
+        if kind in (int, float) and isinstance(value, bool):
+            raise ValueError
         if kind is int:
+            if str(value).strip().lstrip("+-").isdecimal():
+                return int(value)  # exact, however long
             number = float(value)
             if number != int(number):
                 raise ValueError
@@ -146,7 +154,8 @@ def parse_value(
             return tuple(sorted(parse_value(name, part, int) for part in parts if str(part).strip()))
         return kind(value) if kind is float else str(value).strip()
     except (KeyError, ValueError, TypeError, OverflowError) as error:
-        raise UsageError(f"{value!r} is no {kind.__name__}", where=name, advice=f"give a {kind.__name__}") from error
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", tuple: "whole numbers with commas between"}
+        raise UsageError(f"{value!r} is no {kind.__name__}", where=name, advice=f"give {wanted.get(kind, 'a word')}") from error
 
 # %% ../nbs/00_core.ipynb #8025152a
 PAPER = {  # every field of the method, as printed in the sources; what they leave open as in moon2_lab's defaults
@@ -197,8 +206,8 @@ class LiveConfig:
         kinds = {f.name: f.type for f in dataclasses.fields(self)}
         for name in given:
             if name not in kinds:
-                near = difflib.get_close_matches(name, kinds, n=3, cutoff=0.4)
-                raise UsageError("unknown config field", where=name, advice=f"nearest: {', '.join(near)}" if near else f"one of {', '.join(kinds)}")
+                near = difflib.get_close_matches(str(name), kinds, n=3, cutoff=0.4)
+                raise UsageError("unknown config field", where=str(name), advice=f"nearest: {', '.join(near)}" if near else f"one of {', '.join(kinds)}")
         lab = lab_settings()
         preset = str(given.get("preset", lab.get("preset", "lab"))).strip()
         if preset not in PRESETS:

@@ -236,7 +236,7 @@ def embed_catalog(
     "Embed the products of a split. Errors as in `plan_job` and `open_parts`; `DataError` when no product has the view."
     job, part = plan_job(encoder, catalog, split, view, dtype, dim, piece), catalog if split == "all" else catalog.split(split)
     warn_of_prefix(encoder, job.dim)
-    with held(try_file(out), folder=False):
+    with held(try_file(out, "file of vectors"), folder=False):
         return (already_there(job, out) if resume else None) or _embed(encoder, part, job, out, resume, batch_size, {"catalog": catalog.folder or "", "model": model})
 
 

@@ -7,7 +7,7 @@ __all__ = ['TOP', 'APPLICABLE', 'FLIPS', 'RULES', 'BELONGS', 'checked_vectors', 
            'recall_block', 'chance_recall', 'direction_block', 'bm25_ranks', 'frozen_features', 'baseline_rankers',
            'baseline_block', 'judge_baselines', 'not_above', 'score_baselines', 'label_block', 'score_labels',
            'per_query_rows', 'Question', 'ask_catalog_v1', 'ask_triplets_v1', 'ask', 'query_items', 'metrics_file',
-           'per_query_file', 'is_one_evaluation', 'Evaluation', 'answer', 'evaluate']
+           'per_query_file', 'try_scores', 'is_one_evaluation', 'Evaluation', 'answer', 'evaluate']
 
 # %% ../nbs/41_evaluate.ipynb #fd811d48
 import math
@@ -139,7 +139,7 @@ def direction_block(
     unseen = unseen_queries(direction, settings.catalog)
     if unseen is not None:
         block["unseen_title"] = {"n_queries": int(unseen.sum()), **recall_block(ranks, direction.group, settings, unseen)}
-    if direction.query_view != "i":
+    if direction.query_view != "i" and direction.gallery_view != "i":  # pictures have no words to be equal to
         block["n_equal_title"] = int(equal_titles(direction.asking, direction.gallery)[direction.query_rows].sum())
     chance = {f"R@{k}": chance_recall(ranks, k) for k in (1, 5, 10)}
     return block | {"chance": chance, "n_without_hit": int((ranks.n_hits == 0).sum()), "n_nan_vectors": nan_vectors}
@@ -409,12 +409,19 @@ BELONGS = "metrics_sha256"  # in the metadata of the table of queries
 
 def metrics_file(out: str | Path) -> Path:
     "Where the scores are written: `out` itself when it ends in .json, else metrics.json in that folder."
-    return Path(out) if Path(out).suffix == ".json" else Path(out) / "metrics.json"
+    return Path(out) if Path(out).name.lower().endswith(".json") else Path(out) / "metrics.json"
 
 
 def per_query_file(metrics: Path) -> Path:
     "The table of queries of a file of scores: per_query.parquet beside metrics.json, NAME.per_query.parquet beside NAME.json."
     return metrics.with_name("per_query.parquet" if metrics.name == "metrics.json" else f"{metrics.stem}.per_query.parquet")
+
+
+def try_scores(out: str | Path) -> Path:
+    "Where the scores are written. `LabError` when they or the table of queries cannot be, or something else is there."
+    path = metrics_file(out)
+    try_file(per_query_file(path), "table of queries")
+    return try_file(path, "file of scores")
 
 
 def is_one_evaluation(metrics: Path) -> bool:
@@ -462,6 +469,9 @@ def answer(
         views[side.name] = encode_side(encoder, side)
         seconds[side.name] = time.perf_counter() - started
     ranked = [(direction, vector_ranks(direction, views, stored)) for direction in planned]
+    unanswerable = "no query has a right answer among the products that are searched"
+    skipped |= {direction.name: unanswerable for direction, ranks in ranked if not ranks.n_hits.any()}
+    ranked = [(direction, ranks) for direction, ranks in ranked if ranks.n_hits.any()]
     directions = {direction.name: direction_block(direction, ranks, settings, _nan_vectors(direction, views)) for direction, ranks in ranked}
     metrics = {"protocol": question.about | {"model": encoder.fingerprint, "seed": seed, "resamples": resamples}, "directions": directions, "balance": _balance(directions)}
     metrics["protocol"] |= {} if whole else {"stored": str(stored)}
@@ -506,7 +516,7 @@ def evaluate(
 ) -> dict:
     "The dictionary of metrics.json. A place that cannot be written is a `LabError` before the work; one that fails afterwards a `NotSaved` that holds the scores."
     if out is not None:
-        try_file(metrics_file(out))
+        try_scores(out)
     result = answer(encoder, ask(catalog, split, protocol, limit, gallery, lexicon), baselines, labels, resamples, seed, stored)
     if out is not None:
         try:

@@ -124,7 +124,8 @@ def _wanted(node: ast.AST, listed: bool) -> set[str]:
     values = node.elts if listed and isinstance(node, (ast.Tuple, ast.List, ast.Set)) else [node] if not listed else []
     given = [_constant(value) for value in values]
     if not given or None in given:
-        raise UsageError(f"no {'list of values' if listed else 'value'}: {ast.unparse(node)[:60]}", where="filter", advice=FORMS)
+        advice = f"write a comma: ({ast.unparse(node)[:60]},)" if listed and isinstance(node, ast.Constant) else FORMS
+        raise UsageError(f"no {'list of values' if listed else 'value'}: {ast.unparse(node)[:60]}", where="filter", advice=advice)
     return {fold_value(value) for value in given}
 
 

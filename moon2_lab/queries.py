@@ -89,12 +89,13 @@ def query_item(
         raise UsageError(f"the query has {len(words):,} characters", where="query", advice=f"at most {MAX_LETTERS:,}")
     if not words and not image:
         raise UsageError("nothing to search for", where="query", advice="type some words, add a picture, or both")
+    where, advice = ("picture", "upload it again") if read is read_upload else (str(image), "check the path")
     try:
         ref = ImageRef.from_pil(read(image)) if image else None
     except DataError as error:
-        raise DataError(f"the picture cannot be used: {error.what}", where="picture", advice=error.advice) from error
+        raise DataError(f"the picture cannot be used: {error.what}", where=where, advice=error.advice) from error
     except OSError as error:
-        raise DataError(f"the picture cannot be opened ({error.strerror})", where="picture", advice="upload it again") from error
+        raise DataError(f"the picture cannot be opened ({error.strerror})", where=where, advice=advice) from error
     return Item(words or None, ref, FREE_QUERY)
 
 
