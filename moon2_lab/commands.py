@@ -46,12 +46,16 @@ def read_config_file(
     from moon2_lab.core import UsageError
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read the config file ({error})", where=str(path), advice="give a YAML file with lines such as 'temperature: 0.05'") from error
     if not isinstance(content or {}, dict):
         raise UsageError("a config file holds one 'key: value' a line", where=str(path), advice="see the keys in settings.ini [lab]")
-    return content or {}
+    keys = [key.value for key, _ in tree.value] if content else []
+    if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+        raise UsageError(f"{', '.join(twice)} stands there twice", where=str(path), advice="keep one of the lines")
+    return {str(key): value for key, value in (content or {}).items()}
 
 
 def parse_assignments(
@@ -194,14 +198,14 @@ def train(args: argparse.Namespace) -> Outcome:
 def evaluate(args: argparse.Namespace) -> Outcome:
     "Score a model under a protocol."
     from moon2_lab.catalog import Catalog
-    from moon2_lab.evaluate import metrics_file
+    from moon2_lab.evaluate import try_scores
     from moon2_lab.job import evaluate_model, model_folder, score_lines
-    from moon2_lab.outputs import NotSaved, try_file
+    from moon2_lab.outputs import NotSaved
 
     model_folder(args.model)  # a wrong name, or device, is told before the catalogue is read
     device = chosen_device(args)
     if args.out:
-        try_file(metrics_file(args.out))
+        try_scores(args.out)
     trouble = None
     try:
         metrics = evaluate_model(args.model, Catalog.load(args.catalog), args.split, args.out, device, protocol=args.protocol, gallery=args.gallery)
@@ -218,7 +222,7 @@ def report(args: argparse.Namespace) -> Outcome:
 
     model_folder(args.run_folder)
     device = chosen_device(args)
-    try_file(Path(args.run_folder, "report.html"))
+    try_file(Path(args.run_folder, "report.html"), "page")
     path = report_run(args.run_folder, Catalog.load(args.catalog), device=device)
     return Outcome(str(path), {"report": str(path)})
 
@@ -259,7 +263,7 @@ def heatmap(args: argparse.Namespace) -> Outcome:
 
     folder, methods = model_folder(args.model), list(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
     device = chosen_device(args)
-    try_file(page_file(args.out, "map.html"))
+    try_file(page_file(args.out, "map.html"), "page")
     catalog = Catalog.load(args.catalog)
     query, item = named_query(catalog, args.query, args.query_image), named_item(catalog, args.item, args.item_text, args.item_image)
     note = query_note(catalog, args.query, query)
@@ -302,7 +306,7 @@ def embed(args: argparse.Namespace) -> Outcome:
     from moon2_lab.outputs import try_file
 
     folder, device = model_folder(args.model), chosen_device(args)
-    try_file(args.out)
+    try_file(args.out, "file of vectors")
     catalog = Catalog.load(args.catalog)
     done = embed_catalog(Moon2Encoder.from_pretrained(folder, device), catalog, args.out, split=args.split, view=args.view, dtype=args.dtype, dim=args.dim, resume=args.resume, piece=args.piece, model=str(args.model))
     lines = [f"{done.path}: {done.rows:,} products; next: moon2 index {done.path} --uri vectors.db"]
@@ -352,7 +356,7 @@ def compare(args: argparse.Namespace) -> Outcome:
 
     folders = [model_folder(args.model_a), model_folder(args.model_b)]
     device = chosen_device(args)
-    try_file(page_file(args.out, "diff.html"))
+    try_file(page_file(args.out, "diff.html"), "page")
     catalog = Catalog.load(args.catalog)
     a, b = (Moon2Encoder.from_pretrained(folder, device) for folder in folders)
     found = compare_encoders(a, b, catalog, args.split, args.k, run_names(args.model_a, args.model_b), protocol=args.protocol, limit=args.limit)
