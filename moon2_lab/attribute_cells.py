@@ -284,11 +284,13 @@ def _add_packed(bag: _Attributes, text: str) -> None:
         text, changed = plain_text(text, between="\n")
         bag.reading.changed += changed
         pieces, colon = _pieces(text)
+    bars = colon == "=" and _bars_between_values(text, text.split("|"))
     for piece in filter(str.strip, pieces):
         name, *values = re.split(rf"\s*{colon}\s*", piece, maxsplit=1)
         if not values or values[0].startswith("//"):
             bag.nameless.append(piece.strip())
-        for value in values[0].split("!!!") if values and not values[0].startswith("//") else ():
+        given = re.split(r"!!!|\|" if bars else "!!!", values[0]) if values and not values[0].startswith("//") else []
+        for value in given:
             bag.add(name, value, several=True)
 
 
@@ -297,13 +299,26 @@ def _pieces(text: str) -> tuple[list[str], str]:
     colon = r"[:：]" if re.search(r"[:：]", text) else "="
     named = re.compile(rf"\s*[^:：=]{{1,60}}?{colon}(?!//)\s*\S")
     best = [text]
+    begins = r",(?=\s*[\w ]+=)"
+    variants = text.split("|") if colon == "=" else []
+    if len(variants) > 1 and all(named.match(piece) and len(re.split(begins, piece)) > 1 for piece in variants):
+        return re.split(rf"\||{begins}", text), colon  # a=1,b=2|a=3,b=4
     for separator in (r"\n", r"\|", r"[;；]", "&", r"[,，]"):
         pieces = [piece for piece in re.split(separator, text) if piece.strip()]
+        if separator == r"\|" and _bars_between_values(text, pieces):
+            continue
         if separator == r"[,，]":
             pieces = _continued(pieces, named)
         if sum(bool(named.match(piece)) for piece in pieces) > max(1, sum(bool(named.match(piece)) for piece in best)):
             best = pieces
     return best, colon
+
+
+def _bars_between_values(text: str, pieces: list[str]) -> bool:
+    "Whether commas stand between attributes and bars between values: name=one|two,name=value."
+    begins = re.compile(r"\s*[\w ]+=")
+    loose = any(not begins.match(piece) for piece in pieces)
+    return loose and all(begins.match(piece) for piece in re.split(r",(?=\s*[\w ]+=)", text))
 
 
 def _continued(pieces: list[str], named: re.Pattern) -> list[str]:

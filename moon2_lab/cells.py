@@ -6,7 +6,7 @@
 __all__ = ['MAX_DEPTH', 'EMPTY_WORDS', 'VALUE_KEYS', 'SIDE_KEYS', 'Reading', 'plain_value', 'is_empty', 'accounted',
            'describe_form', 'some_names', 'shortened', 'parse_packed', 'strip_html', 'plain_text', 'clean',
            'scalar_text', 'read_text_cell', 'first_language', 'measure_text', 'read_id_cell', 'read_category_cell',
-           'spread_levels', 'read_category_columns']
+           'spread_levels', 'read_category_columns', 'spread_columns']
 
 # %% ../nbs/01_cells.ipynb #2fb7c7b2
 import ast
@@ -164,6 +164,9 @@ _INLINE = re.compile(
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 
 
+_UNSEEN = re.compile(r"^[\s\u200b\u2060\ufeff]+|[\s\u200b\u2060\ufeff]+$")  # a Thai text may hold them inside
+
+
 def strip_html(text: str, between: str = " ") -> str:
     "The text without tags and with its entities decoded; `between` stands where a line or a block ended."
     for _ in range(2):  # tags may be written as entities, entities twice
@@ -190,7 +193,10 @@ def plain_text(text: str, between: str = " ") -> tuple[str, list[str]]:
     if not unicodedata.is_normalized("NFC", kept):
         kept = unicodedata.normalize("NFC", kept)
         changed.append(f"letters and marks joined (NFC): {shortened(kept)}")
-    return kept.strip(), changed
+    bare = _UNSEEN.sub("", kept)
+    if bare.strip() != kept.strip():
+        changed.append(f"characters left out: invisible ones at an end of {shortened(bare.strip())}")
+    return bare.strip(), changed
 
 
 def clean(value: Any) -> str | None:
@@ -392,7 +398,11 @@ def _id_text(text: str) -> Reading:
         wrapped[1]
         if wrapped
         else unicodedata.normalize("NFC", text.replace("\0", "").encode("utf-8", "ignore").decode())
-    ).strip()
+    )
+    kept = _UNSEEN.sub("", kept).strip()
+    if re.fullmatch(r"\d(?:[.,]\d+)?[eE]\+\d{1,2}", kept):
+        reason = f"number in scientific notation: digits of id {kept} may be lost (a spreadsheet does that)"
+        return Reading(kept, "number in scientific notation", [], [reason])
     if re.fullmatch(r"\d{1,15}\.0", kept):
         return Reading(kept[:-2], "number with .0", [], [f"number written with .0: id {kept} read as {kept[:-2]}"])
     if kept.lower() in EMPTY_WORDS:
@@ -513,7 +523,12 @@ def spread_levels(levels: list[str]) -> tuple[list[str | None], dict[str, str]]:
 def read_category_columns(columns: list[Any]) -> tuple[list[str | None], dict[str, str], list[Reading]]:
     "(category_l1, l2, l3; deeper levels as attributes; what was read) of three cells: a path in the first one is spread."
     readings = [read_category_cell(value) for value in columns]
-    first, *others = (reading.value for reading in readings)
+    return *spread_columns([reading.value for reading in readings]), readings
+
+
+def spread_columns(columns: list[list[str]]) -> tuple[list[str | None], dict[str, str]]:
+    "(category_l1, l2, l3; deeper levels as attributes) of the levels of three columns: a path alone in the first one is spread."
+    first, *others = columns
     if len(first) > 1 and not any(others):
-        return *spread_levels(first), readings
-    return [" > ".join(levels) or None for levels in (first, *others)], {}, readings
+        return spread_levels(first)
+    return [" > ".join(levels) or None for levels in columns], {}

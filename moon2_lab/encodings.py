@@ -363,6 +363,10 @@ FEW = 200  # so many characters of two bytes may be UTF-8 by accident
 
 def _wide(head: bytes) -> str | None:
     "UTF-16 or UTF-32 without a mark: the order of bytes in which line ends, commas and quotes come out as such."
+    bare = head.replace(b"\0", b"")
+    letters = sum(32 <= byte < 127 or byte in b"\r\n\t" for byte in bare[:4096])
+    if len(bare) > 0.88 * len(head) and letters > 0.8 * len(bare[:4096]):  # letters of one byte, and a few NULs among them
+        return None
     plain = sum(32 <= one < 127 and 32 <= other < 127 for one, other in zip(head[:4096:2], head[1:4096:2]))
     if not head.count(0) or len(head) < 4 or plain > min(len(head), 4096) * 0.3:  # letters of one byte, side by side
         return None

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_LINE', 'MAX_VALUES', 'ENDINGS', 'BITE', 'WASTE', 'NEXT_ITEM', 'KEY', 'COMMA', 'OPEN', 'CLOSE', 'WRAPPED',
-           'RECORD_KEYS', 'MAX_RECORD', 'MAX_AGAIN', 'DELIMITERS', 'OTHER_QUOTING', 'Line', 'SAMPLED', 'MAX_GROUP',
-           'MAX_REPEATED', 'FAIR', 'BATCH', 'PACKED_KINDS', 'Row', 'DataFile', 'read_lines', 'parse_json',
-           'read_json_lines', 'read_json_items', 'table_form', 'read_csv', 'check_parquet', 'read_parquet_rows',
-           'is_json_lines', 'ending_of', 'shown_name', 'open_data', 'checked_delimiter', 'read_rows_of', 'data_files',
-           'columns_of']
+           'WRAPPING_KEYS', 'PARTS_OF_DATA', 'RECORD_KEYS', 'MAX_RECORD', 'MAX_AGAIN', 'DELIMITERS', 'OTHER_QUOTING',
+           'Line', 'SAMPLED', 'MAX_GROUP', 'MAX_REPEATED', 'MAX_GROWTH', 'LONG_ROW', 'FAIR', 'BATCH', 'PACKED_KINDS',
+           'Row', 'DataFile', 'read_lines', 'parse_json', 'read_json_lines', 'read_json_items', 'table_form',
+           'read_csv', 'check_parquet', 'read_parquet_rows', 'is_json_lines', 'ending_of', 'shown_name', 'open_data',
+           'checked_delimiter', 'read_rows_of', 'data_files', 'columns_of']
 
 # %% ../nbs/03_rows.ipynb #6aac4e04
 import csv
@@ -235,6 +235,8 @@ class _Window:
 # %% ../nbs/03_rows.ipynb #f1819fdd
 COMMA, OPEN, CLOSE = re.compile(r"\s*,\s*"), re.compile(r"\s*[\[{]"), re.compile(r"\s*[\]}]")
 WRAPPED = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(?:\[\s*\{|\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\[\s*\{)')  # an object that only holds a list
+WRAPPING_KEYS = {"products", "items", "results", "data", "records", "rows", "hits", "docs", "documents", "listings", "entries", "edges", "nodes"}
+PARTS_OF_DATA = {"train", "training", "valid", "validation", "val", "dev", "test", "testing"}  # keys of lists that belong together
 RECORD_KEYS = {"id", "_id", "product_id", "item_id", "sku", "title", "name", "handle"}  # an object with one of these is a record
 
 
@@ -322,17 +324,36 @@ def _shown(value: Any) -> str:
         return ""
 
 
+def _is_record(window: _Window) -> bool:
+    "Whether the object that was opened is a short one with an id of its own beside its lists: a record, and no wrapping."
+    window.peek()
+    window.ended = window.ended or not window.more()
+    text = window.text[window.at :]
+    if not window.ended or len(text) > BITE or not text.rstrip().endswith("}"):
+        return False
+    try:
+        found = json.loads("{" + text)
+    except (ValueError, RecursionError):
+        return False
+    lists = [name for name, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    ids = [name for name in found if re.fullmatch(r"(?:_?id|product_id|item_id|sku|asin|parent_asin|handle)", name, re.I)]
+    named = any(name.lower() in WRAPPING_KEYS for name in lists)
+    return bool(lists) and not named and any(isinstance(found[name], (str, int)) and found[name] != "" for name in ids)
+
+
 def _object(window: _Window, file: DataFile, limit: int, depth: int) -> Iterator[Row]:
     "The rows of an object that was opened: of the list in it, of its keys, or itself as one."
-    alone, number, listed = {}, 0, None
+    alone, number, listed, whole = {}, 0, None, _is_record(window)
     while key := window.skip(KEY):
         name, ahead = json.loads(key[1], strict=False), window.peek()
-        record = any(one.lower() in RECORD_KEYS for one in alone)
-        if re.match(r"\[\s*\{", ahead) and not record and listed is None:
+        record = whole or any(one.lower() in RECORD_KEYS for one in alone)
+        part = name.lower() if name.lower() in PARTS_OF_DATA else None
+        further = listed is None or (part and listed.lower() in PARTS_OF_DATA)
+        if re.match(r"\[\s*\{", ahead) and not record and further:
             window.skip(OPEN)
             for row in _sequence(window, file, limit, False, number):
                 number = int(row.place)
-                yield row
+                yield replace(row, values={"split": part} | row.values) if part and row.values is not None else row
             listed = name
         elif WRAPPED.match(ahead) and not alone and listed is None and depth < 3:
             window.skip(OPEN)
@@ -415,6 +436,8 @@ class _Records:
         "The fields as many as there are columns: empty ones at the end are no columns."
         if self.count is None or len(fields) == self.count:
             return fields
+        if not any(map(str.strip, fields)):
+            return [""] * self.count  # a blank line
         return fields[: self.count] if len(fields) > self.count and not any(fields[self.count :]) else None
 
     def read(self, taken: list[Line]) -> _Record:
@@ -495,15 +518,15 @@ SAMPLED = 300  # lines that are looked at
 
 def _named(fields: list[str]) -> tuple[tuple[str, ...], list[str]]:
     "(a name for every column, what is odd about them)."
-    names, notes = [], []
+    names, notes, counts = {}, [], {}
     for place, name in enumerate((" ".join(name.split()) for name in fields), 1):
         plain = name or f"column {place}"
-        count = 2
         while plain in names:
-            plain, count = f"{name} ({count})", count + 1
+            counts[name] = counts.get(name, 1) + 1
+            plain = f"{name} ({counts[name]})"
         if name and plain != name:
             notes.append(f"two columns are called {name!r}: the second one is {plain!r} here")
-        names.append(plain)
+        names[plain] = None
     return tuple(names), notes
 
 
@@ -527,11 +550,12 @@ def _fit(file: DataFile, lines: list[Line], whole: bool) -> tuple[tuple, int | N
     records = list(_Records(iter(lines), file, None))
     place = _header_place(records)
     if place is None:
-        return (False, 0.0, False, 0), None, records
+        return (False, 0.0, False, False, 0), None, records
     count = len(records[place].fields or ())
     later = [record for record in records[place + 1 : None if whole else -1] if record.fields is None or any(record.fields)]
     good = sum(record.fields is not None and not record.note and (len(record.fields) == count or not any(record.fields[count:] or ["x"])) for record in later)
-    return (count > 1, good / len(later) if later else 1.0, good > 0, count), place, records
+    passed = any(any(map(str.strip, record.fields or ())) for record in records[:place])
+    return (count > 1, good / len(later) if later else 1.0, good > 0, not passed, count), place, records
 
 
 def _balanced(lines: list[Line], file: DataFile) -> bool:
@@ -549,7 +573,7 @@ def table_form(file: DataFile, delimiter: str | None = None) -> DataFile:
         if len(lines) >= SAMPLED or size > 4 * BITE:
             break
     whole = len(lines) < SAMPLED and size <= 4 * BITE
-    told = re.fullmatch(r'"?sep=(.)"?', (lines[0][0] or b"").decode("latin-1").strip("\r\n")) if lines else None
+    told = re.fullmatch(r'"?sep=(.)"?', (lines[0][0] or b"").decode("latin-1").strip("\r\n"), re.I) if lines else None
     lines = lines[1:] if told else lines
     wanted = [delimiter or (told and told[1])] if delimiter or told else ["\t", *",;|"] if file.path.name.lower().removesuffix(".gz").endswith(".tsv") else list(DELIMITERS)
     tried = [replace(file, delimiter=one, quoting="double") for one in wanted]
@@ -586,11 +610,17 @@ def read_csv(file: DataFile, start: tuple[int, int] = (0, 0), limit: int = MAX_L
     for record in _Records(read_lines(file.path, max(start, file.body), limit, file.form), file, len(file.header), limit):
         if record.reason or any(map(str.strip, record.fields)):
             place, after = str(record.lines[0][1][1]), record.lines[-1][1]
-            yield Row(file.name, place, after, dict(zip(file.header, record.fields, strict=True)) if record.fields else None, record.reason, record.note)
+            same = record.fields and len(file.header) > 1 and record.fields[0].strip() == file.header[0]
+            again = same and _named(record.fields)[0] == file.header
+            reason = "header again: the names of the columns, in the middle of the file" if again else record.reason
+            values = None if reason else dict(zip(file.header, record.fields, strict=True))
+            yield Row(file.name, place, after, values, reason, record.note)
 
 # %% ../nbs/03_rows.ipynb #4f9afb3d
 MAX_GROUP = 4 * 2**30  # bytes that a row group may unpack to
 MAX_REPEATED = 16 * 2**30  # bytes of a value that stands in many rows
+MAX_GROWTH = (2**30, 10)  # bytes of the rows of a group, and how often its unpacked pages: more is not read
+LONG_ROW = 2**16  # bytes a row: shorter ones may repeat as often as they like
 FAIR = 4 * 2**20  # bytes of a column below which nothing is looked up
 BATCH = 64  # rows converted together
 
@@ -612,14 +642,16 @@ def _group_batch(file: pq.ParquetFile, group, number: int, name: str) -> int:
     longest = max((_longest(file, column, number) for column in columns if column.total_uncompressed_size > FAIR and any("DICT" in one for one in column.encodings)), default=0)
     if longest * group.num_rows > MAX_REPEATED and longest > FAIR:
         raise DataError(f"too large a row group: a value of {longest:,} bytes may stand in {group.num_rows:,} rows", where=name, advice="no product has that; look at the file")
-    each = max(unpacked // max(1, group.num_rows), longest, 1)
+    nested = [column for column in columns if column.physical_type == "BYTE_ARRAY" and "." in column.path_in_schema]
+    guessed = max((column.total_uncompressed_size // (1 if column.num_values < 1000 else 8) for column in nested), default=0)
+    each = max(unpacked // max(1, group.num_rows), longest, guessed if guessed > FAIR else 0, 1)
     return max(1, min(BATCH, MAX_LINE // each))
 
 
 def _longest(file: pq.ParquetFile, column, group: int) -> int:
     "Bytes of the longest value in a column's dictionary, as far as one batch shows it."
     if column.physical_type != "BYTE_ARRAY" or "." in column.path_in_schema:
-        return column.total_uncompressed_size if column.physical_type == "BYTE_ARRAY" and column.num_values < 1000 else 0
+        return 0
     with pq.ParquetFile(file.reader_path, memory_map=True, read_dictionary=[column.path_in_schema]) as own:
         batch = next(own.iter_batches(batch_size=1, row_groups=[group], columns=[column.path_in_schema], use_threads=False))
     values = batch.column(0)
@@ -651,7 +683,13 @@ def read_parquet_rows(file: DataFile, start: tuple[int, int] = (0, 0), limit: in
 
 def _group_rows(table: pq.ParquetFile, group: int, name: str, number: int, start: int, together: int) -> Iterator[Row]:
     "The rows of one row group from row `start` on; `number` rows are before it."
+    packed, unpacked, read = table.metadata.row_group(group).total_byte_size, 0, 0
     for batch in table.iter_batches(batch_size=together, row_groups=[group], use_threads=False):
+        unpacked, read = unpacked + batch.nbytes, read + batch.num_rows
+        limit = max(MAX_GROWTH[0], MAX_GROWTH[1] * packed, LONG_ROW * read)
+        if unpacked > limit:
+            what = f"its first {read:,} rows unpack to {unpacked:,} bytes, limit {limit:,}"
+            raise DataError(f"too large a row group: {what}", where=f"{name}:{number + 1}", advice="long values that stand in many rows: no product has that; look at the file")
         if number + batch.num_rows > start:
             batch = batch.rename_columns(list(_named(batch.schema.names)[0]))
             for place, (values, reason) in enumerate(_values(batch), number + 1):

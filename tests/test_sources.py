@@ -501,6 +501,95 @@ def test_tables_are_read_record_by_record(tmp_path, text, products, aside):
     assert found == products and [reason.split(":")[0].split(" in another")[0] for reason in reasons] == aside
 
 
+@pytest.mark.parametrize("text,products,aside", [
+    ("id;title;weight\n1;Hemd, rot;1,5\n2;Hose, blau;2,5\n", {"1": "Hemd, rot", "2": "Hose, blau"}, []),
+    ("id,title\n1,Shirt\nid,title\n2,Hat\n", {"1": "Shirt", "2": "Hat"}, ["header again"]),
+    ("id,title,price\n1,Shirt,x\n\n ,,\n2,Hat,y\n", {"1": "Shirt", "2": "Hat"}, []),
+    ("Sep=;\nid;title\n007;Shirt\n7;Hat\n", {"007": "Shirt", "7": "Hat"}, []),
+    ("id,title\n1.2E+10,Shirt\n2,Hat\n", {"1.2E+10": "Shirt", "2": "Hat"}, ["number in scientific notation"]),
+    ("id,title\nx\u200b,Shirt\n2,\u200b\u200b\n3,\ufeffCup\n", {"x": "Shirt", "3": "Cup"}, ["characters of the id changed", "characters left out", "characters left out", "empty record"]),
+    ("id,title\n1,A\0B\n2,\0\n3,C\x1aD\n", {"1": "AB", "3": "C\x1aD"}, ["characters left out", "characters left out", "empty record"]),
+    ("id,title\n" + "".join(f'{n},"C:\\{n}\\"\n' for n in range(9000)), {str(n): f"C:\\{n}\\" for n in range(9000)}, []),
+])
+def test_tables_as_spreadsheets_and_scripts_write_them(tmp_path, text, products, aside):
+    "Decimal commas, tables put one behind the other, blank lines, ids that a spreadsheet has shortened, signs that nobody sees."
+    found, reasons, _ = imported(tmp_path / "in", text)
+    assert found == products and sorted(reason.split(":")[0] for reason in reasons) == sorted(aside)
+
+
+@pytest.mark.parametrize("data,products", [
+    ({"train": [{"id": 1, "title": "a"}], "test": [{"id": 2, "title": "b"}]}, {"1": ("a", "train"), "2": ("b", "test")}),
+    ({"validation": [{"id": 1, "title": "a", "split": "test"}], "dev": [{"id": 2, "title": "b"}]}, {"1": ("a", "test"), "2": ("b", "valid")}),
+    ({"brand": [{"id": 5, "name": "Acme"}], "id": 1, "title": "Mug", "split": "train"}, {"1": ("Mug", "train")}),
+    ({"page": 1, "products": [{"id": 1, "title": "Mug", "split": "train"}], "id": "feed"}, {"1": ("Mug", "train")}),
+])
+def test_objects_that_hold_lists(tmp_path, data, products):
+    "Lists named by splits are all read; a list inside a product makes no products."
+    imported(tmp_path / "in", json.dumps(data), name="t.json")
+    assert {row["product_id"]: (row["title"], row["split"]) for row in table(tmp_path / "in" / "out")} == products
+
+
+@pytest.mark.parametrize("columns,cells,kept", [
+    ("image_1,image_2,image_3", "a.png,b.png,", 2), ("Image 1,Image 2", "a.png,b.png", 2), ("image,additional_image_link", "a.png,\"b.png,c d.png\"", 3),
+    ("image,images", "a.png,\"a.png,b.png\"", 2), ("image,images", "a.png,b.png", 1), ("image", "c%20d.png", 1),
+])
+def test_pictures_in_further_columns(tmp_path, columns, cells, kept):
+    "Numbered and additional columns add to the main picture; a synonym that says another one is listed."
+    write_pictures(tmp_path / "in", ["a.png", "b.png", "c d.png"])
+    _, aside, _ = imported(tmp_path / "in", f"id,title,{columns}\n1,Shirt,{cells}\n")
+    assert len(json.loads(table(tmp_path / "in" / "out")[0]["image_paths"])) == kept
+    assert any("other value in another column" in reason for reason in aside) == (cells == "a.png,b.png" and columns == "image,images")
+
+
+def test_a_folder_with_pictures_named_by_id_and_a_workbook(tmp_path):
+    "The pictures beside a table that names none are found by the id; a file of another kind is told; the nearest table's error is shown."
+    write_pictures(tmp_path / "in", ["images/1.jpg", "images/2.JPG"])
+    (tmp_path / "in" / "styles.csv").write_text("id,productDisplayName\n1,Shirt\n2,Hat\n3,Cup\n")
+    (tmp_path / "in" / "images.csv").write_text("filename,link\n1.jpg,x\n")
+    (tmp_path / "in" / "more.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(DataError, match="no column for title or image") as error:
+        import_catalog("csv", tmp_path / "in", tmp_path / "no")
+    assert error.value.where == "styles.csv"
+    summary = import_catalog("csv", tmp_path / "in", tmp_path / "out", mapping={"title": "productDisplayName"})
+    assert summary.pictures["by_id"] == 2 and summary.pictures["products_without"] == 1
+    assert sorted(row["file"] for row in table(tmp_path / "out", "quarantine") if row["field"] == "file") == ["images.csv", "more.xlsx"]
+
+
+@pytest.mark.parametrize("name,data,kind", [("p.zip", b"PK\x03\x04", "a zip"), ("p.tar.gz", b"\x1f\x8b\x08", "gzip"), ("p.csv", b"id,title\n", "a text")])
+def test_pictures_in_what_is_no_tar(tmp_path, name, data, kind):
+    "An error before the folder is made."
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=kind):
+        imported(tmp_path / "in", "id,title,image\n1,Shirt,a.png\n", images=tmp_path / name)
+    assert not (tmp_path / "in" / "out").exists()
+
+
+@pytest.mark.parametrize("text,attributes", [
+    ("activity=Gym|Hiking,material=Nylon", {"activity": "Gym|Hiking", "material": "Nylon"}), ("sku=a,size=S|sku=b,size=M", {"sku": "a|b", "size": "S|M"}),
+    ("a=1|b=2", {"a": "1", "b": "2"}), ("Color=Red;Size=L", {"Color": "Red", "Size": "L"}),
+])
+def test_attributes_as_magento_writes_them(tmp_path, text, attributes):
+    imported(tmp_path / "in", json.dumps({"id": 1, "title": "Bag", "attributes": text}), name="t.jsonl")
+    assert json.loads(table(tmp_path / "in" / "out")[0]["attributes"]) == attributes
+
+
+def test_long_values_repeated_in_nested_lists(tmp_path, monkeypatch):
+    "A small file of long rows ends at a limit that the error says; short values may repeat."
+    monkeypatch.setattr(rows, "MAX_GROWTH", (2**24, 5))
+    for name, value, count in (("long", "x" * 5 * 2**20, 30), ("short", "x" * 2**10, 60_000)):
+        pq.write_table(pa.table({"id": [str(n) for n in range(count)], "title": ["a"] * count, "tags": [[value]] * count}), tmp_path / f"{name}.parquet")
+    summary = import_catalog("csv", tmp_path / "long.parquet", tmp_path / "out")
+    assert 0 < summary.counts["products"] < 30 and "too large a row group: its first" in table(tmp_path / "out", "quarantine")[-1]["reason"]
+    assert sum(row.reason is None for row in rows.read_rows_of(tmp_path / "short.parquet")) == 60_000
+
+
+def test_a_text_file_is_no_table_by_its_name(tmp_path):
+    (tmp_path / "t.txt").write_text("id\ttitle\n1\ta\n")
+    with pytest.raises(DataError, match="a .txt file does not say what it is") as error:
+        import_catalog("csv", tmp_path / "t.txt", tmp_path / "out")
+    assert ".tsv" in error.value.advice
+
+
 def test_every_column_and_picture_is_accounted_for(tmp_path):
     write_pictures(tmp_path / "in", ["a.png"])
     products, _, summary = imported(tmp_path / "in", "id,title,price,image\n1,Shirt,3,a.png\n2,Hat,,gone.png\n3,,4,\n")
