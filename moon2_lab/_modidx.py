@@ -2028,6 +2028,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'moon2_lab.sources._nearest': ('sources.html#_nearest', 'moon2_lab/sources.py'),
                                    'moon2_lab.sources._number': ('sources.html#_number', 'moon2_lab/sources.py'),
                                    'moon2_lab.sources._only_begun': ('sources.html#_only_begun', 'moon2_lab/sources.py'),
+                                   'moon2_lab.sources._place_of_pictures': ('sources.html#_place_of_pictures', 'moon2_lab/sources.py'),
                                    'moon2_lab.sources._told': ('sources.html#_told', 'moon2_lab/sources.py'),
                                    'moon2_lab.sources.import_catalog': ('sources.html#import_catalog', 'moon2_lab/sources.py'),
                                    'moon2_lab.sources.linked': ('sources.html#linked', 'moon2_lab/sources.py'),

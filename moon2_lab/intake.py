@@ -55,8 +55,16 @@ class Desk:
     "Writes drafts into the tables of an import."
 
     def __init__(self, settings: Settings, ledger: sqlite3.Connection, parts: Parts, pictures: Pictures, state: dict):
-        self.settings, self.layout, self.ledger, self.parts, self.pictures = settings, LAYOUTS[settings.layout], ledger, parts, pictures
-        self.counts, self.reasons, self.misread = (Counter(state.get(name, {})) for name in ("counts", "reasons", "misread"))
+        self.settings, self.layout, self.ledger, self.parts, self.pictures = (
+            settings,
+            LAYOUTS[settings.layout],
+            ledger,
+            parts,
+            pictures,
+        )
+        self.counts, self.reasons, self.misread = (
+            Counter(state.get(name, {})) for name in ("counts", "reasons", "misread")
+        )
         self.named_by_id = self.layout.name == "m5product" or (self.layout.name == "csv" and bool(settings.images))
 
     def aside(self, product_id: str | None, where: str, name: str, reason: str) -> None:
@@ -69,8 +77,14 @@ class Desk:
         "A few drafts together, so that their pictures can be fetched together."
         triplets = [draft for draft in drafts if isinstance(draft, TripletDraft)]
         given = [draft for draft in drafts if isinstance(draft, ProductDraft)]
-        new = [product for product in given + [item for draft in triplets for item in (draft.positive, *draft.negatives)] if self.claim(product)]
-        self.pictures.prepare([image for product in new for image in product.images] + [draft.query_image for draft in triplets])
+        new = [
+            product
+            for product in given + [item for draft in triplets for item in (draft.positive, *draft.negatives)]
+            if self.claim(product)
+        ]
+        self.pictures.prepare(
+            [image for product in new for image in product.images] + [draft.query_image for draft in triplets]
+        )
         for product in new:
             self.keep(product)
         for draft in triplets:
@@ -79,7 +93,9 @@ class Desk:
     def claim(self, product: ProductDraft) -> bool:
         "Whether this product is to be kept: it is new, or its rows are put together later."
         self.counts["claims"] += 1
-        fresh = self.ledger.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, 1, ?)", (product.product_id, product.where, self.counts["claims"])).rowcount
+        fresh = self.ledger.execute(
+            "INSERT OR IGNORE INTO seen VALUES (?, ?, 1, ?)", (product.product_id, product.where, self.counts["claims"])
+        ).rowcount
         if not fresh and not self.layout.grouped and not self.layout.triplets:
             first = self.ledger.execute("SELECT place FROM seen WHERE id = ?", (product.product_id,)).fetchone()[0]
             self.aside(product.product_id, product.where, "product_id", f"duplicate id: first at {first}")
@@ -94,11 +110,16 @@ class Desk:
         product.images = list(dict.fromkeys(path for path in kept if path))
         copies = sum(bool(path) for path in kept) - len(product.images)
         if copies:
-            self.aside(product.product_id, product.where, "image", f"same picture: listed {copies + 1} times, kept once")
+            self.aside(
+                product.product_id, product.where, "image", f"same picture: listed {copies + 1} times, kept once"
+            )
         if self.layout.grouped:
             first = self.ledger.execute("SELECT number FROM seen WHERE id = ?", (product.product_id,)).fetchone()[0]
             self.counts["partials"] += 1
-            self.ledger.execute("INSERT INTO partials VALUES (?, ?, ?)", (first, self.counts["partials"], json.dumps(dataclasses.asdict(product))))
+            self.ledger.execute(
+                "INSERT INTO partials VALUES (?, ?, ?)",
+                (first, self.counts["partials"], json.dumps(dataclasses.asdict(product))),
+            )
         else:
             self.write(product)
 
@@ -124,7 +145,9 @@ class Desk:
         file = product.where.rsplit(":", 1)[0]
         texts = [product.title, product.description, product.category_l1, product.category_l2, product.category_l3]
         attributes, images = (json.dumps(value, ensure_ascii=False) for value in (product.attributes, product.images))
-        self.parts.add("products", product.product_id, *texts, attributes, images, f"{self.layout.name}:{file}", product.split)
+        self.parts.add(
+            "products", product.product_id, *texts, attributes, images, f"{self.layout.name}:{file}", product.split
+        )
         self.counts["products"] += 1
         self.counts["without_picture"] += not product.images
         return True
@@ -139,7 +162,11 @@ class Desk:
         for name, reason in draft.troubles:
             self.aside(positive, draft.where, name, reason)
         image = self.picture(draft.query_image, None, draft.where) if draft.query_image else None
-        noise = draft.noise if draft.noise in (None, *NOISE_KINDS) else self.aside(positive, draft.where, "noise", f"unknown noise: {draft.noise}")
+        noise = (
+            draft.noise
+            if draft.noise in (None, *NOISE_KINDS)
+            else self.aside(positive, draft.where, "noise", f"unknown noise: {draft.noise}")
+        )
         if not self.usable(draft.positive):
             return self.aside(positive, draft.where, "positive", f"positive not usable: query {draft.query_id}")
         if not (draft.query_text or image):
@@ -162,14 +189,24 @@ class Desk:
                 kept.append(name)
         return kept
 
-    def write_triplet(self, query_id: str, text: str | None, image: str | None, positive: str, negatives: list[str], noise: str | None = None) -> None:
+    def write_triplet(
+        self,
+        query_id: str,
+        text: str | None,
+        image: str | None,
+        positive: str,
+        negatives: list[str],
+        noise: str | None = None,
+    ) -> None:
         self.parts.add("triplets", query_id, text, image, positive, json.dumps(negatives, ensure_ascii=False), noise)
         self.counts["triplets"] += 1
 
 # %% ../nbs/09_intake.ipynb #1c05c86c
 def merge_products(desk: Desk, labels: dict[str, str]) -> None:
     "Write the products whose rows were put by."
-    join = {"m5product": _of_label_files, "csv": _of_table_rows}.get(desk.layout.name, lambda desk, drafts: merge_drafts(drafts))
+    join = {"m5product": _of_label_files, "csv": _of_table_rows}.get(
+        desk.layout.name, lambda desk, drafts: merge_drafts(drafts)
+    )
     rows = desk.ledger.execute("SELECT first, draft FROM partials ORDER BY first, number")
     for _, group in itertools.groupby(rows, key=lambda row: row[0]):
         product = join(desk, [ProductDraft(**json.loads(text)) for _, text in group])
@@ -211,7 +248,9 @@ def write_judged(desk: Desk) -> None:
     best = desk.ledger.execute("SELECT max(max(grade, best)) FROM judged").fetchone()[0] or 0.0
     queries = desk.ledger.execute("SELECT query FROM judged GROUP BY query ORDER BY min(number)").fetchall()
     for (query,) in queries:
-        rows = desk.ledger.execute("SELECT text, image, product, grade FROM judged WHERE query = ? ORDER BY number", (query,)).fetchall()
+        rows = desk.ledger.execute(
+            "SELECT text, image, product, grade FROM judged WHERE query = ? ORDER BY number", (query,)
+        ).fetchall()
         grades = {}
         for _, _, product, grade in rows:
             grades[product] = max(grade, grades.get(product, grade))
@@ -219,7 +258,12 @@ def write_judged(desk: Desk) -> None:
         negatives = [product for product, grade in grades.items() if grade <= 0]
         for product, grade in grades.items():
             if product not in positives and grade > 0:
-                desk.aside(product, f"query {query}", "grade", f"grade between: {grade:g} of {best:g}, neither positive nor negative")
+                desk.aside(
+                    product,
+                    f"query {query}",
+                    "grade",
+                    f"grade between: {grade:g} of {best:g}, neither positive nor negative",
+                )
         if not positives:
             desk.aside(None, f"query {query}", "grade", f"query without a positive: no grade over {best / 2:g}")
         for positive in positives:
@@ -244,15 +288,24 @@ def read_ids(path: Path) -> Iterator[str]:
 def read_lists(desk: Desk, folder: Path) -> dict[str, str]:
     "Note the query and gallery lists of a folder in the ledger; returns label -> name of the label list."
     labels = {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".txt", ".json") and path.is_file() and not path.name.endswith("_id_label.json")):
+    for path in sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in (".txt", ".json") and path.is_file() and not path.name.endswith("_id_label.json")
+    ):
         kind = next((kind for kind in ("query", "gallery") if kind in path.name.lower()), None)
         try:
             if path.name.endswith("_label_list.json"):
                 found = read_json(path)
-                pairs = found.items() if isinstance(found, dict) else enumerate(found if isinstance(found, list) else [])
+                pairs = (
+                    found.items() if isinstance(found, dict) else enumerate(found if isinstance(found, list) else [])
+                )
                 labels |= {str(place): clean(name) or str(place) for place, name in pairs}
             elif kind and path.name != GALLERY:
-                desk.ledger.executemany("INSERT OR IGNORE INTO listed VALUES (?, ?, ?)", ((kind, name, number) for number, name in enumerate(read_ids(path))))
+                desk.ledger.executemany(
+                    "INSERT OR IGNORE INTO listed VALUES (?, ?, ?)",
+                    ((kind, name, number) for number, name in enumerate(read_ids(path))),
+                )
         except DataError as error:
             desk.aside(None, path.name, "file", error.what)
     return labels
@@ -263,22 +316,36 @@ def finish_item(desk: Desk, product: ProductDraft, labels: dict[str, str]) -> No
     label = product.category_l1
     if label and label not in labels.values():
         product.category_l1 = labels.get(label, label)
-    listed = desk.ledger.execute("SELECT 1 FROM listed WHERE kind IN ('query', 'gallery') AND id = ?", (product.product_id,)).fetchone()
+    listed = desk.ledger.execute(
+        "SELECT 1 FROM listed WHERE kind IN ('query', 'gallery') AND id = ?", (product.product_id,)
+    ).fetchone()
     product.split = "test" if listed else product.split
     if desk.write(product):
-        desk.ledger.execute("INSERT INTO asked VALUES (?, ?, ?, ?)", (product.product_id, label, product.title, product.images[0] if product.images else None))
+        desk.ledger.execute(
+            "INSERT INTO asked VALUES (?, ?, ?, ?)",
+            (product.product_id, label, product.title, product.images[0] if product.images else None),
+        )
+
 
 # %% ../nbs/09_intake.ipynb #9a99c636
 def write_queries(desk: Desk, out: Path) -> None:
     "triplets and gallery.txt from the lists."
-    missing = desk.ledger.execute("SELECT kind, id FROM listed WHERE id NOT IN (SELECT id FROM asked) ORDER BY kind, number")
+    missing = desk.ledger.execute(
+        "SELECT kind, id FROM listed WHERE id NOT IN (SELECT id FROM asked) ORDER BY kind, number"
+    )
     for kind, name in missing:
         desk.aside(name, f"{kind} list", "product_id", "unknown product: listed, but not in a label file")
-    desk.ledger.execute("CREATE TEMP TABLE gallery AS SELECT a.id, a.label FROM listed l JOIN asked a ON a.id = l.id WHERE l.kind = 'gallery' ORDER BY l.number")
+    desk.ledger.execute(
+        "CREATE TEMP TABLE gallery AS SELECT a.id, a.label FROM listed l JOIN asked a ON a.id = l.id WHERE l.kind = 'gallery' ORDER BY l.number"
+    )
     desk.ledger.execute("CREATE INDEX temp.gallery_label ON gallery (label)")
-    queries = desk.ledger.execute("SELECT a.id, a.label, a.title, a.image FROM listed l JOIN asked a ON a.id = l.id WHERE l.kind = 'query' ORDER BY l.number")
+    queries = desk.ledger.execute(
+        "SELECT a.id, a.label, a.title, a.image FROM listed l JOIN asked a ON a.id = l.id WHERE l.kind = 'query' ORDER BY l.number"
+    )
     for name, label, title, image in queries:
-        positives = desk.ledger.execute("SELECT id FROM gallery WHERE label = ? AND id <> ? ORDER BY rowid", (label, name)).fetchall()
+        positives = desk.ledger.execute(
+            "SELECT id FROM gallery WHERE label = ? AND id <> ? ORDER BY rowid", (label, name)
+        ).fetchall()
         if not positives:
             desk.aside(name, "query list", "label", f"query without a positive: label {label}")
         for (positive,) in positives:

@@ -19,7 +19,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .attribute_cells import read_attribute_cell
-from .cells import Reading, clean, is_empty, parse_packed, read_category_cell, read_id_cell, read_text_cell, shortened, spread_columns
+from moon2_lab.cells import (
+    Reading,
+    clean,
+    is_empty,
+    parse_packed,
+    read_category_cell,
+    read_id_cell,
+    read_text_cell,
+    shortened,
+    spread_columns,
+)
 from .core import DataError, UsageError
 from .picture_cells import read_picture_cell, read_text_and_pictures
 from .encodings import decode_line
@@ -120,7 +130,11 @@ class ColumnMap:
 
     def read_as(self, name: str) -> list[str]:
         "What a column of the file is read as."
-        return [ours for ours, names in self.columns.items() if any(column == name or column.split(".")[0] == name for column in names)]
+        return [
+            ours
+            for ours, names in self.columns.items()
+            if any(column == name or column.split(".")[0] == name for column in names)
+        ]
 
 
 def map_columns(
@@ -131,7 +145,10 @@ def map_columns(
 ) -> ColumnMap:
     "The columns of a file; `UsageError` for a name that is not known here, or there."
     given = {_our_name(layout, ours): theirs for ours, theirs in (given or {}).items()}
-    columns = {ours: tuple(dict.fromkeys(place for name in names for place in _places(name, found))) for ours, names in layout.columns.items()}
+    columns = {
+        ours: tuple(dict.fromkeys(place for name in names for place in _places(name, found)))
+        for ours, names in layout.columns.items()
+    }
     known = {ours for ours, names in columns.items() if any(_is_there(name, found) for name in names)}
     if layout.name == "st":
         numbered = {f"negative_{name[9:]}.title": (name,) for name in found if re.fullmatch(r"negative_\d+", name)}
@@ -144,14 +161,20 @@ def map_columns(
         whole = " ".join(theirs.split())
         names = (whole,) if _is_there(whole, found) else tuple(name.strip() for name in theirs.split(","))
         if missing := [name for name in names if not _is_there(name, found)]:
-            raise UsageError(f"no column {missing[0]!r} for {ours}", where=where, advice=_columns_found(missing[0], found))
+            raise UsageError(
+                f"no column {missing[0]!r} for {ours}", where=where, advice=_columns_found(missing[0], found)
+            )
         columns[ours] = names
         known.add(ours)
         joined |= {ours} if len(names) > 1 else set()
     for group in layout.required:
         if not any(ours in known for ours in group):
             wanted = [name for ours in group for name in layout.columns.get(ours, ())]
-            raise DataError(f"no column for {' or '.join(group)} (looked for {', '.join(wanted)})", where=where, advice=f"{_columns_found(wanted[0], found)}; name it with --map {group[0]}=COLUMN")
+            raise DataError(
+                f"no column for {' or '.join(group)} (looked for {', '.join(wanted)})",
+                where=where,
+                advice=f"{_columns_found(wanted[0], found)}; name it with --map {group[0]}=COLUMN",
+            )
     return ColumnMap(columns, frozenset(joined), frozenset(more))
 
 
@@ -169,17 +192,27 @@ FURTHER = re.compile(
 def _places(name: str, found: list[str]) -> list[str]:
     "The columns that a known name stands for: itself (it may appear in a later row), in other letters, or with something in brackets behind it."
     plain = lambda other: re.sub(r"\s*\([^()]*\)$", "", other).casefold().replace(" ", "_")
-    alike = [other for other in found if other != name and name.casefold().replace(" ", "_") in (plain(other), other.casefold().replace(" ", "_"))]
+    alike = [
+        other
+        for other in found
+        if other != name and name.casefold().replace(" ", "_") in (plain(other), other.casefold().replace(" ", "_"))
+    ]
     return [name, *alike] if name in found or not alike else alike
 
 
 def _our_name(layout: Layout, ours: str) -> str:
     "A checked name of ours."
     ours = re.sub(r"\bimage_paths\b", "image", ours.strip())
-    plain = re.fullmatch(r"(?:(?:positive|negative)\.)?attributes\.\S.*" if layout.triplets else r"attributes\.\S.*", ours)
+    plain = re.fullmatch(
+        r"(?:(?:positive|negative)\.)?attributes\.\S.*" if layout.triplets else r"attributes\.\S.*", ours
+    )
     if ours not in layout.fields and not plain:
         near = difflib.get_close_matches(ours, layout.fields, n=3, cutoff=0.4)
-        raise UsageError(f"unknown name {ours!r}", where="--map", advice=f"nearest: {', '.join(near)}" if near else f"one of {', '.join(layout.fields)}")
+        raise UsageError(
+            f"unknown name {ours!r}",
+            where="--map",
+            advice=f"nearest: {', '.join(near)}" if near else f"one of {', '.join(layout.fields)}",
+        )
     return ours
 
 
@@ -189,7 +222,10 @@ def _is_there(name: str, found: list[str]) -> bool:
 
 def _columns_found(name: str, found: list[str]) -> str:
     "A word about the columns, the nearest first."
-    near, found = (difflib.get_close_matches(name, found, n=3, cutoff=0.4), [one.encode("utf-8", "replace").decode() for one in found])
+    near, found = (
+        difflib.get_close_matches(name, found, n=3, cutoff=0.4),
+        [one.encode("utf-8", "replace").decode() for one in found],
+    )
     return (f"nearest: {', '.join(near)}; " if near else "") + f"columns found: {', '.join(found[:40]) or 'none'}"
 
 # %% ../nbs/04_layouts.ipynb #c3d6b101
@@ -207,7 +243,9 @@ class ProductDraft:
     split: str | None = None  # None = the source does not say
     score: float = 0.0  # grouped rows: the title with the highest one becomes the product's
     where: str = ""  # file:line
-    troubles: list[tuple[str, str]] = field(default_factory=list)  # (field, reason) of what had to be left out or changed
+    troubles: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (field, reason) of what had to be left out or changed
     misread: list[str] = field(default_factory=list)  # columns of which something was not understood
 
 
@@ -221,7 +259,9 @@ class TripletDraft:
     negatives: list[ProductDraft]
     noise: str | None = None
     where: str = ""
-    grade: tuple[float, float] | None = None  # how well the product answers the query, and the best grade there is (0: not known)
+    grade: tuple[float, float] | None = (
+        None  # how well the product answers the query, and the best grade there is (0: not known)
+    )
     troubles: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -254,7 +294,9 @@ def read_product(
     return draft
 
 
-def _take(draft: ProductDraft, values: dict[str, Any], columns: ColumnMap, ours: str, read: Callable[[Any], Reading]) -> Any:
+def _take(
+    draft: ProductDraft, values: dict[str, Any], columns: ColumnMap, ours: str, read: Callable[[Any], Reading]
+) -> Any:
     "What the first column says that says something; what the others say otherwise is noted."
     used, first, field_name = None, None, ours.split(".", 1)[-1] if ours.startswith(("positive", "negative")) else ours
     for column, value in columns.filled(values, ours):
@@ -263,14 +305,29 @@ def _take(draft: ProductDraft, values: dict[str, Any], columns: ColumnMap, ours:
             draft.troubles += [(field_name, reason) for reason in reading.notes]
             draft.misread += [column] if reading.lost else []
             if reading.value:
-                used = used + reading.value if used is not None and isinstance(used, list) else used if used is not None else reading.value
+                used = (
+                    used + reading.value
+                    if used is not None and isinstance(used, list)
+                    else used
+                    if used is not None
+                    else reading.value
+                )
                 first = first or column
-        elif field_name == "image" and isinstance(used, list) and (column in columns.more or set(used) <= set(reading.value or [])):
+        elif (
+            field_name == "image"
+            and isinstance(used, list)
+            and (column in columns.more or set(used) <= set(reading.value or []))
+        ):
             draft.troubles += [(field_name, reason) for reason in reading.notes]
             draft.misread += [column] if reading.lost else []
             used = list(dict.fromkeys(used + (reading.value or [])))
         elif reading.value and reading.value != used and field_name != "product_id":
-            draft.troubles.append((field_name, f"other value in another column: {column} says {shortened(str(reading.value))}, {first} counts"))
+            draft.troubles.append(
+                (
+                    field_name,
+                    f"other value in another column: {column} says {shortened(str(reading.value))}, {first} counts",
+                )
+            )
     return used
 
 # %% ../nbs/04_layouts.ipynb #f553ecd0
@@ -287,7 +344,11 @@ def _cell_item(row: Row, columns: ColumnMap, side: str, exists: Callable[[str], 
     "One item of a triplet; None when it is empty."
     draft = read_product(row, columns, side, exists)
     text, pictures = read_text_and_pictures(columns.first(row.values, f"{side}title"), exists)
-    draft.troubles = [trouble for trouble in draft.troubles if trouble[0] != "title" or trouble[1].startswith("other value in another")]
+    draft.troubles = [
+        trouble
+        for trouble in draft.troubles
+        if trouble[0] != "title" or trouble[1].startswith("other value in another")
+    ]
     draft.troubles += [("title", reason) for reason in text.notes + pictures.notes]
     draft.title, draft.images = PLACEHOLDER.sub("", text.value or "").strip() or None, pictures.value + draft.images
     draft.product_id = draft.product_id or content_id("item", draft.title, draft.images)
@@ -300,18 +361,31 @@ def _as_list(value: Any) -> list | None:
     return packed if isinstance(packed, list) else None
 
 
-def _side_items(row: Row, columns: ColumnMap, side: str, exists: Callable[[str], bool] | None) -> tuple[list[ProductDraft], list[tuple[str, str]]]:
+def _side_items(
+    row: Row, columns: ColumnMap, side: str, exists: Callable[[str], bool] | None
+) -> tuple[list[ProductDraft], list[tuple[str, str]]]:
     "(the items of one side of a triplet, what of it is not understood). A list in one of its columns is several items."
     names = {column for ours, found in columns.columns.items() if ours.startswith(side) for column in found}
     lists = {name: held for name in names if (held := _as_list(row.values.get(name))) is not None}
-    leading = [column for ours in ("title", "product_id") for column in columns.columns.get(side + ours, ()) if column in lists]
+    leading = [
+        column for ours in ("title", "product_id") for column in columns.columns.get(side + ours, ()) if column in lists
+    ]
     pictures = [column for column in columns.columns.get(f"{side}image", ()) if column in lists]
-    if not leading and not (pictures and side.startswith("negative") and is_empty(columns.first(row.values, f"{side}title"))):
+    if not leading and not (
+        pictures and side.startswith("negative") and is_empty(columns.first(row.values, f"{side}title"))
+    ):
         item = _cell_item(row, columns, side, exists)
         return [item] if item else [], []
     count = max(len(lists[name]) for name in leading or pictures)
-    odd = [(name, f"list of {len(held)} beside one of {count}: not read") for name, held in sorted(lists.items()) if len(held) not in (0, count)]
-    parts = [row.values | {name: held[place] if len(held) == count else None for name, held in lists.items()} for place in range(count)]
+    odd = [
+        (name, f"list of {len(held)} beside one of {count}: not read")
+        for name, held in sorted(lists.items())
+        if len(held) not in (0, count)
+    ]
+    parts = [
+        row.values | {name: held[place] if len(held) == count else None for name, held in lists.items()}
+        for place in range(count)
+    ]
     items = [_cell_item(dataclasses.replace(row, values=values), columns, side, exists) for values in parts]
     return [item for item in items if item], odd
 
@@ -325,7 +399,12 @@ GRADE_OF_WORD = {word: grade for grade, words in WORDS_OF_GRADES.items() for wor
 
 def read_grade(value: Any) -> tuple[float, float] | str:
     "(grade, the best grade there is, 0 where numbers do not say), or what is wrong with it."
-    text = (clean("true" if value is True else "false" if value is False else value) or "").lower().replace(" ", "_").replace("-", "_")
+    text = (
+        (clean("true" if value is True else "false" if value is False else value) or "")
+        .lower()
+        .replace(" ", "_")
+        .replace("-", "_")
+    )
     if text in GRADE_OF_WORD:
         return GRADE_OF_WORD[text], 1.0
     try:
@@ -366,7 +445,13 @@ def read_label_lines(file: DataFile, start: tuple[int, int] = (0, 0), limit: int
         text, note = (None, f"too long a line: over {limit:,} bytes") if line is None else decode_line(line, file.form)
         if text is None or text.strip():
             parts = (text or "").split("\t")
-            reason = note if text is None else None if len(parts) == 3 else f"wrong number of fields: {len(parts)} instead of 3"
+            reason = (
+                note
+                if text is None
+                else None
+                if len(parts) == 3
+                else f"wrong number of fields: {len(parts)} instead of 3"
+            )
             values = None if reason else dict(zip(("path", "score", "description"), parts, strict=True))
             yield Row(file.name, str(after[1]), after, values, reason, None if reason else note)
 
@@ -381,7 +466,16 @@ def read_label(row: Row) -> ProductDraft | str:
     except ValueError:
         return f"no score: {row.values['score'][:40]!r}"
     names = [clean(part.replace("_", " ")) for part in parts[:3]]
-    return ProductDraft(clean(parts[3]), clean(row.values["description"]), None, *names, images=[row.values["path"].strip()], split=split_in_name(row.file), score=score, where=row.where)
+    return ProductDraft(
+        clean(parts[3]),
+        clean(row.values["description"]),
+        None,
+        *names,
+        images=[row.values["path"].strip()],
+        split=split_in_name(row.file),
+        score=score,
+        where=row.where,
+    )
 
 
 def split_in_name(name: str) -> str | None:
@@ -397,13 +491,23 @@ def merge_drafts(drafts: Iterable[ProductDraft]) -> ProductDraft:
     "One product from all its rows: the best title, every picture once, the first value of everything else; test wins over train."
     drafts = list(drafts)
     best = max(drafts, key=lambda draft: (draft.title is not None, draft.score))
-    first = {name: next((value for draft in drafts if (value := getattr(draft, name))), None) for name in ("category_l1", "category_l2", "category_l3")}
-    others = dict.fromkeys(text for draft in drafts for text in (draft.title, draft.description) if text and text != best.title)
+    first = {
+        name: next((value for draft in drafts if (value := getattr(draft, name))), None)
+        for name in ("category_l1", "category_l2", "category_l3")
+    }
+    others = dict.fromkeys(
+        text for draft in drafts for text in (draft.title, draft.description) if text and text != best.title
+    )
     attributes = {name: value for draft in reversed(drafts) for name, value in draft.attributes.items()}
     splits = {draft.split for draft in drafts} - {None}
     return dataclasses.replace(
-        best, **first, description="\n".join(others) or None, attributes=attributes, images=list(dict.fromkeys(image for draft in drafts for image in draft.images)),
-        split=next((split for split in ("test", "valid", "train") if split in splits), None), where=drafts[0].where,
+        best,
+        **first,
+        description="\n".join(others) or None,
+        attributes=attributes,
+        images=list(dict.fromkeys(image for draft in drafts for image in draft.images)),
+        split=next((split for split in ("test", "valid", "train") if split in splits), None),
+        where=drafts[0].where,
     )
 
 # %% ../nbs/04_layouts.ipynb #e0c0de31
@@ -412,12 +516,24 @@ SINGLE_FIELDS = ("title", "description", "category_l1", "category_l2", "category
 
 def joined_product(first: ProductDraft, other: ProductDraft) -> ProductDraft | str:
     "Both rows as one product, or why `other` is none of its rows."
-    differ = [name for name in SINGLE_FIELDS if getattr(first, name) and getattr(other, name) and getattr(first, name) != getattr(other, name)]
+    differ = [
+        name
+        for name in SINGLE_FIELDS
+        if getattr(first, name) and getattr(other, name) and getattr(first, name) != getattr(other, name)
+    ]
     if differ:
         return f"duplicate id: first at {first.where}, with another {' and '.join(differ)}"
     texts = {name: getattr(first, name) or getattr(other, name) for name in SINGLE_FIELDS}
-    attributes = {name: "|".join(dict.fromkeys(f"{value}|{other.attributes.get(name, '')}".strip("|").split("|"))) for name, value in first.attributes.items()}
-    made = dataclasses.replace(first, **texts, attributes=other.attributes | attributes, images=list(dict.fromkeys(first.images + other.images)))
+    attributes = {
+        name: "|".join(dict.fromkeys(f"{value}|{other.attributes.get(name, '')}".strip("|").split("|")))
+        for name, value in first.attributes.items()
+    }
+    made = dataclasses.replace(
+        first,
+        **texts,
+        attributes=other.attributes | attributes,
+        images=list(dict.fromkeys(first.images + other.images)),
+    )
     return made if made != first else f"duplicate id: first at {first.where}"
 
 # %% ../nbs/04_layouts.ipynb #48c9b315
@@ -434,7 +550,9 @@ def read_row(
     if isinstance(draft, str):
         return draft
     if draft.product_id is None:
-        return "; ".join(["no product id", *(reason for name, reason in draft.troubles if name == "product_id")]).replace("; ", ": ", 1)
+        return "; ".join(
+            ["no product id", *(reason for name, reason in draft.troubles if name == "product_id")]
+        ).replace("; ", ": ", 1)
     if layout.name == "fashion200k" and columns is not None:
         draft.product_id = re.sub(r"_\d+$", "", draft.product_id)
     if layout.names_split:

@@ -95,7 +95,10 @@ def read_lines(
                     offset += len(tail)
                 yield (line[mark:].rstrip(b"\r\n") if whole else None), (offset, number)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"the file is cut or damaged: {error}", where=f"{path.name}:{number + 1}", advice="copy it again") from error
+        raise DataError(
+            f"the file is cut or damaged: {error}", where=f"{path.name}:{number + 1}", advice="copy it again"
+        ) from error
+
 
 # %% ../nbs/03_rows.ipynb #ab03e010
 def _too_many(text: str) -> bool:
@@ -149,7 +152,15 @@ def read_json_lines(file: DataFile, start: tuple[int, int] = (0, 0), limit: int 
         elif line.strip():
             text, note = decode_line(line, file.form)
             values, reason = (None, note) if text is None else parse_json(text, decoder)
-            yield Row(file.name, str(after[1]), after, values, reason, _joined(note, decoder.note) if values is not None else None)
+            yield Row(
+                file.name,
+                str(after[1]),
+                after,
+                values,
+                reason,
+                _joined(note, decoder.note) if values is not None else None,
+            )
+
 
 # %% ../nbs/03_rows.ipynb #22449c24
 BITE = 2**20  # characters read at a time
@@ -187,7 +198,11 @@ class _Window:
             except ValueError as error:
                 cut = getattr(error, "pos", 0) > len(self.text) - 16 or "Unterminated" in str(error)
                 if not cut or size > limit:
-                    return self._failed(f"broken JSON: {getattr(error, 'msg', error)}" if not cut else f"too long an item: over {limit:,} characters")
+                    return self._failed(
+                        f"broken JSON: {getattr(error, 'msg', error)}"
+                        if not cut
+                        else f"too long an item: over {limit:,} characters"
+                    )
             if not self.more():
                 return self._failed("broken JSON: the file ends within an item")
 
@@ -195,7 +210,11 @@ class _Window:
         "No value; `DataError` when too much was read in vain."
         self.wasted += len(self.text) - self.at
         if self.wasted > WASTE:
-            raise DataError(f"too much of the file is not JSON: {reason}", where=self.name, advice=f"over {WASTE:,} characters had to be read again; write it anew, one object a line")
+            raise DataError(
+                f"too much of the file is not JSON: {reason}",
+                where=self.name,
+                advice=f"over {WASTE:,} characters had to be read again; write it anew, one object a line",
+            )
         return None, reason
 
     def blank(self) -> None:
@@ -336,7 +355,9 @@ def _is_record(window: _Window) -> bool:
     except (ValueError, RecursionError):
         return False
     lists = [name for name, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    ids = [name for name in found if re.fullmatch(r"(?:_?id|product_id|item_id|sku|asin|parent_asin|handle)", name, re.I)]
+    ids = [
+        name for name in found if re.fullmatch(r"(?:_?id|product_id|item_id|sku|asin|parent_asin|handle)", name, re.I)
+    ]
     named = any(name.lower() in WRAPPING_KEYS for name in lists)
     return bool(lists) and not named and any(isinstance(found[name], (str, int)) and found[name] != "" for name in ids)
 
@@ -413,7 +434,11 @@ class _Records:
             self.back += reversed(taken[len(record.lines) :])
             self.again += max(0, len(taken) - len(record.lines) - 1)
             if self.again > MAX_AGAIN:
-                raise DataError(f"too many open quotes: over {MAX_AGAIN:,} lines were read again because of them", where=f"{self.file.name}:{taken[0][1][1]}", advice="are quotes written in another way there? the rest is not read")
+                raise DataError(
+                    f"too many open quotes: over {MAX_AGAIN:,} lines were read again because of them",
+                    where=f"{self.file.name}:{taken[0][1][1]}",
+                    advice="are quotes written in another way there? the rest is not read",
+                )
             yield record
             taken = []
 
@@ -449,7 +474,11 @@ class _Records:
         for quoting in (self.file.quoting, *OTHER_QUOTING[self.file.quoting]):
             fields, used = self.parse(taken, quoting)
             if fields is not None and self.fits(fields) is not None:
-                return self.whole(taken[:used], fields, None if quoting == self.file.quoting else "quotes read in another way than in the rest of the file")
+                return self.whole(
+                    taken[:used],
+                    fields,
+                    None if quoting == self.file.quoting else "quotes read in another way than in the rest of the file",
+                )
             closed = closed or (fields and (fields, used))
         if closed and closed[1] == 1:
             return self.whole(taken[:1], closed[0])
@@ -464,7 +493,11 @@ class _Records:
             while self.pull(taken, used):
                 used += 1
                 text = self.text(taken[used - 1])
-                yield (re.sub(r'\\(\\|")', lambda pair: '""' if pair[1] == '"' else "\\", text) if quoting == "backslash" else text) + "\n"
+                yield (
+                    re.sub(r'\\(\\|")', lambda pair: '""' if pair[1] == '"' else "\\", text)
+                    if quoting == "backslash"
+                    else text
+                ) + "\n"
 
         try:
             return next(csv.reader(feed(), delimiter=self.file.delimiter, strict=True)), used
@@ -473,12 +506,24 @@ class _Records:
 
     def whole(self, lines: list[Line], fields: list[str], note: str | None = None) -> _Record:
         "A record whose lines are sure."
-        troubles = [("too long a line", f"too long a line: over {self.limit:,} bytes") if line is None else decode_line(line, self.file.form) for line, _ in lines]
+        troubles = [
+            ("too long a line", f"too long a line: over {self.limit:,} bytes")
+            if line is None
+            else decode_line(line, self.file.form)
+            for line, _ in lines
+        ]
         reason = next((why for text, why in troubles if text is None or text == "too long a line" and why), None)
         fitting = self.fits(fields)
         if fitting is None and not reason:
-            reason = f"wrong number of fields: {len(fields)} instead of {self.count}" + (f", lines {lines[0][1][1]} to {lines[-1][1][1]}" if len(lines) > 1 else "")
-        return _Record(lines, None if reason else fitting, reason, None if reason else _joined(note, *(why for text, why in troubles if text is not None)))
+            reason = f"wrong number of fields: {len(fields)} instead of {self.count}" + (
+                f", lines {lines[0][1][1]} to {lines[-1][1][1]}" if len(lines) > 1 else ""
+            )
+        return _Record(
+            lines,
+            None if reason else fitting,
+            reason,
+            None if reason else _joined(note, *(why for text, why in troubles if text is not None)),
+        )
 
     def stray(self, taken: list[Line], closed: tuple[list[str], int] | None) -> _Record:
         "A record whose quotes fit in no way."
@@ -487,7 +532,9 @@ class _Records:
             return self.whole(taken[:1], fields, "a quote within a field: read as a letter")
         first, last = taken[0][1][1], taken[used - 1][1][1]
         if not ended:
-            return _Record(taken[:1], None, f"open quote: not closed within {MAX_RECORD:,} lines or {self.limit:,} bytes")
+            return _Record(
+                taken[:1], None, f"open quote: not closed within {MAX_RECORD:,} lines or {self.limit:,} bytes"
+            )
         where = f"lines {first} to {last}" if last > first else f"line {first}"
         return _Record(taken[:used], None, f"stray or open quote: {where} cannot be told apart")
 
@@ -552,15 +599,24 @@ def _fit(file: DataFile, lines: list[Line], whole: bool) -> tuple[tuple, int | N
     if place is None:
         return (False, 0.0, False, False, 0), None, records
     count = len(records[place].fields or ())
-    later = [record for record in records[place + 1 : None if whole else -1] if record.fields is None or any(record.fields)]
-    good = sum(record.fields is not None and not record.note and (len(record.fields) == count or not any(record.fields[count:] or ["x"])) for record in later)
+    later = [
+        record for record in records[place + 1 : None if whole else -1] if record.fields is None or any(record.fields)
+    ]
+    good = sum(
+        record.fields is not None
+        and not record.note
+        and (len(record.fields) == count or not any(record.fields[count:] or ["x"]))
+        for record in later
+    )
     passed = any(any(map(str.strip, record.fields or ())) for record in records[:place])
     return (count > 1, good / len(later) if later else 1.0, good > 0, not passed, count), place, records
 
 
 def _balanced(lines: list[Line], file: DataFile) -> bool:
     "Whether quotes may be letters: no field that starts with one leaves it open."
-    fields = [field for line, _ in lines for field in (line or b"").decode(file.form.inner, "replace").split(file.delimiter)]
+    fields = [
+        field for line, _ in lines for field in (line or b"").decode(file.form.inner, "replace").split(file.delimiter)
+    ]
     return all(field.count('"') % 2 == 0 for field in fields if field.startswith('"'))
 
 
@@ -575,15 +631,29 @@ def table_form(file: DataFile, delimiter: str | None = None) -> DataFile:
     whole = len(lines) < SAMPLED and size <= 4 * BITE
     told = re.fullmatch(r'"?sep=(.)"?', (lines[0][0] or b"").decode("latin-1").strip("\r\n"), re.I) if lines else None
     lines = lines[1:] if told else lines
-    wanted = [delimiter or (told and told[1])] if delimiter or told else ["\t", *",;|"] if file.path.name.lower().removesuffix(".gz").endswith(".tsv") else list(DELIMITERS)
+    wanted = (
+        [delimiter or (told and told[1])]
+        if delimiter or told
+        else ["\t", *",;|"]
+        if file.path.name.lower().removesuffix(".gz").endswith(".tsv")
+        else list(DELIMITERS)
+    )
     tried = [replace(file, delimiter=one, quoting="double") for one in wanted]
     best = max(tried, key=lambda one: _fit(one, lines, whole)[0])
-    quotings = ("double", "backslash", "none") if best.delimiter == "\t" and _balanced(lines, best) else ("double", "backslash")
+    quotings = (
+        ("double", "backslash", "none")
+        if best.delimiter == "\t" and _balanced(lines, best)
+        else ("double", "backslash")
+    )
     best = max((replace(best, quoting=quoting) for quoting in quotings), key=lambda way: _fit(way, lines, whole)[0])
     _, place, records = _fit(best, lines, whole)
     if place is None:
         if any((line or b"").strip() for line, _ in lines):
-            raise DataError("no header: no line with names of columns", where=f"{file.name}:1", advice="the first line names the columns; --delimiter says what stands between them")
+            raise DataError(
+                "no header: no line with names of columns",
+                where=f"{file.name}:1",
+                advice="the first line names the columns; --delimiter says what stands between them",
+            )
         return best
     return _with_header(best, records, place)
 
@@ -594,11 +664,24 @@ def _with_header(file: DataFile, records: list[_Record], place: int) -> DataFile
     for line, after in header.lines:
         text, why = decode_line(line or b"", file.form)
         if text is None or why:
-            raise DataError(f"the header cannot be decoded: {why}", where=f"{file.name}:{after[1]}", advice="name the encoding with --encoding, for example --encoding cp1252")
+            raise DataError(
+                f"the header cannot be decoded: {why}",
+                where=f"{file.name}:{after[1]}",
+                advice="name the encoding with --encoding, for example --encoding cp1252",
+            )
     if header.fields is None:
-        raise DataError(f"the header cannot be read: {header.reason}", where=f"{file.name}:{header.lines[0][1][1]}", advice="the first line names the columns; mend its quotes")
+        raise DataError(
+            f"the header cannot be read: {header.reason}",
+            where=f"{file.name}:{header.lines[0][1][1]}",
+            advice="the first line names the columns; mend its quotes",
+        )
     names, notes = _named(header.fields)
-    passed = [line.decode(file.form.inner, "replace").strip() for record in records[:place] for line, _ in record.lines if line and line.strip()]
+    passed = [
+        line.decode(file.form.inner, "replace").strip()
+        for record in records[:place]
+        for line, _ in record.lines
+        if line and line.strip()
+    ]
     notes += [f"before the header, passed over: {text[:80]}" for text in passed]
     return replace(file, header=names, body=header.lines[-1][1], notes=(*file.notes, *notes))
 
@@ -607,7 +690,9 @@ def read_csv(file: DataFile, start: tuple[int, int] = (0, 0), limit: int = MAX_L
     "The records of a table under the names of its header; empty ones are passed over."
     if not file.header:
         return
-    for record in _Records(read_lines(file.path, max(start, file.body), limit, file.form), file, len(file.header), limit):
+    for record in _Records(
+        read_lines(file.path, max(start, file.body), limit, file.form), file, len(file.header), limit
+    ):
         if record.reason or any(map(str.strip, record.fields)):
             place, after = str(record.lines[0][1][1]), record.lines[-1][1]
             same = record.fields and len(file.header) > 1 and record.fields[0].strip() == file.header[0]
@@ -637,13 +722,34 @@ def _group_batch(file: pq.ParquetFile, group, number: int, name: str) -> int:
     unpacked = sum(column.total_uncompressed_size for column in columns)
     many = max((column.num_values for column in columns), default=0)
     if unpacked > MAX_GROUP or (many > 20_000_000 and many > 5000 * group.num_rows):
-        what = f"{unpacked:,} bytes, limit {MAX_GROUP:,}" if unpacked > MAX_GROUP else f"{many:,} values in {group.num_rows:,} rows"
-        raise DataError(f"too large a row group: number {number} unpacks to {what}", where=name, advice="write it again in smaller row groups")
-    longest = max((_longest(file, column, number) for column in columns if column.total_uncompressed_size > FAIR and any("DICT" in one for one in column.encodings)), default=0)
+        what = (
+            f"{unpacked:,} bytes, limit {MAX_GROUP:,}"
+            if unpacked > MAX_GROUP
+            else f"{many:,} values in {group.num_rows:,} rows"
+        )
+        raise DataError(
+            f"too large a row group: number {number} unpacks to {what}",
+            where=name,
+            advice="write it again in smaller row groups",
+        )
+    longest = max(
+        (
+            _longest(file, column, number)
+            for column in columns
+            if column.total_uncompressed_size > FAIR and any("DICT" in one for one in column.encodings)
+        ),
+        default=0,
+    )
     if longest * group.num_rows > MAX_REPEATED and longest > FAIR:
-        raise DataError(f"too large a row group: a value of {longest:,} bytes may stand in {group.num_rows:,} rows", where=name, advice="no product has that; look at the file")
+        raise DataError(
+            f"too large a row group: a value of {longest:,} bytes may stand in {group.num_rows:,} rows",
+            where=name,
+            advice="no product has that; look at the file",
+        )
     nested = [column for column in columns if column.physical_type == "BYTE_ARRAY" and "." in column.path_in_schema]
-    guessed = max((column.total_uncompressed_size // (1 if column.num_values < 1000 else 8) for column in nested), default=0)
+    guessed = max(
+        (column.total_uncompressed_size // (1 if column.num_values < 1000 else 8) for column in nested), default=0
+    )
     each = max(unpacked // max(1, group.num_rows), longest, guessed if guessed > FAIR else 0, 1)
     return max(1, min(BATCH, MAX_LINE // each))
 
@@ -653,7 +759,9 @@ def _longest(file: pq.ParquetFile, column, group: int) -> int:
     if column.physical_type != "BYTE_ARRAY" or "." in column.path_in_schema:
         return 0
     with pq.ParquetFile(file.reader_path, memory_map=True, read_dictionary=[column.path_in_schema]) as own:
-        batch = next(own.iter_batches(batch_size=1, row_groups=[group], columns=[column.path_in_schema], use_threads=False))
+        batch = next(
+            own.iter_batches(batch_size=1, row_groups=[group], columns=[column.path_in_schema], use_threads=False)
+        )
     values = batch.column(0)
     values = values.dictionary if isinstance(values, pa.DictionaryArray) else values
     return pc.max(pc.binary_length(values)).as_py() or 0
@@ -678,7 +786,11 @@ def read_parquet_rows(file: DataFile, start: tuple[int, int] = (0, 0), limit: in
                     yield from _group_rows(table, group, file.name, number, start[0], together)
                 number += size
     except (pa.ArrowException, OSError, MemoryError) as error:
-        raise DataError(f"not a readable parquet file ({(str(error).splitlines() or ['?'])[0][:120]})", where=file.name, advice="copy or write it again") from error
+        raise DataError(
+            f"not a readable parquet file ({(str(error).splitlines() or ['?'])[0][:120]})",
+            where=file.name,
+            advice="copy or write it again",
+        ) from error
 
 
 def _group_rows(table: pq.ParquetFile, group: int, name: str, number: int, start: int, together: int) -> Iterator[Row]:
@@ -689,7 +801,11 @@ def _group_rows(table: pq.ParquetFile, group: int, name: str, number: int, start
         limit = max(MAX_GROWTH[0], MAX_GROWTH[1] * packed, LONG_ROW * read)
         if unpacked > limit:
             what = f"its first {read:,} rows unpack to {unpacked:,} bytes, limit {limit:,}"
-            raise DataError(f"too large a row group: {what}", where=f"{name}:{number + 1}", advice="long values that stand in many rows: no product has that; look at the file")
+            raise DataError(
+                f"too large a row group: {what}",
+                where=f"{name}:{number + 1}",
+                advice="long values that stand in many rows: no product has that; look at the file",
+            )
         if number + batch.num_rows > start:
             batch = batch.rename_columns(list(_named(batch.schema.names)[0]))
             for place, (values, reason) in enumerate(_values(batch), number + 1):
@@ -704,7 +820,14 @@ def _values(batch: pa.RecordBatch) -> list[tuple[dict[str, Any] | None, str | No
         return [(row, None) for row in batch.to_pylist()]
     except (ValueError, ArithmeticError, LookupError, TypeError, NotImplementedError) as error:
         if batch.num_rows == 1:
-            return [(None, "other encoding: text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"value that cannot be read: {error}")]
+            return [
+                (
+                    None,
+                    "other encoding: text that is not UTF-8"
+                    if isinstance(error, UnicodeDecodeError)
+                    else f"value that cannot be read: {error}",
+                )
+            ]
         return [row for place in range(batch.num_rows) for row in _values(batch.slice(place, 1))]
 
 # %% ../nbs/03_rows.ipynb #c2551300
@@ -743,7 +866,11 @@ def open_data(
 ) -> DataFile:
     "How a file is written. `DataError` when it cannot be opened, or does not say."
     name = shown_name(path, base)
-    folders = tuple((key, None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)) for key, mark, value in (part.partition("=") for part in name.split("/")[:-1]) if key and mark)
+    folders = tuple(
+        (key, None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value))
+        for key, mark, value in (part.partition("=") for part in name.split("/")[:-1])
+        if key and mark
+    )
     with open_bytes(path) as file:
         try:
             head = file.read(8)
@@ -756,25 +883,37 @@ def open_data(
         raise DataError(f"no text: {kind}", where=name, advice="save it as CSV in UTF-8, or unpack it")
     form = text_form(path, encoding)
     kinds = {".jsonl": "lines", ".ndjson": "lines", ".csv": "table", ".tsv": "table", ".txt": "lines"}
-    kind = ("lines" if is_json_lines(path, form) else "items") if ending_of(path) == ".json" else kinds.get(ending_of(path))
+    kind = (
+        ("lines" if is_json_lines(path, form) else "items")
+        if ending_of(path) == ".json"
+        else kinds.get(ending_of(path))
+    )
     if kind is None:
-        raise DataError(f"unknown kind of file: {name}", where=str(path), advice=f"one of {', '.join(ENDINGS)}, text also with .gz")
+        raise DataError(
+            f"unknown kind of file: {name}", where=str(path), advice=f"one of {', '.join(ENDINGS)}, text also with .gz"
+        )
     file = DataFile(path, name, kind, form, folders=folders)
     return table_form(file, checked_delimiter(delimiter)) if kind == "table" else file
 
 
 def checked_delimiter(given: str | None) -> str | None:
     "One character, also by its name; `UsageError` when it is none."
-    given = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "bar": "|", "pipe": "|", "space": " "}.get((given or "").lower(), given)
+    given = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "bar": "|", "pipe": "|", "space": " "}.get(
+        (given or "").lower(), given
+    )
     if given is not None and (len(given) != 1 or given in '"\r\n'):
-        raise UsageError(f"{given!r} is no delimiter", where="--delimiter", advice="one character, or tab, comma, semicolon, bar")
+        raise UsageError(
+            f"{given!r} is no delimiter", where="--delimiter", advice="one character, or tab, comma, semicolon, bar"
+        )
     return given
 
 
 def read_rows_of(file: DataFile | Path, start: tuple[int, int] = (0, 0), limit: int = MAX_LINE) -> Iterator[Row]:
     "The rows of a file; `DataError` when it cannot be opened or is cut."
     file = open_data(file) if isinstance(file, Path) else file
-    rows = {"lines": read_json_lines, "items": _read_loose, "table": read_csv, "parquet": read_parquet_rows}[file.kind](file, start, limit)
+    rows = {"lines": read_json_lines, "items": _read_loose, "table": read_csv, "parquet": read_parquet_rows}[file.kind](
+        file, start, limit
+    )
     if not file.folders:
         return rows
     return (row if row.values is None else replace(row, values=dict(file.folders) | row.values) for row in rows)
@@ -792,8 +931,18 @@ def data_files(
     if not source.exists():
         raise DataError("no such file or folder", where=str(source), advice="check the path")
     if not (source.is_file() or source.is_dir()):
-        raise DataError("not a plain file", where=str(source), advice="give a file or a folder; what comes through a pipe has to be saved first")
-    inside = sorted(path for path in source.rglob("*") if ending_of(path) in endings and path.is_file() and not any(part.startswith((".", "_")) for part in path.relative_to(source).parts))
+        raise DataError(
+            "not a plain file",
+            where=str(source),
+            advice="give a file or a folder; what comes through a pipe has to be saved first",
+        )
+    inside = sorted(
+        path
+        for path in source.rglob("*")
+        if ending_of(path) in endings
+        and path.is_file()
+        and not any(part.startswith((".", "_")) for part in path.relative_to(source).parts)
+    )
     files = [source] if source.is_file() else inside
     if not files:
         raise DataError("no data file", where=str(source), advice=f"expected files ending in {', '.join(endings)}")
@@ -807,7 +956,11 @@ def columns_of(file: DataFile | Path, rows: int = 1000) -> list[str]:
         try:
             return [*dict(file.folders), *_named(pq.read_schema(file.path).names)[0]]
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"not a readable parquet file ({(str(error).splitlines() or ['?'])[0][:120]})", where=file.name, advice="copy or write it again") from error
+            raise DataError(
+                f"not a readable parquet file ({(str(error).splitlines() or ['?'])[0][:120]})",
+                where=file.name,
+                advice="copy or write it again",
+            ) from error
     if file.kind == "table":
         return list(dict.fromkeys([*dict(file.folders), *file.header]))
     return list(dict.fromkeys(name for row, _ in zip(read_rows_of(file), range(rows)) for name in row.values or ()))

@@ -31,11 +31,32 @@ from .encodings import given_encoding
 from .fetch import Fetcher
 from .images import MAX_PIXELS, ImageFolder, examine_all
 from .intake import GALLERY, Desk, Settings, hash_split, merge_products, read_lists, write_judged, write_queries
-from .layouts import LAYOUTS, SPLITS, ColumnMap, Layout, ProductDraft, TripletDraft, map_columns, read_label_lines, read_row, split_in_name
+from moon2_lab.layouts import (
+    LAYOUTS,
+    SPLITS,
+    ColumnMap,
+    Layout,
+    ProductDraft,
+    TripletDraft,
+    map_columns,
+    read_label_lines,
+    read_row,
+    split_in_name,
+)
 from .outputs import LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json
 from .parts import Parts, open_ledger
 from .products import QUARANTINE_COLUMNS, TEXT_FIELDS
-from .rows import DataFile, Row, checked_delimiter, columns_of, data_files, ending_of, open_data, read_json_items, read_rows_of
+from moon2_lab.rows import (
+    DataFile,
+    Row,
+    checked_delimiter,
+    columns_of,
+    data_files,
+    ending_of,
+    open_data,
+    read_json_items,
+    read_rows_of,
+)
 from .store import PLAIN, Finder, Pictures, Store, check_place
 
 # %% ../nbs/11_sources.ipynb #7f707805
@@ -50,35 +71,58 @@ class ImportSummary:
     gallery: str | None = None  # file with the gallery's ids
     columns: list[dict] = field(default_factory=list)  # column, read_as, filled, empty, not_understood
     files: list[dict] = field(default_factory=list)  # file, written in, notes; set_aside: why it was not read
-    pictures: dict[str, int] = field(default_factory=dict)  # named, found, missing, by_id, guessed; products without one
+    pictures: dict[str, int] = field(
+        default_factory=dict
+    )  # named, found, missing, by_id, guessed; products without one
     warnings: list[str] = field(default_factory=list)
     check: dict = field(default_factory=dict)  # the catalogue's own counts, as moon2 data check gives them
 
     def lines(self) -> list[str]:
         "For a reader."
         counts, shown = self.counts, self.pictures
-        lines = [f"{file['file']}: {file.get('set_aside') and 'not read: ' + file['set_aside'] or file['written']}" + "".join(f"; {note}" for note in file["notes"]) for file in self.files[:20]]
+        lines = [
+            f"{file['file']}: {file.get('set_aside') and 'not read: ' + file['set_aside'] or file['written']}"
+            + "".join(f"; {note}" for note in file["notes"])
+            for file in self.files[:20]
+        ]
         lines += [f"and {len(self.files) - 20:,} more files"] if len(self.files) > 20 else []
         lines += ["", "column -> read as: filled / empty / not understood", *self._column_lines(), ""]
-        lines += [f"rows: {counts['seen']:,} found, {counts['rows']:,} used ({counts['rows_joined']:,} of them further rows of a product), {counts['seen'] - counts['rows']:,} set aside"]
-        lines += [f"pictures: {shown['named']:,} named, {shown['found']:,} found, {shown['missing']:,} missing or unusable, {shown['by_id']:,} by the product's id, {shown['guessed']:,} guessed"]
+        lines += [
+            f"rows: {counts['seen']:,} found, {counts['rows']:,} used ({counts['rows_joined']:,} of them further rows of a product), {counts['seen'] - counts['rows']:,} set aside"
+        ]
+        lines += [
+            f"pictures: {shown['named']:,} named, {shown['found']:,} found, {shown['missing']:,} missing or unusable, {shown['by_id']:,} by the product's id, {shown['guessed']:,} guessed"
+        ]
         lines += [f"products without a picture: {shown['products_without']:,}"]
-        lines += [f"{counts['products']:,} products, {counts['pictures']:,} different pictures, {counts['triplets']:,} triplets", *([f"gallery: {self.gallery}"] if self.gallery else [])]
-        lines += [f"set aside or changed while importing: {counts['set_aside']:,} ({Path(self.out).name}/quarantine.parquet)"] + [f"  {count:,} x {reason}" for reason, count in self.reasons.items()]
+        lines += [
+            f"{counts['products']:,} products, {counts['pictures']:,} different pictures, {counts['triplets']:,} triplets",
+            *([f"gallery: {self.gallery}"] if self.gallery else []),
+        ]
+        lines += [
+            f"set aside or changed while importing: {counts['set_aside']:,} ({Path(self.out).name}/quarantine.parquet)"
+        ] + [f"  {count:,} x {reason}" for reason, count in self.reasons.items()]
         return [*lines, *(f"warning: {warning}" for warning in self.warnings), "", *self._check_lines()]
 
     def _column_lines(self) -> list[str]:
         wide = max((len(column["column"]) for column in self.columns), default=0)
-        return [f"  {column['column'][:40]:{min(wide, 40)}} -> {', '.join(column['read_as']) or 'not used'}: {column['filled']:,} / {column['empty']:,} / {column['not_understood']:,}" for column in self.columns]
+        return [
+            f"  {column['column'][:40]:{min(wide, 40)}} -> {', '.join(column['read_as']) or 'not used'}: {column['filled']:,} / {column['empty']:,} / {column['not_understood']:,}"
+            for column in self.columns
+        ]
 
     def _check_lines(self) -> list[str]:
         check = self.check
-        lines = [f"{check['products']:,} of {check['records']:,} records usable: {check['with_title']:,} with a title, {check['with_image']:,} with a picture, {check['with_both']:,} with both"]
+        lines = [
+            f"{check['products']:,} of {check['records']:,} records usable: {check['with_title']:,} with a title, {check['with_image']:,} with a picture, {check['with_both']:,} with both"
+        ]
         without = check["products"] - check["with_image"]
         lines += [f"{without:,} products have no picture"] if without else []
         lines += [f"{check['keys']:,} different products ({check['shared_titles']:,} share their title with another)"]
         for name, split in check["splits"].items():
-            lines.append(f"  {name}: {split['products']:,} products" + (f", {split['key_in_train']:,} of them also in train by key" if split.get("key_in_train") else ""))
+            lines.append(
+                f"  {name}: {split['products']:,} products"
+                + (f", {split['key_in_train']:,} of them also in train by key" if split.get("key_in_train") else "")
+            )
         return lines
 
 
@@ -108,12 +152,20 @@ def unread_files(source: Path, out: Path) -> list[tuple[str, str]]:
     found = (path for path in sorted(source.rglob("*")) if path.suffix.lower() in UNREAD and path.is_file())
     hidden = lambda path: any(part.startswith((".", "_", "~")) for part in path.relative_to(source).parts)
     why = "kind of file not read: save it as CSV in UTF-8, or unpack it"
-    return [(path.relative_to(source).as_posix(), why) for path in found if not hidden(path) and out not in path.parents]
+    return [
+        (path.relative_to(source).as_posix(), why) for path in found if not hidden(path) and out not in path.parents
+    ]
 
 
 def read_source(layout: Layout, file: DataFile, start: tuple[int, int] = (0, 0)) -> Iterator[Row]:
     "The rows of one file."
-    reader = read_json_items if layout.name == "m5product" else read_label_lines if ending_of(file.path) == ".txt" else read_rows_of
+    reader = (
+        read_json_items
+        if layout.name == "m5product"
+        else read_label_lines
+        if ending_of(file.path) == ".txt"
+        else read_rows_of
+    )
     return reader(file, start)
 
 
@@ -121,7 +173,11 @@ def source_columns(layout: Layout, file: DataFile, mapping: dict[str, str]) -> C
     "Which column is which; None for files without column names."
     if ending_of(file.path) == ".txt":
         return None
-    found = dict.fromkeys(name for row, _ in zip(read_source(layout, file), range(1000)) for name in row.values or ()) if layout.name == "m5product" else columns_of(file)
+    found = (
+        dict.fromkeys(name for row, _ in zip(read_source(layout, file), range(1000)) for name in row.values or ())
+        if layout.name == "m5product"
+        else columns_of(file)
+    )
     return map_columns(layout, mapping, list(found), file.name) if found else ColumnMap({})
 
 
@@ -132,7 +188,9 @@ class SourceFiles:
     left: list[tuple[str, str]]
 
 
-def open_source(layout: Layout, source: Path, out: Path, mapping: dict[str, str], encoding: str | None, delimiter: str | None) -> SourceFiles:
+def open_source(
+    layout: Layout, source: Path, out: Path, mapping: dict[str, str], encoding: str | None, delimiter: str | None
+) -> SourceFiles:
     "Look at every file once. One that is no table of this layout is left out where others are; alone it is an error."
     files, errors, base = SourceFiles([], []), [], source if source.is_dir() else source.parent
     for path in source_files(layout, source, out):
@@ -172,18 +230,30 @@ ROW_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeErro
 def row_size(row: Row) -> int:
     "About the bytes of a row's texts and pictures, as deep as one list or object."
     held = lambda value: value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,)
-    return sum(len(one) for value in (row.values or {}).values() for one in held(value) if isinstance(one, (str, bytes)))
+    return sum(
+        len(one) for value in (row.values or {}).values() for one in held(value) if isinstance(one, (str, bytes))
+    )
 
 
 class Importer:
     "One import, from its first row or from its last commit."
 
     def __init__(self, settings: Settings, files: SourceFiles, out: Path, fetcher: Fetcher | None):
-        self.settings, self.files, self.out, self.layout, self.source = settings, files, out, LAYOUTS[settings.layout], Path(settings.source)
+        self.settings, self.files, self.out, self.layout, self.source = (
+            settings,
+            files,
+            out,
+            LAYOUTS[settings.layout],
+            Path(settings.source),
+        )
         (out / STATE).mkdir(parents=True, exist_ok=True)
         self.ledger = open_ledger(out / STATE / "ledger.sqlite")
         state = json.loads((self.ledger.execute("SELECT value FROM meta WHERE key = 'state'").fetchone() or ["{}"])[0])
-        self.file, self.position, self.columns = state.get("file", -1), tuple(state.get("position", (0, 0))), state.get("columns", {})
+        self.file, self.position, self.columns = (
+            state.get("file", -1),
+            tuple(state.get("position", (0, 0))),
+            state.get("columns", {}),
+        )
         base = self.source if self.source.is_dir() else self.source.parent
         beside = base / "images" if self.layout.name == "m5product" and (base / "images").is_dir() else base
         finder = Finder(Path(settings.images) if settings.images else beside, self.ledger)
@@ -199,7 +269,15 @@ class Importer:
         desk = self.desk
         desk.parts.save()
         self.store.save()
-        state = {"file": self.file, "position": self.position, "parts": desk.parts.saved, "counts": desk.counts, "reasons": desk.reasons, "misread": desk.misread, "columns": self.columns}
+        state = {
+            "file": self.file,
+            "position": self.position,
+            "parts": desk.parts.saved,
+            "counts": desk.counts,
+            "reasons": desk.reasons,
+            "misread": desk.misread,
+            "columns": self.columns,
+        }
         self.ledger.execute("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (json.dumps(state),))
         self.ledger.commit()
         self.since = (desk.counts["seen"], self.store.kept)
@@ -207,7 +285,9 @@ class Importer:
     def run(self) -> ImportSummary:
         "Read what is left to read, then write the tables."
         if self.file < 0:
-            self.desk.pictures.finder.index(lambda member, reason: self.desk.aside(None, member, "image", f"{reason}: {member}"))
+            self.desk.pictures.finder.index(
+                lambda member, reason: self.desk.aside(None, member, "image", f"{reason}: {member}")
+            )
             for name, reason in self.files.left:
                 self.desk.aside(None, name, "file", reason)
             self.file = 0
@@ -219,7 +299,9 @@ class Importer:
                 self.file, self.position = self.file + 1, (0, 0)
                 self.commit()
         if self.layout.grouped:
-            labels = read_lists(self.desk, self.source) if self.layout.name == "m5product" and self.source.is_dir() else {}
+            labels = (
+                read_lists(self.desk, self.source) if self.layout.name == "m5product" and self.source.is_dir() else {}
+            )
             merge_products(self.desk, labels)
             if self.layout.name == "m5product":
                 write_queries(self.desk, self.out)
@@ -233,7 +315,10 @@ class Importer:
             self.desk.take([draft for row in batch for draft in self.drafts(row, columns, split)])
             self.position = batch[-1].next
             bar.update(len(batch))
-            full = self.desk.counts["seen"] - self.since[0] >= PART_ROWS or self.store.kept - self.since[1] >= PART_PICTURES
+            full = (
+                self.desk.counts["seen"] - self.since[0] >= PART_ROWS
+                or self.store.kept - self.since[1] >= PART_PICTURES
+            )
             if full or self.desk.parts.full:
                 self.commit()
 
@@ -280,7 +365,9 @@ class Importer:
             name = str(name)[:100].encode("utf-8", "replace").decode()
             name = name if name in self.columns or len(self.columns) < MANY_COLUMNS else "(more columns)"
             filled = self.columns.setdefault(name, [0, 0])
-            filled[0] += not (value is None or value == "" if isinstance(value, (str, int, float, type(None))) else is_empty(value))
+            filled[0] += not (
+                value is None or value == "" if isinstance(value, (str, int, float, type(None))) else is_empty(value)
+            )
             filled[1] += 1
 
     def close(self) -> None:
@@ -298,7 +385,9 @@ class Importer:
         listings = read_listings(desk.parts, self.out)
         for name in TABLES:
             if name != "triplets" or self.layout.triplets or desk.counts["triplets"]:
-                desk.parts.merge(name, self.out / f"{name}.parquet", listings.with_splits if name == "products" else None)
+                desk.parts.merge(
+                    name, self.out / f"{name}.parquet", listings.with_splits if name == "products" else None
+                )
         summary = self.summary(listings)
         write_json(self.out / DONE, {"made_from": self.settings, "summary": summary})
         return summary
@@ -307,14 +396,35 @@ class Importer:
         "What was found."
         counts = self.desk.counts
         pictures = self.ledger.execute("SELECT count(path) FROM pictures").fetchone()[0]
-        told = {name: counts[name] for name in ("seen", "rows", "rows_joined", "products", "triplets", "gallery", "set_aside")} | {"pictures": pictures}
+        told = {
+            name: counts[name]
+            for name in ("seen", "rows", "rows_joined", "products", "triplets", "gallery", "set_aside")
+        } | {"pictures": pictures}
         shown = {name: counts[f"pictures_{name}"] for name in ("named", "found", "by_id")}
-        shown |= {"missing": shown["named"] - shown["found"], "guessed": 0, "products_without": counts["without_picture"]}
+        shown |= {
+            "missing": shown["named"] - shown["found"],
+            "guessed": 0,
+            "products_without": counts["without_picture"],
+        }
         check = listings.check()
-        files = [{"file": file.name, "written": file.about, "notes": list(file.notes)} for file, _ in self.files.read] + [{"file": name, "notes": [], "set_aside": reason} for name, reason in self.files.left]
+        files = [
+            {"file": file.name, "written": file.about, "notes": list(file.notes)} for file, _ in self.files.read
+        ] + [{"file": name, "notes": [], "set_aside": reason} for name, reason in self.files.left]
         gallery = str(self.out / GALLERY) if counts["gallery"] else None
         splits = dict(sorted((name, split["products"]) for name, split in check["splits"].items()))
-        return ImportSummary(self.layout.name, str(self.out), told, splits, dict(self.desk.reasons.most_common()), gallery, self.column_table(), files, shown, listings.warnings(), check)
+        return ImportSummary(
+            self.layout.name,
+            str(self.out),
+            told,
+            splits,
+            dict(self.desk.reasons.most_common()),
+            gallery,
+            self.column_table(),
+            files,
+            shown,
+            listings.warnings(),
+            check,
+        )
 
     def column_table(self) -> list[dict]:
         "column -> read as, filled, empty, not understood."
@@ -325,8 +435,18 @@ class Importer:
             lost[name] = lost.get(name, 0) + count
         table, usable = [], self.desk.counts["seen"] if len(self.files.read) == 1 else None
         for name, (filled, there) in self.columns.items():
-            used = list(dict.fromkeys(ours for columns in maps for ours in columns.read_as(name))) or (LABEL_COLUMNS.get(name, []) if not maps else [])
-            table.append({"column": name, "read_as": used, "filled": filled, "empty": max(there, usable or 0) - filled, "not_understood": lost.get(name, 0)})
+            used = list(dict.fromkeys(ours for columns in maps for ours in columns.read_as(name))) or (
+                LABEL_COLUMNS.get(name, []) if not maps else []
+            )
+            table.append(
+                {
+                    "column": name,
+                    "read_as": used,
+                    "filled": filled,
+                    "empty": max(there, usable or 0) - filled,
+                    "not_understood": lost.get(name, 0),
+                }
+            )
         return table
 
 
@@ -392,8 +512,12 @@ class Listings:
         "Counts over some of the products, as `Catalog.summary` gives them."
         text, image = self.titles[rows] != 0, self.counts[rows] > 0
         return {
-            "products": int(rows.sum()), "with_title": int(text.sum()), "with_image": int(image.sum()), "with_both": int((text & image).sum()),
-            "images": int(self.counts[rows].sum()), "keys": len(np.unique(self.key[rows])),
+            "products": int(rows.sum()),
+            "with_title": int(text.sum()),
+            "with_image": int(image.sum()),
+            "with_both": int((text & image).sum()),
+            "images": int(self.counts[rows].sum()),
+            "keys": len(np.unique(self.key[rows])),
         }
 
     def check(self) -> dict:
@@ -405,15 +529,27 @@ class Listings:
         for place, name in enumerate(SPLIT_ORDER[1:], 1):
             rows = self.split == place
             if rows.any():
-                splits[name] = self.counted(rows) | ({} if name == "train" else {"key_in_train": int(train[self.key[rows]].sum())})
-        return {"records": len(self.key), **self.counted(np.ones(len(self.key), bool)), "shared_titles": int(often[often > 1].sum()), "splits": splits}
+                splits[name] = self.counted(rows) | (
+                    {} if name == "train" else {"key_in_train": int(train[self.key[rows]].sum())}
+                )
+        return {
+            "records": len(self.key),
+            **self.counted(np.ones(len(self.key), bool)),
+            "shared_titles": int(often[often > 1].sum()),
+            "splits": splits,
+        }
 
     def warnings(self) -> list[str]:
         "What a reader should look at before training."
-        lines = [f"{self.size[place]:,} of {len(self.key):,} products have one key (a title or a main picture in common, perhaps a picture that says 'no image'): they count as one product" for place in self.large]
+        lines = [
+            f"{self.size[place]:,} of {len(self.key):,} products have one key (a title or a main picture in common, perhaps a picture that says 'no image'): they count as one product"
+            for place in self.large
+        ]
         leaks = sum(split.get("key_in_train", 0) for split in self.check()["splits"].values())
         if leaks:
-            lines.append(f"{leaks:,} products of valid and test have the title or the main picture of one in train: the source splits them so")
+            lines.append(
+                f"{leaks:,} products of valid and test have the title or the main picture of one in train: the source splits them so"
+            )
         return lines
 
 
@@ -431,7 +567,12 @@ def read_listings(parts: Parts, out: Path) -> Listings:
         columns[3].append([SPLIT_ORDER.index(split) for split in rows["split"]])
         columns[4].append([SPLIT_ORDER.index(hash_split(name)) for name in rows["product_id"]])
     kinds = (np.uint64, np.uint64, np.int32, np.int8, np.int8)
-    return Listings(*(np.concatenate([np.array(values, kind) for values in column] or [np.zeros(0, kind)]) for column, kind in zip(columns, kinds, strict=True)))
+    return Listings(
+        *(
+            np.concatenate([np.array(values, kind) for values in column] or [np.zeros(0, kind)])
+            for column, kind in zip(columns, kinds, strict=True)
+        )
+    )
 
 
 def _number(text: str | None) -> int:
@@ -439,6 +580,15 @@ def _number(text: str | None) -> int:
     return int(sha256_hex(text.encode("utf-8", "replace"))[:16], 16) if text else 0
 
 # %% ../nbs/11_sources.ipynb #5c435b5a
+def _place_of_pictures(images: str | Path | None) -> str | None:
+    "The folder or tar of the pictures in full, looked at before anything is made."
+    if not images:
+        return None
+    place = Path(images).expanduser().resolve()
+    check_place(place)
+    return str(place)
+
+
 def import_catalog(
     layout: str,  # mbe, mbe2, m5product, fashion200k, csv, st or mmeb
     source: str | Path,  # a file, or a folder of them
@@ -468,9 +618,7 @@ def import_catalog(
     if split_by == "file name" and not (shape.names_split or says_split or any(split_of_file(source, file) for file, _ in files.read)):
         raise UsageError("no file or folder names a split", where=files.read[0][0].name, advice="train, valid or test has to be in the name; or leave --split-by out")
     stamps = [(file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file, _ in files.read]
-    where, plain = str(Path(images).expanduser().resolve()) if images else None, 0 if shard_images else PLAIN if shard_images is None else 10**9
-    if where:
-        check_place(Path(where))  # before the folder OUT is made
+    where, plain = _place_of_pictures(images), 0 if shard_images else PLAIN if shard_images is None else 10**9
     settings = Settings(layout, str(source), dict(mapping or {}), where, limit, allow_urls, split_by, plain, stamps, encoding, delimiter)
     with held(try_folder(out)):
         done = open_out(out, settings, resume)
@@ -487,13 +635,27 @@ def open_out(out: Path, settings: Settings, resume: bool) -> ImportSummary | Non
     made_from = json.loads(json.dumps(dataclasses.asdict(settings)))
     there = not holds_nothing(out) and not _only_begun(out)
     if there and not resume:
-        raise UsageError("the folder is not empty", where=str(out), advice="give a new folder, or go on with an import that was stopped by --resume")
-    begun = read_json(out / DONE) if (out / DONE).is_file() else read_json(out / STATE / DONE) if (out / STATE / DONE).is_file() else None
+        raise UsageError(
+            "the folder is not empty",
+            where=str(out),
+            advice="give a new folder, or go on with an import that was stopped by --resume",
+        )
+    begun = (
+        read_json(out / DONE)
+        if (out / DONE).is_file()
+        else read_json(out / STATE / DONE)
+        if (out / STATE / DONE).is_file()
+        else None
+    )
     if there and begun is None:
         raise UsageError("there is no import to go on with", where=str(out), advice="give a new folder")
     if begun and begun["made_from"] != made_from:
         changed = [name for name, value in made_from.items() if begun["made_from"].get(name) != value]
-        raise UsageError(f"the import was begun with another {', '.join(changed)}", where=str(out), advice="use the same options and files, or a new folder")
+        raise UsageError(
+            f"the import was begun with another {', '.join(changed)}",
+            where=str(out),
+            advice="use the same options and files, or a new folder",
+        )
     if begun and "summary" in begun:
         return ImportSummary(**begun["summary"])
     write_json(out / STATE / DONE, {"made_from": made_from})
@@ -502,7 +664,9 @@ def open_out(out: Path, settings: Settings, resume: bool) -> ImportSummary | Non
 
 def _only_begun(out: Path) -> bool:
     "Whether a start was killed before it noted what it imports: nothing but an empty ledger is there."
-    return out.is_dir() and {path.name for path in out.iterdir()} <= {STATE, LOCK} and not (out / STATE / DONE).is_file()
+    return (
+        out.is_dir() and {path.name for path in out.iterdir()} <= {STATE, LOCK} and not (out / STATE / DONE).is_file()
+    )
 
 
 @contextlib.contextmanager
@@ -513,4 +677,10 @@ def _told(out: Path):
     except (OSError, sqlite3.Error) as error:
         full = (isinstance(error, OSError) and disk_is_full(error)) or "full" in str(error)
         what = "the disk is full" if full else f"the import stopped: {error}"
-        raise LabError(what, where=str(out), advice="free some space and go on with --resume" if full else "free some space, or see what is wrong with the disk, and go on with --resume") from error
+        raise LabError(
+            what,
+            where=str(out),
+            advice="free some space and go on with --resume"
+            if full
+            else "free some space, or see what is wrong with the disk, and go on with --resume",
+        ) from error

@@ -70,7 +70,9 @@ class Finder:
         self.place, self.ledger, self.packed, self._listed, self._inner = place, ledger, place.is_file(), False, None
         self.remarks: Counter[str] = Counter()  # how references were read otherwise than they stand -> how many
         check_place(place)
-        ledger.execute("CREATE TABLE IF NOT EXISTS members (name TEXT PRIMARY KEY, last TEXT, stem TEXT, offset INT, size INT) WITHOUT ROWID")
+        ledger.execute(
+            "CREATE TABLE IF NOT EXISTS members (name TEXT PRIMARY KEY, last TEXT, stem TEXT, offset INT, size INT) WITHOUT ROWID"
+        )
         ledger.execute("CREATE TABLE IF NOT EXISTS claims (name TEXT PRIMARY KEY, address TEXT) WITHOUT ROWID")
 
     def index(self, aside: Callable[[str, str], None]) -> None:
@@ -99,7 +101,13 @@ class Finder:
     def _insert(self, name: str, offset: int = 0, size: int = 0) -> None:
         last = folded_name(posixpath.basename(name))
         stem = last.rsplit(".", 1)[0] if last.endswith(PICTURE_SUFFIXES) else None
-        row = (name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), last.encode("utf-8", "replace").decode(), stem, offset, size)
+        row = (
+            name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
+            last.encode("utf-8", "replace").decode(),
+            stem,
+            offset,
+            size,
+        )
         self.ledger.execute("INSERT OR IGNORE INTO members VALUES (?, ?, ?, ?, ?)", row)
 
     def _list(self) -> None:
@@ -118,7 +126,9 @@ class Finder:
         "The bytes; `DataError` when there are none, or too many."
         names, ends = self._names(reference)
         if not names:
-            raise DataError(f"path leads out of the folder: {reference[:80]}", advice="give a path below the folder of the pictures")
+            raise DataError(
+                f"path leads out of the folder: {reference[:80]}", advice="give a path below the folder of the pictures"
+            )
         for name, remark in names:
             if stretch := self._find(name):
                 self.remarks[remark] += bool(remark)
@@ -127,7 +137,9 @@ class Finder:
             if self._find(name):
                 return self._claim(name, reference).read()
         hint = near_hint(names[0][0], self._near(names[0][0]))
-        raise DataError(f"no such picture: {reference[:120]}{hint}", advice="--images names the folder or tar of the pictures")
+        raise DataError(
+            f"no such picture: {reference[:120]}{hint}", advice="--images names the folder or tar of the pictures"
+        )
 
     def _claim(self, name: str, reference: str) -> Stretch:
         "The file that the end of an address names; `DataError` when another address has taken it."
@@ -135,7 +147,9 @@ class Finder:
         self.ledger.execute("INSERT OR IGNORE INTO claims VALUES (?, ?)", (name, address))
         other = self.ledger.execute("SELECT address FROM claims WHERE name = ?", (name,)).fetchone()[0]
         if other != address:
-            what = f"ambiguous picture: {reference[:100]} and {other[:100]} both end in {name}, which the other has taken"
+            what = (
+                f"ambiguous picture: {reference[:100]} and {other[:100]} both end in {name}, which the other has taken"
+            )
             raise DataError(what, advice="keep the folders of the addresses below the folder of the pictures")
         self.remarks["address found by the end of its path"] += 1
         return self._find(name)
@@ -159,7 +173,9 @@ class Finder:
         ends = ["/".join(steps[place:]) for place in range(1, len(steps))]
         if parts.query and steps:
             whole.append(f"{tail}?{parts.query}")
-        return [alias for name in whole for alias in self._aliases(name)], [name for end in ends for name, _ in self._aliases(end)]
+        return [alias for name in whole for alias in self._aliases(name)], [
+            name for end in ends for name, _ in self._aliases(end)
+        ]
 
     def _inside(self, path: str) -> str | None:
         "A path relative to the place; an absolute one has to lie in it. None when it leads out."
@@ -176,7 +192,10 @@ class Finder:
         yield name, ""
         for folder in self.inner:
             yield f"{folder}/{name}", f"folder added in front: {folder}/"
-        own, parts = (*self.place.parts[:-1], self.place.stem if self.packed else self.place.name), PurePosixPath(name).parts
+        own, parts = (
+            (*self.place.parts[:-1], self.place.stem if self.packed else self.place.name),
+            PurePosixPath(name).parts,
+        )
         for length in range(1, min(len(own), len(parts))):
             if own[-length:] == parts[:length]:
                 yield "/".join(parts[length:]), f"folder left out in front: {'/'.join(parts[:length])}/"
@@ -193,7 +212,9 @@ class Finder:
         folders = first[0].split("/")[:-1] if first else []
         for depth in range(1, len(folders) + 1):
             prefix = "/".join(folders[:depth])
-            others = self.ledger.execute("SELECT 1 FROM members WHERE name < ? OR name >= ? LIMIT 1", (f"{prefix}/", f"{prefix}0"))
+            others = self.ledger.execute(
+                "SELECT 1 FROM members WHERE name < ? OR name >= ? LIMIT 1", (f"{prefix}/", f"{prefix}0")
+            )
             if others.fetchone():  # "0" comes after "/"
                 return
             yield prefix
@@ -222,7 +243,9 @@ class Finder:
         "Files of almost that path: another case or Unicode form; else another folder, or another suffix."
         self._list()
         last = folded_name(posixpath.basename(name))
-        rows = self.ledger.execute("SELECT name FROM members WHERE last = ? OR stem = ? LIMIT 50", (last, last.rsplit(".", 1)[0])).fetchall()
+        rows = self.ledger.execute(
+            "SELECT name FROM members WHERE last = ? OR stem = ? LIMIT 50", (last, last.rsplit(".", 1)[0])
+        ).fetchall()
         near = [row[0] for row in rows]
         return [other for other in near if folded_name(other) == folded_name(name)] or near
 
@@ -231,7 +254,9 @@ class Finder:
         names, ends = self._names(reference)
         if any(self._find(name) for name, _ in names):
             return True
-        claimed = self.ledger.execute("SELECT address FROM claims WHERE name = ?", (next((end for end in ends if self._find(end)), ""),)).fetchone()
+        claimed = self.ledger.execute(
+            "SELECT address FROM claims WHERE name = ?", (next((end for end in ends if self._find(end)), ""),)
+        ).fetchone()
         free = claimed is None or claimed[0] == _without_query(reference)
         return not whole and free and any(self._find(end) for end in ends)
 
@@ -239,7 +264,9 @@ class Finder:
         "The picture whose name is the product's id, with any suffix, case aside; the id itself where several folders have one."
         if not safe_name(product_id) or "/" in product_id:
             return None
-        plain = [name for suffix in (".jpg", ".jpeg", ".png", ".webp") for name, _ in self._aliases(product_id + suffix)]
+        plain = [
+            name for suffix in (".jpg", ".jpeg", ".png", ".webp") for name, _ in self._aliases(product_id + suffix)
+        ]
         if named := next((name for name in plain if self._find(name)), None):
             return named
         self._list()
@@ -284,7 +311,9 @@ class Store:
         shard_bytes: int = SHARD,
     ):
         self.folder, self.ledger, self.plain, self.shard_bytes, self.tar = folder, ledger, plain, shard_bytes, None
-        ledger.execute("CREATE TABLE IF NOT EXISTS pictures (sha TEXT PRIMARY KEY, path TEXT, reason TEXT) WITHOUT ROWID")
+        ledger.execute(
+            "CREATE TABLE IF NOT EXISTS pictures (sha TEXT PRIMARY KEY, path TEXT, reason TEXT) WITHOUT ROWID"
+        )
         ledger.execute("CREATE TABLE IF NOT EXISTS shards (number INT PRIMARY KEY, size INT)")
         ledger.execute("CREATE TABLE IF NOT EXISTS kept (number INT)")
         self.kept = (ledger.execute("SELECT max(number) FROM kept").fetchone()[0] or 0)
@@ -318,7 +347,9 @@ class Store:
 
     def _append(self, path: str, data: bytes) -> None:
         "As a member of the last shard, or of a new one."
-        number, size = self.ledger.execute("SELECT number, size FROM shards ORDER BY number DESC LIMIT 1").fetchone() or (-1, self.shard_bytes)
+        number, size = self.ledger.execute(
+            "SELECT number, size FROM shards ORDER BY number DESC LIMIT 1"
+        ).fetchone() or (-1, self.shard_bytes)
         if size >= self.shard_bytes:
             self.save()
             number, size, self.tar = number + 1, 0, None
@@ -382,7 +413,9 @@ class Pictures:
             return self.store.put(reference)
         path, reason = self._known(reference) or self._remember(reference, lambda: self.finder.read(reference))
         if path is None:
-            raise DataError(reason if reference in reason else f"{reason}: {reference[:200]}", advice="replace the picture")
+            raise DataError(
+                reason if reference in reason else f"{reason}: {reference[:200]}", advice="replace the picture"
+            )
         return path
 
     def _known(self, reference: str) -> tuple[str | None, str | None] | None:
@@ -391,7 +424,11 @@ class Pictures:
     def _remember(self, reference: str, got: Callable[[], bytes] | bytes | str) -> tuple[str | None, str | None]:
         "Store the bytes (or what a function reads), or note the reason why there are none."
         try:
-            found = (None, got) if isinstance(got, str) else (self.store.put(got if isinstance(got, bytes) else got()), None)
+            found = (
+                (None, got)
+                if isinstance(got, str)
+                else (self.store.put(got if isinstance(got, bytes) else got()), None)
+            )
         except DataError as error:
             asked = is_url(reference) and not self.fetcher and error.what.startswith("no such picture")
             what = error.what.removeprefix(f"no such picture: {reference[:120]}")
