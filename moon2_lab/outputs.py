@@ -49,7 +49,7 @@ def unwritable(
     "`error` as a `LabError` that names the place, the cause and what to do."
     if disk_is_full(error):
         advice = "free some space and run the same command again; nothing that was there before is lost"
-        said = f" ({error.strerror})" if getattr(error, "strerror", None) else ""
+        said = f" ({os.strerror(error.errno)})" if getattr(error, "errno", None) in FULL else ""
         return LabError(f"the disk is full{said}", where=str(path), advice=advice)
     cause = getattr(error, "strerror", None) or str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, (FileExistsError, NotADirectoryError)):

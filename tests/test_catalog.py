@@ -556,6 +556,14 @@ def test_a_placeholder_is_set_aside_with_its_reason_and_joins_nothing(tmp_path):
     assert catalog.summary()["large_keys"] == []
 
 
+def test_a_placeholder_as_the_second_photo_asks_no_query(tmp_path):
+    "Else every query by picture would be the same picture."
+    rows = [{"product_id": f"p{n:02}", "title": f"Thing no {n}", "category_l1": ("Mug", "Hat", "Bag")[n % 3], "image_paths": json.dumps([f"{n}.png", "none.png"])} for n in range(12)]
+    catalog = Catalog.load(make(tmp_path / "c", rows, {"none.png": encoded(draw(99))} | {f"{n}.png": encoded(draw(n)) for n in range(12)}))
+    assert [len(product.refs) for product in catalog] == [1] * 12 and len({product.key for product in catalog}) == 12
+    assert catalog.quarantine["reason"].tolist() == ["placeholder: a picture of 12 products of different titles"] * 12
+
+
 def test_a_placeholder_may_be_kept_and_is_then_named(tmp_path):
     catalog = Catalog.load(with_placeholder(tmp_path / "c"), placeholder=0)
     group, = catalog.summary()["large_keys"]

@@ -309,3 +309,67 @@ def test_a_result_that_cannot_be_written_is_an_error(drawn_catalogue):
 
 def test_a_reader_that_has_seen_enough_is_no_error(drawn_catalogue):
     assert piped(f"moon2 data check {drawn_catalogue} | true") == (0, "")
+
+
+# ---------------------------------------------------------------------------------------------- what is there is spared
+
+
+def contents(*folders):
+    "Path -> bytes of every file below the folders."
+    return {path: path.read_bytes() for folder in folders for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("words", [
+    ["embed", "RUN", "--catalog", "SHOP", "--out", "SHOP/products.parquet"],
+    ["embed", "RUN", "--catalog", "SHOP", "--out", "RUN/history.parquet"],
+    ["embed", "RUN", "--catalog", "SHOP", "--out", "RUN/model/config.json"],
+    ["heatmap", "RUN", "--catalog", "SHOP", "--query", "red", "--out", "SHOP/products.parquet"],
+    ["compare", "RUN", "RUN", "--catalog", "SHOP", "--out", "RUN/model/model.safetensors"],
+    ["eval", "RUN", "--catalog", "SHOP", "--out", "RUN/run_settings.json"],
+    ["run", "--catalog", "SHOP", "--out", "SHOP", *SMALL],
+    ["run", "--catalog", "SHOP", "--out", "NOTES", *SMALL],
+    ["run", "--catalog", "SHOP", "--out", "NOTES/mine.txt", *SMALL],
+    ["run", "--catalog", "SHOP", "--out", ".", *SMALL],
+], ids=" ".join)
+def test_no_command_writes_over_what_another_thing_is(moon2, trained, drawn_catalogue, tmp_path, words):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "mine.txt").write_text("mine")
+    places = {"RUN": str(trained), "SHOP": str(drawn_catalogue), "NOTES": str(notes)}
+    before = contents(trained, drawn_catalogue, notes)
+    for name, place in places.items():
+        words = [place + word[len(name):] if word.split("/")[0] == name else word for word in words]
+    code, out, err = moon2(*words)
+    assert (code, out) == (2, "") and re.search("there is a file|is no run|lies here|where the command runs", one_line(err)), err
+    assert contents(trained, drawn_catalogue, notes) == before and [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_what_such_a_command_wrote_is_replaced(moon2, trained, drawn_catalogue, tmp_path):
+    for _ in range(2):
+        assert moon2("embed", trained, "--catalog", drawn_catalogue, "--out", tmp_path / "v.parquet", "--split", "test")[0] == 0
+        assert moon2("eval", trained, "--catalog", drawn_catalogue, "--out", tmp_path / "Scores.JSON")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Scores.JSON", "Scores.per_query.parquet", "v.parquet"]
+
+
+@pytest.mark.parametrize("words", [["eval", "RUN", "--catalog", "SHOP", "--out", ""], ["eval", "RUN", "--catalog", ""], ["train", "--catalog", "SHOP", "--out", " "], ["data", "check", ""]], ids=" ".join)
+def test_an_option_with_nothing_in_it_is_an_error(moon2, trained, drawn_catalogue, words):
+    "Such as a variable of a script that is not set."
+    code, out, err = moon2(*[{"RUN": trained, "SHOP": drawn_catalogue}.get(word, word) for word in words])
+    assert (code, out) == (2, "") and "there is nothing in it" in one_line(err)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("1: 2", "unknown config field [1]"), ("true: 3", "unknown config field [True]"), ("temperature: true", "is no float"), ("max_steps: yes", "is no int"),
+    ("temperature: 0.1\ntemperature: 0.2", "temperature stands there twice"), ("temperature: 2024-13-45", "cannot read the config file"), ("temperature: .nan", "finite"), ("- temperature", "key: value"),
+])
+def test_config_files_that_say_something_else(moon2, drawn_catalogue, tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    code, out, err = moon2("train", "--catalog", drawn_catalogue, "--out", tmp_path / "run", "--config", tmp_path / "c.yaml", "--plan")
+    assert (code, out) == (2, "") and message in one_line(err)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(moon2, drawn_catalogue, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("MOON2_CACHE", str(tmp_path / "file" / "cache"))
+    code, out, err = moon2("data", "check", drawn_catalogue)
+    assert (code, out) == (2, "") and "MOON2_CACHE" in one_line(err) and str(tmp_path / "file" / "cache") in err

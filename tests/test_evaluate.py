@@ -583,3 +583,21 @@ def test_cut_texts_are_counted_in_metrics_score_lines_and_alarms():
     assert cut["max_text_tokens"] == 8 and cut["cut"] == 6 and cut["texts"] >= 9  # three titles, and their three phrases
     assert cut["tokens_cut"] >= 3 * (29 - 8) and f"6 of {cut['texts']} texts are longer than 8 tokens" in score_lines(metrics)
     assert any("longer than 8 tokens" in alarm.text for alarm in query_alarms(metrics))
+
+
+def test_a_direction_without_any_right_answer_is_not_scored():
+    "Half of the products have words only, the others a picture only: no title's own picture is among those that are searched."
+    from moon2_lab.job import score_lines
+    from small import product, tiny
+
+    catalog = Catalog.from_products([product(number, **({"title": None} if number % 2 else {"refs": ()})) for number in range(20)])
+    metrics = evaluate(tiny(), catalog, split="all", resamples=0, baselines=False, labels=False)
+    assert sorted(metrics["directions"]) == ["i->mm", "t->mm"] and "no query has a right answer" in metrics["skipped"]["t->i"] and "t->i" in score_lines(metrics)
+
+
+def test_pictures_have_no_words_to_be_equal_to():
+    from moon2_lab.job import score_lines
+    from small import product, tiny
+
+    metrics = evaluate(tiny(), Catalog.from_products([product(number) for number in range(20)]), split="all", resamples=0, baselines=False, labels=False)
+    assert "n_equal_title" not in metrics["directions"]["t->i"] and "n_equal_title" in metrics["directions"]["t->mm"] and "no measure of search" not in score_lines(metrics)
