@@ -69,7 +69,8 @@ OWN = {  # a table with any of the usual names; of several the first one that is
     "description": ("description", "body_html", "body (html)", "product_description"),
     "category_l1": ("category_l1", "category1", "category", "categories", "product_category", "product category", "product_type"),
     "category_l2": ("category_l2", "category2"), "category_l3": ("category_l3", "category3"), "attributes": ("attributes",),
-    "image": ("image_paths", "image_path", "image", "images", "image_url", "image_urls", "image src", "image_link", "filename"), "split": ("split",),
+    "image": ("image_paths", "image_path", "image", "images", "image_url", "image_urls", "image src", "image_link", "filename", "main_image",
+              "main_image_url", "main_image_link", "base_image", "primary_image", "primary_image_url"), "split": ("split",),
 }
 GRADES = ("esci_label", "relevance_label", "relevance", "relevance_grade", "grade", "label")  # of a query and a product
 
@@ -179,8 +180,10 @@ def map_columns(
 
 
 def _more_pictures(found: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
-    "The columns with further pictures: numbered ones (image_1, Image 2 ...), and those that say 'additional'."
-    return tuple(name for name in found if FURTHER.fullmatch(name.strip()) and name not in known)
+    "The columns with further pictures: numbered ones (image_1, Image 2 ...), and those that say 'additional' beside a main one."
+    further = tuple(name for name in found if FURTHER.fullmatch(name.strip()) and name not in known)
+    numbered = tuple(name for name in further if re.search(r"\d", name))
+    return further if numbered or any(name in found for name in known) else ()
 
 
 FURTHER = re.compile(

@@ -531,7 +531,7 @@ def test_objects_that_hold_lists(tmp_path, data, products):
 
 @pytest.mark.parametrize("columns,cells,kept", [
     ("image_1,image_2,image_3", "a.png,b.png,", 2), ("Image 1,Image 2", "a.png,b.png", 2), ("image,additional_image_link", "a.png,\"b.png,c d.png\"", 3),
-    ("image,images", "a.png,\"a.png,b.png\"", 2), ("image,images", "a.png,b.png", 1), ("image", "c%20d.png", 1),
+    ("image,images", "a.png,\"a.png,b.png\"", 2), ("image,images", "a.png,b.png", 1), ("base_image,additional_images", "a.png,b.png", 2), ("additional_images,title2", "b.png,x", 0), ("image", "c%20d.png", 1),
 ])
 def test_pictures_in_further_columns(tmp_path, columns, cells, kept):
     "Numbered and additional columns add to the main picture; a synonym that says another one is listed."
