@@ -57,7 +57,7 @@ def explain(
     from moon2_lab.outputs import disk_is_full, unwritable
 
     if isinstance(error, KeyboardInterrupt):
-        return "stopped; a training run or an import continues with --resume", 130
+        return "stopped; a training run that left a checkpoint, or an import, continues with --resume", 130
     if isinstance(error, LabError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.strerror:

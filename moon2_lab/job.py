@@ -248,6 +248,9 @@ def score_lines(
             lines.append(f"{direction:<10} {equal:,} of {block['n_queries']:,} queries equal the title that they look for: no measure of search")
         if lost := block.get("n_without_hit"):
             lines.append(f"{direction:<10} {lost:,} of {block['n_queries']:,} queries have no right answer among the products that are searched: they count as misses")
+    small = {name: block["n_gallery"] for name, block in metrics["directions"].items() if 0 < (block.get("n_gallery") or 0) <= 10}
+    if small:
+        lines.append(f"{', '.join(small)}: no more than {max(small.values())} products are searched, so R@10 is reached by any order: it says nothing")
     cut = metrics["protocol"].get("text_tokens") or {}
     lines += [cut_words(cut)] if cut.get("cut") else []
     lines += [key_words(group) for group in metrics["protocol"].get("large_keys", ())]

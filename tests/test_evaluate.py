@@ -601,3 +601,11 @@ def test_pictures_have_no_words_to_be_equal_to():
 
     metrics = evaluate(tiny(), Catalog.from_products([product(number) for number in range(20)]), split="all", resamples=0, baselines=False, labels=False)
     assert "n_equal_title" not in metrics["directions"]["t->i"] and "n_equal_title" in metrics["directions"]["t->mm"] and "no measure of search" not in score_lines(metrics)
+
+
+def test_a_gallery_of_ten_products_or_less_is_said_to_measure_nothing_at_ten():
+    from moon2_lab.job import score_lines
+    from small import product, tiny
+
+    few, more = (score_lines(evaluate(tiny(), Catalog.from_products([product(number) for number in range(count)]), split="all", resamples=0, baselines=False, labels=False)) for count in (10, 11))
+    assert "no more than 10 products are searched" in few and "products are searched" not in more
