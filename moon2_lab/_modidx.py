@@ -874,6 +874,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'moon2_lab.entities.title_brands': ('entities.html#title_brands', 'moon2_lab/entities.py')},
             'moon2_lab.evaluate': { 'moon2_lab.evaluate.Evaluation': ('evaluate.html#evaluation', 'moon2_lab/evaluate.py'),
                                     'moon2_lab.evaluate.Evaluation.write': ('evaluate.html#evaluation.write', 'moon2_lab/evaluate.py'),
+                                    'moon2_lab.evaluate.Evaluation.write_held': ( 'evaluate.html#evaluation.write_held',
+                                                                                  'moon2_lab/evaluate.py'),
                                     'moon2_lab.evaluate.Question': ('evaluate.html#question', 'moon2_lab/evaluate.py'),
                                     'moon2_lab.evaluate.Settings': ('evaluate.html#settings', 'moon2_lab/evaluate.py'),
                                     'moon2_lab.evaluate.Settings.interval': ('evaluate.html#settings.interval', 'moon2_lab/evaluate.py'),

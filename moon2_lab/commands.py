@@ -357,6 +357,8 @@ def compare(args: argparse.Namespace) -> Outcome:
 
     if args.most < 1:
         raise UsageError(f"most={args.most}", where="--most", advice="a whole number from 1 on")
+    if args.explain < 0:
+        raise UsageError(f"explain={args.explain}", where="--explain", advice="0 for none, or how many")
     folders = [model_folder(args.model_a), model_folder(args.model_b)]
     device = chosen_device(args)
     try_file(page_file(args.out, "diff.html"), "page")

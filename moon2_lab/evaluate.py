@@ -10,6 +10,7 @@ __all__ = ['TOP', 'APPLICABLE', 'FLIPS', 'RULES', 'BELONGS', 'checked_vectors', 
            'per_query_file', 'try_scores', 'is_one_evaluation', 'Evaluation', 'answer', 'evaluate']
 
 # %% ../nbs/41_evaluate.ipynb #fd811d48
+import contextlib
 import math
 import time
 from collections import defaultdict
@@ -440,9 +441,13 @@ class Evaluation:
 
     def write(self, out: str | Path) -> None:
         "metrics.json (or the given .json name) in the folder `out`, and its table of queries beside it, which knows the scores it belongs to."
-        path = metrics_file(out)
+        with held(metrics_file(out), folder=False):
+            self.write_held(metrics_file(out))
+
+    def write_held(self, path: Path) -> None:
+        "`write`, by who holds the place."
         table = pa.Table.from_pandas(self.per_query, preserve_index=False)
-        with held(path, folder=False), atomic_path(path, durable=False) as scores, atomic_path(per_query_file(path), durable=False) as queries:
+        with atomic_path(path, durable=False) as scores, atomic_path(per_query_file(path), durable=False) as queries:
             scores.write_text(json_text(self.metrics), encoding="utf-8")
             noted = {**table.schema.metadata, BELONGS: file_sha256(scores)}
             pq.write_table(table.replace_schema_metadata(noted), queries, compression="zstd")
@@ -515,12 +520,12 @@ def evaluate(
     stored: Callable[[np.ndarray], np.ndarray] | None = None,  # what a store keeps of the gallery's vectors, such as `moon2_lab.vectors.StoredForm("int8", 64)`; only the directions are scored then
 ) -> dict:
     "The dictionary of metrics.json. A place that cannot be written is a `LabError` before the work; one that fails afterwards a `NotSaved` that holds the scores."
-    if out is not None:
-        try_scores(out)
-    result = answer(encoder, ask(catalog, split, protocol, limit, gallery, lexicon), baselines, labels, resamples, seed, stored)
-    if out is not None:
-        try:
-            result.write(out)
-        except LabError as error:
-            raise NotSaved(error, result.metrics) from error
+    place = contextlib.nullcontext() if out is None else held(try_scores(out), folder=False)
+    with place:  # a second evaluation into one file is refused while the first one works
+        result = answer(encoder, ask(catalog, split, protocol, limit, gallery, lexicon), baselines, labels, resamples, seed, stored)
+        if out is not None:
+            try:
+                result.write_held(metrics_file(out))
+            except LabError as error:
+                raise NotSaved(error, result.metrics) from error
     return result.metrics

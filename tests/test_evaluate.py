@@ -609,3 +609,13 @@ def test_a_gallery_of_ten_products_or_less_is_said_to_measure_nothing_at_ten():
 
     few, more = (score_lines(evaluate(tiny(), Catalog.from_products([product(number) for number in range(count)]), split="all", resamples=0, baselines=False, labels=False)) for count in (10, 11))
     assert "no more than 10 products are searched" in few and "products are searched" not in more
+
+
+def test_a_second_evaluation_into_one_file_is_refused_while_the_first_one_works(tmp_path):
+    from moon2_lab.outputs import held
+    from small import product, tiny
+
+    catalog = Catalog.from_products([product(number) for number in range(12)])
+    with held(tmp_path / "metrics.json", folder=False), pytest.raises(UsageError, match="another process writes here"):
+        evaluate(tiny(), catalog, split="all", out=tmp_path, resamples=0, baselines=False, labels=False)
+    assert evaluate(tiny(), catalog, split="all", out=tmp_path, resamples=0, baselines=False, labels=False) and (tmp_path / "per_query.parquet").is_file()
