@@ -288,7 +288,7 @@ def messages():
         log.setLevel(level)
 
 
-MAY_BE_EMPTY = {"filter", "text", "query", "item_text"}  # these are answered by what reads them
+MAY_BE_EMPTY = {"filter", "text", "query", "item_text", "kinds"}  # these are answered by what reads them
 
 
 def require_filled(args: argparse.Namespace) -> None:

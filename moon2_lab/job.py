@@ -401,6 +401,8 @@ def augment_run(
     from moon2_lab.coaugment import Recipe, augment_catalog
     from moon2_lab.scorers import load_scorer
 
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit={limit}", where="limit", advice="at least 1, or none for all products")
     recipe = Recipe(**options)  # a wrong option is told before anything is trained
     if scorer != "none":
         recipe.scorer = own_scorer(load_catalogue(folder, config or TrainConfig()), config) if scorer == "auto" else load_scorer(scorer, (config or TrainConfig()).device)

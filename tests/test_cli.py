@@ -373,3 +373,9 @@ def test_a_cache_folder_that_cannot_be_made_is_named(moon2, drawn_catalogue, tmp
     monkeypatch.setenv("MOON2_CACHE", str(tmp_path / "file" / "cache"))
     code, out, err = moon2("data", "check", drawn_catalogue)
     assert (code, out) == (2, "") and "MOON2_CACHE" in one_line(err) and str(tmp_path / "file" / "cache") in err
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_augment_refuses_a_limit_below_one(moon2, drawn_catalogue, tmp_path, limit):
+    code, out, err = moon2("data", "augment", drawn_catalogue, tmp_path / "new", "--scorer", "none", "--limit", limit)
+    assert (code, out) == (2, "") and f"limit={limit}" in one_line(err)
