@@ -15,7 +15,7 @@ from .catalog import Item, Product
 from .compare import Comparison, asked_items
 from .core import LabError, progress
 from .encoder import Moon2Encoder
-from .explain import Explainer
+from .explain import TRIALS, Explainer
 from .heatdata import NAMES, trust_words
 from .tables import printable
 
@@ -26,7 +26,7 @@ def explain_hit(
     product: Product,
     view: str,  # of the product: t, i or mm
     method: str = "ig",  # of `moon2_lab.attribute`
-    trials: int = 10,  # random maps that the map is compared with; 0: not measured
+    trials: int = TRIALS,  # random maps that the map is compared with; 0: not measured
 ) -> dict:  # product_id, score, method, words, cells, image, note, trust; or product_id and error
     "What made the score of one hit, on the product's side."
     try:
@@ -61,7 +61,7 @@ def explain_changes(
     b: Moon2Encoder,
     first: int = 12,  # so many queries, the most changed ones
     method: str = "ig",
-    trials: int = 10,
+    trials: int = TRIALS,
     hits: int = 10,  # products of each list whose routing is read
 ) -> dict[tuple[str, str], dict]:  # (direction, query id) -> {"a": ..., "b": ...}, each of `explain_hit` with "routing"
     "Heatmap and routing for the most changed queries."

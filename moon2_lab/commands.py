@@ -255,7 +255,7 @@ def heatmap(args: argparse.Namespace) -> Outcome:
     "Show which words and which parts of the pictures made a score, as one page."
     from moon2_lab.catalog import Catalog
     from moon2_lab.encoder import Moon2Encoder
-    from moon2_lab.explain import Explainer
+    from moon2_lab.explain import TRIALS, Explainer
     from moon2_lab.heatpage import page_file, write_heat_page
     from moon2_lab.job import model_folder
     from moon2_lab.outputs import try_file
@@ -267,7 +267,7 @@ def heatmap(args: argparse.Namespace) -> Outcome:
     catalog = Catalog.load(args.catalog)
     query, item = named_query(catalog, args.query, args.query_image), named_item(catalog, args.item, args.item_text, args.item_image)
     note = query_note(catalog, args.query, query)
-    explainer = Explainer(Moon2Encoder.from_pretrained(folder, device), query, item, args.model, redrawn=not args.quick, trials=0 if args.quick else 20)
+    explainer = Explainer(Moon2Encoder.from_pretrained(folder, device), query, item, args.model, redrawn=not args.quick, trials=0 if args.quick else TRIALS)
     pair = explainer.maps(methods)
     page, trouble = written(lambda: write_heat_page(pair, args.out, methods[0] if methods else None))
     facts = {"page": page, "score": pair.score, "query": query.text, "query_note": note, "item": item.text, "maps": heat_facts(pair)}
