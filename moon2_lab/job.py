@@ -245,7 +245,7 @@ def score_lines(
             lines.append(f"{direction:<10} {first.value:>6.3f} {tenth.value:>6.3f}  {tenth.lower:.3f} to {tenth.upper:.3f} {against}")
     for direction, block in metrics["directions"].items():
         if equal := block.get("n_equal_title"):
-            lines.append(f"{direction:<10} {equal:,} of {block['n_queries']:,} queries equal the title that they look for: no measure of search")
+            lines.append(f"{direction:<10} {equal:,} of {block['n_queries']:,} queries equal the title that they look for: these measure no search")
         if lost := block.get("n_without_hit"):
             lines.append(f"{direction:<10} {lost:,} of {block['n_queries']:,} queries have no right answer among the products that are searched: they count as misses")
     small = {name: block["n_gallery"] for name, block in metrics["directions"].items() if 0 < (block.get("n_gallery") or 0) <= 10}
