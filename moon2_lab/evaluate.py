@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TOP', 'APPLICABLE', 'FLIPS', 'RULES', 'BELONGS', 'checked_vectors', 'encode_side', 'Settings', 'vector_ranks',
            'recall_block', 'chance_recall', 'direction_block', 'bm25_ranks', 'frozen_features', 'baseline_rankers',
-           'baseline_block', 'judge_baselines', 'not_above', 'score_baselines', 'label_block', 'score_labels',
-           'per_query_rows', 'Question', 'ask_catalog_v1', 'ask_triplets_v1', 'ask', 'query_items', 'metrics_file',
-           'per_query_file', 'try_scores', 'is_one_evaluation', 'Evaluation', 'answer', 'evaluate']
+           'baseline_block', 'judge_baselines', 'not_above', 'score_baselines', 'label_block', 'judge_labels',
+           'score_labels', 'per_query_rows', 'Question', 'ask_catalog_v1', 'ask_triplets_v1', 'ask', 'query_items',
+           'metrics_file', 'per_query_file', 'try_scores', 'is_one_evaluation', 'Evaluation', 'answer', 'evaluate']
 
 # %% ../nbs/41_evaluate.ipynb #fd811d48
 import contextlib
@@ -276,8 +276,23 @@ def label_block(
     truth = task.truth[rows]
     predicted = nearest_class(products[view][rows], classes, truth)
     scores = classification_scores(truth, predicted, gallery.group[rows], resamples=settings.resamples, seed=settings.seed)
-    right = (matched[rows] >= 0) & truth[np.arange(len(rows)), matched[rows]]
-    return scores | {"majority": float(truth.mean(axis=0).max()), "string_match": float(right.mean()), "n_classes": len(task.texts), "n_left_out": task.n_left_out, "n_products": len(rows)}
+    named = lambda chosen: (chosen >= 0) & truth[np.arange(len(rows)), chosen]
+    trivial = {"majority": truth[:, truth.mean(axis=0).argmax()], "string_match": named(matched[rows])}
+    scores |= {name: float(right.mean()) for name, right in trivial.items()}
+    if settings.resamples:
+        better = max(trivial, key=scores.get)
+        test = paired_test(named(predicted), trivial[better], gallery.group[rows], max(FLIPS, settings.resamples), settings.seed)
+        scores["paired"] = {"baseline": better, **test}
+    return scores | {"n_classes": len(task.texts), "n_left_out": task.n_left_out, "n_products": len(rows)}
+
+
+def judge_labels(labels: dict) -> None:
+    "Put `p_holm` and `verdict` into every `paired` of classification and attributes: Holm over all tasks of one view."
+    for view in ("mm", "i", "t"):
+        tasks = [blocks[view] for kind in labels.values() for blocks in kind.values() if "paired" in blocks.get(view, {})]
+        for block, test in zip(tasks, judged([block["paired"] for block in tasks])):
+            test["ci95"] = [test.pop("lo"), test.pop("hi")]
+            block["paired"] = test
 
 
 def score_labels(
@@ -301,6 +316,7 @@ def score_labels(
         blocks = {view: label_block(task, view, gallery, views, classes, matched, settings) for view in ("mm", "i", "t")}
         if blocks := {view: block for view, block in blocks.items() if block}:
             found[task.kind][task.name] = blocks
+    judge_labels(found)
     return found
 
 # %% ../nbs/41_evaluate.ipynb #ba4eabd3
@@ -324,7 +340,7 @@ def per_query_rows(
 RULES = {  # how the numbers of metrics.json come about, in the file itself
     "interval": "95 %: Wilson's score interval, effective number of queries from the variance between product keys, Student's t over keys",
     "macro_interval": f"95 %: percentile bootstrap over product keys; left out where a class has fewer than {RARE} product keys",
-    "p_value": "two-sided sign flips over product keys, mid-p; Holm over all directions and k of one baseline; level where p after Holm is 0.05 or more",
+    "p_value": "two-sided sign flips over product keys, mid-p; Holm over all directions and k of one baseline, and over all tasks of one view for labels; level where p after Holm is 0.05 or more",
     "ties": {"model": "against the model: equal scores stand before the right answer", "baselines": "R@k is expected over random orders of equal scores"},
 }
 

@@ -14,7 +14,6 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from .alarms import alarms
@@ -227,11 +226,10 @@ def label_section(metrics: dict):
     for task, views in found.groupby("task", sort=False):
         by_view = views.set_index("view")
         best = views.iloc[-1]  # image + text where there is one
-        trivial = np.nanmax([0.0, best.majority, best.string_match])
         shown = [score(*by_view.loc[view, ["accuracy", "lower", "upper"]]) if view in by_view.index else "–" for view in VIEWS]
         size = tag("span", f"{best.n_classes:.0f} classes, {best.n_left_out:.0f} left out" if math.isfinite(best.n_classes) else "", class_="ci")
         beside = [percent(value) for value in (best.macro_f1, best.majority, best.string_match)]
-        rows.append([join(foreign(str(task).replace("_", " "), 60), size), *shown, *beside, verdict_chip("above" if best.accuracy > trivial else "below")])
+        rows.append([join(foreign(str(task).replace("_", " "), 60), size), *shown, *beside, against(best.verdict, best.p)])
     head = ["Task", *[f"Accuracy, {VIEW_WORDS[view]}" for view in VIEWS], "Macro F1", "Majority class", "String match", "Against the better"]
     body = [how("labels"), table(head, rows, caption="Zero-shot labels in percent; macro F1 and verdict for image + text")] if rows else []
     return section("labels", "Categories and attributes", body)

@@ -144,8 +144,10 @@ def made_up_tests(block: dict, baseline: dict, queries: int = 974) -> dict:
 def made_up_labels(accuracy: float, majority: float, match: float, classes: int) -> dict:
     "Classification scores for the three views."
     def view(share):
+        difference = accuracy * share - max(majority, match)
+        test = {"baseline": "majority" if majority >= match else "string_match", "difference": difference, "p": 0.001, "p_bound": True}
         return {"accuracy": made_up_score(accuracy * share), "macro_f1": made_up_score(accuracy * share * 0.8), "majority": majority,
-                "string_match": match, "n_classes": classes, "n_left_out": 3}
+                "string_match": match, "n_classes": classes, "n_left_out": 3, "paired": judged([test])[0]}
 
     return {"mm": view(1.0), "i": view(0.93), "t": view(0.9)}
 
@@ -189,7 +191,7 @@ def against_baselines(
 # %% ../nbs/58_tables.ipynb #f370321b
 def label_table(
     metrics: dict,
-) -> pd.DataFrame:  # task, kind, view, accuracy, lower, upper, macro_f1, majority, string_match, n_classes, n_left_out
+) -> pd.DataFrame:  # task, kind, view, accuracy, lower, upper, macro_f1, majority, string_match, n_classes, n_left_out, baseline (the better), verdict, p
     "Zero-shot classification and attribute scores, one row per task and view."
     rows = []
     for kind in ("classification", "attributes"):
@@ -198,9 +200,11 @@ def label_table(
                 block = section(metrics, kind, task, view)
                 if block:
                     value, lower, upper = estimate(block.get("accuracy"))
-                    rows.append({"task": task, "kind": kind, "view": view, "accuracy": value, "lower": lower, "upper": upper, "macro_f1": estimate(block.get("macro_f1"))[0],
+                    test = block.get("paired") or {}
+                    rows.append({"task": task, "kind": kind, "view": view, "baseline": test.get("baseline", ""), "verdict": test.get("verdict", "unknown"),
+                                 "p": p_words(test) if test else "", "accuracy": value, "lower": lower, "upper": upper, "macro_f1": estimate(block.get("macro_f1"))[0],
                                  **{key: number(block.get(key)) for key in ("majority", "string_match", "n_classes", "n_left_out")}})
-    return pd.DataFrame(rows, columns=["task", "kind", "view", "accuracy", "lower", "upper", "macro_f1", "majority", "string_match", "n_classes", "n_left_out"])
+    return pd.DataFrame(rows, columns=["task", "kind", "view", "accuracy", "lower", "upper", "macro_f1", "majority", "string_match", "n_classes", "n_left_out", "baseline", "verdict", "p"])
 
 # %% ../nbs/58_tables.ipynb #85619dd9
 def made_up_history(
