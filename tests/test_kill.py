@@ -132,12 +132,17 @@ def finished(name, faults, folder):
     return done.calls, one.leaves()
 
 
-def killed_at(name, faults, folder, n, whole) -> str:
+SPARE = 5  # threads: one run makes a few calls more than another
+
+
+def killed_at(name, faults, folder, n, whole, calls) -> str:
     "What is wrong after a kill at call n and the next start; empty where all is well."
     work = folder / f"killed-{n}"
     work.mkdir()
     one = command(name, faults, work)
     done = faults(work, *one.begin, n=n, mode=KILL)
+    if done.code == 0 and n > calls - SPARE and one.leaves() == whole:  # it ended a call or two before the last point
+        return ""
     if done.code != -9:
         return f"was not killed: {done.code} {done.said[-300:]}"
     if one.leaves() not in (None, whole):
@@ -154,7 +159,7 @@ def killed_at(name, faults, folder, n, whole) -> str:
 def check_kills(name, faults, folder, most):
     "Kill at `most` of the calls; nothing may be wrong."
     calls, whole = finished(name, faults, folder)
-    wrong = {n: told for n in points(calls, most) if (told := killed_at(name, faults, folder, n, whole))}
+    wrong = {n: told for n in points(calls, most) if (told := killed_at(name, faults, folder, n, whole, calls))}
     counts = Counter(told.split(":")[0] for told in wrong.values())
     print(f"\n{name}: {calls} calls, killed at {len(points(calls, most))}, wrong: {dict(counts)}", file=sys.stderr)
     assert not wrong, "\n".join(f"call {n}: {told}" for n, told in wrong.items())
