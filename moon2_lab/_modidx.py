@@ -897,6 +897,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'moon2_lab.evaluate.frozen_features': ('evaluate.html#frozen_features', 'moon2_lab/evaluate.py'),
                                     'moon2_lab.evaluate.is_one_evaluation': ('evaluate.html#is_one_evaluation', 'moon2_lab/evaluate.py'),
                                     'moon2_lab.evaluate.judge_baselines': ('evaluate.html#judge_baselines', 'moon2_lab/evaluate.py'),
+                                    'moon2_lab.evaluate.judge_family': ('evaluate.html#judge_family', 'moon2_lab/evaluate.py'),
                                     'moon2_lab.evaluate.judge_labels': ('evaluate.html#judge_labels', 'moon2_lab/evaluate.py'),
                                     'moon2_lab.evaluate.label_block': ('evaluate.html#label_block', 'moon2_lab/evaluate.py'),
                                     'moon2_lab.evaluate.metrics_file': ('evaluate.html#metrics_file', 'moon2_lab/evaluate.py'),

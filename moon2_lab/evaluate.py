@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['TOP', 'APPLICABLE', 'FLIPS', 'RULES', 'BELONGS', 'checked_vectors', 'encode_side', 'Settings', 'vector_ranks',
            'recall_block', 'chance_recall', 'direction_block', 'bm25_ranks', 'frozen_features', 'baseline_rankers',
-           'baseline_block', 'judge_baselines', 'not_above', 'score_baselines', 'label_block', 'judge_labels',
-           'score_labels', 'per_query_rows', 'Question', 'ask_catalog_v1', 'ask_triplets_v1', 'ask', 'query_items',
-           'metrics_file', 'per_query_file', 'try_scores', 'is_one_evaluation', 'Evaluation', 'answer', 'evaluate']
+           'baseline_block', 'judge_baselines', 'judge_family', 'not_above', 'score_baselines', 'label_block',
+           'judge_labels', 'score_labels', 'per_query_rows', 'Question', 'ask_catalog_v1', 'ask_triplets_v1', 'ask',
+           'query_items', 'metrics_file', 'per_query_file', 'try_scores', 'is_one_evaluation', 'Evaluation', 'answer',
+           'evaluate']
 
 # %% ../nbs/41_evaluate.ipynb #fd811d48
 import contextlib
@@ -218,9 +219,16 @@ def judge_baselines(trivial: dict) -> None:
         for name, block in blocks.items():
             entries[name] += [entry for entry in block.values() if "paired" in entry]
     for family in entries.values():
-        for entry, test in zip(family, judged([entry["paired"] for entry in family])):
-            test["ci95"] = [test.pop("lo"), test.pop("hi")]
-            entry["paired"] = test
+        judge_family(family)
+
+
+def judge_family(
+    entries: list[dict],  # with `paired`, of `paired_test`: everything that is reported side by side
+) -> None:
+    "Put `p_holm` and `verdict` into each `paired`, and its interval as metrics.json has it."
+    for entry, test in zip(entries, judged([entry["paired"] for entry in entries])):
+        test["ci95"] = [test.pop("lo"), test.pop("hi")]
+        entry["paired"] = test
 
 
 def not_above(
@@ -289,10 +297,7 @@ def label_block(
 def judge_labels(labels: dict) -> None:
     "Put `p_holm` and `verdict` into every `paired` of classification and attributes: Holm over all tasks of one view."
     for view in ("mm", "i", "t"):
-        tasks = [blocks[view] for kind in labels.values() for blocks in kind.values() if "paired" in blocks.get(view, {})]
-        for block, test in zip(tasks, judged([block["paired"] for block in tasks])):
-            test["ci95"] = [test.pop("lo"), test.pop("hi")]
-            block["paired"] = test
+        judge_family([blocks[view] for kind in labels.values() for blocks in kind.values() if "paired" in blocks.get(view, {})])
 
 
 def score_labels(

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from faults import FULL, leftovers, points
-from test_kill import command, faults  # noqa: F401  (the fixture)
+from test_kill import command, finished, faults  # noqa: F401  (the fixture)
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no fork")
 NAMES = ["synth", "import", "augment", "embed", "eval", "index", "train"]
@@ -35,14 +35,10 @@ def full_at(name, faults, folder, n, whole) -> str:  # noqa: F811
 
 def check_full(name, faults, folder, most):  # noqa: F811
     "A full disk from `most` of the calls on; nothing may be wrong."
-    work = folder / "whole"
-    work.mkdir()
-    one = command(name, faults, work)
-    done = faults(work, *one.begin)
-    assert done.code == 0, done.said
-    whole, tried = one.leaves(), points(done.calls, most)
+    calls, whole = finished(name, faults, folder)
+    tried = points(calls, most)
     wrong = {n: told for n in tried if (told := full_at(name, faults, folder, n, whole))}
-    print(f"\n{name}: {done.calls} calls, full from {len(tried)} of them on, unclear {len(wrong)}", file=sys.stderr)
+    print(f"\n{name}: {calls} calls, full from {len(tried)} of them on, unclear {len(wrong)}", file=sys.stderr)
     assert not wrong, "\n".join(f"call {n}: {told}" for n, told in wrong.items())
 
 
