@@ -348,17 +348,12 @@ def compare(args: argparse.Namespace) -> Outcome:
     from moon2_lab.catalog import Catalog
     from moon2_lab.changes import explain_changes
     from moon2_lab.compare import compare_encoders
-    from moon2_lab.core import UsageError
     from moon2_lab.diffpage import write_diff_page
     from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.heatpage import page_file
     from moon2_lab.job import model_folder
     from moon2_lab.outputs import try_file
 
-    if args.most < 1:
-        raise UsageError(f"most={args.most}", where="--most", advice="a whole number from 1 on")
-    if args.explain < 0:
-        raise UsageError(f"explain={args.explain}", where="--explain", advice="0 for none, or how many")
     folders = [model_folder(args.model_a), model_folder(args.model_b)]
     device = chosen_device(args)
     try_file(page_file(args.out, "diff.html"), "page")
