@@ -144,7 +144,7 @@ def add_augment_command(data) -> None:
     parser.add_argument("--scorer", default="auto", metavar="NAME", help="who compares picture and title: auto (an encoder trained on the catalogue, the default), a run folder, a CLIP or SigLIP, or none")
     parser.add_argument("--keep-quantile", type=float, default=0.1, metavar="Q", help="refuse what agrees less than this quantile of the shop's own pairs (default 0.1)")
     parser.add_argument("--backbone", metavar="mini|tiny", help="of the encoder that --scorer auto trains (default mini)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N products of the train split")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N products of the train split")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed makes the same files (default 0)")
 
 
@@ -194,6 +194,7 @@ def add_model_commands(commands) -> None:
     parser.add_argument("--catalog", metavar="DIR", help="folder with products.parquet (default: 2,000 drawn products)")
     parser.add_argument("--out", default="runs/demo", metavar="RUN", help="run folder (default runs/demo); an old one is moved aside")
     parser.add_argument("--beside-dense", action="store_true", help="also train the plain dense recipe for as many minutes of steps, and show both")
+    parser.add_argument("--within", type=whole(1), metavar="MINUTES", help="let training give way so that everything but the dense recipe ends in so many minutes (default: 9 on drawn products, unless max_minutes or max_steps is set)")
     add_config_options(parser)
     add_device_option(parser)
 

@@ -230,13 +230,14 @@ def report(args: argparse.Namespace) -> Outcome:
 def run(args: argparse.Namespace) -> Outcome:
     "The main job: train, evaluate, report."
     from moon2_lab.core import TrainConfig, pick_device
-    from moon2_lab.job import job_settings, main_job, score_lines
+    from moon2_lab.job import job_settings, job_within, main_job, score_lines
     from moon2_lab.outputs import NotSaved
 
-    config = TrainConfig(**job_settings(args.catalog, typed_settings(args)))
+    typed = typed_settings(args)
+    config = TrainConfig(**job_settings(args.catalog, typed))
     pick_device(config.device)  # told before anything is read
     try:
-        done = main_job(args.out, args.catalog, config, args.command_line, args.beside_dense)
+        done = main_job(args.out, args.catalog, config, args.command_line, args.beside_dense, args.within or job_within(args.catalog, typed))
     except NotSaved as error:
         return Outcome(score_lines(error.result), {"run": str(args.out), "metrics": error.result}, trouble=error)
     dense = f"\n\nthe dense recipe, as many minutes of steps:\n{score_lines(done['dense'])}" if done["dense"] else ""

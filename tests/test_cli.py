@@ -378,4 +378,4 @@ def test_a_cache_folder_that_cannot_be_made_is_named(moon2, drawn_catalogue, tmp
 @pytest.mark.parametrize("limit", [0, -1])
 def test_augment_refuses_a_limit_below_one(moon2, drawn_catalogue, tmp_path, limit):
     code, out, err = moon2("data", "augment", drawn_catalogue, tmp_path / "new", "--scorer", "none", "--limit", limit)
-    assert (code, out) == (2, "") and f"limit={limit}" in one_line(err)
+    assert (code, out) == (2, "") and f"--limit: '{limit}' is no whole number, 1 or more" in one_line(err)

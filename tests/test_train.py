@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from moon2_lab.checkpoint import load_checkpoint, load_tensors, newest_checkpoin
 from moon2_lab.core import OBJECTIVES, VIEWS, DataError, DriftError, LabError, TrainConfig, UsageError
 from moon2_lab.encoder import Moon2Encoder
 from moon2_lab.filtering import Moon2Objective
+from moon2_lab.job import KeepWithin
 from moon2_lab.losses import TripletKeys, TripletRouting, TripletViews, inter_product_loss, objective_routing
 from moon2_lab.outputs import read_json
 from moon2_lab.train import PHASES, Trainer, lay_out
@@ -384,6 +386,39 @@ def test_the_clock(catalog):
     assert trainer.step == 4
     plans, trainer = planned([100.0] * 70, found=70, max_steps=70, max_minutes=0)
     assert trainer.step == 70  # no limit
+
+
+def test_a_job_that_must_end_in_time_lets_its_steps_give_way(catalog):
+    "One minute for everything, a fifth of it kept for the end; steps of a second, scores of three; the time before the first step counts, too."
+    def steps_taken(spent_before, step=1.0, score=3.0, asked=5, points=8):
+        trainer = Trainer(tiny(), catalog, settings(max_steps=0, max_minutes=asked, eval_points=points))
+        clock = [1000.0]
+        with mock.patch("moon2_lab.job.time.monotonic", lambda: clock[0]):
+            keeper = KeepWithin(trainer, 1, 1000.0 - spent_before)
+            trainer.max_steps = int(60 * trainer.config.max_minutes / step)
+            while trainer.step < trainer.max_steps:
+                row = {"seconds": step}
+                trainer.step, clock[0] = trainer.step + 1, clock[0] + step
+                trainer.seconds["steps"] += step
+                trainer.history.append(row)
+                due = trainer._score_is_due()
+                trainer.keep_time()
+                if points and (due or trainer.step >= trainer.max_steps):
+                    row["valid_score"], clock[0] = 0.5, clock[0] + score
+                    trainer.seconds["evaluation"] += score
+                keeper.on_step()
+        return trainer.step, clock[0] - 1000.0 + spent_before, trainer
+
+    steps, ended, trainer = steps_taken(0)
+    assert 48 - 8 * 3 - 2 <= steps <= 32 and 40 <= ended <= 52, (steps, ended)
+    steps, ended, trainer = steps_taken(0, score=0.0, points=0)
+    assert 46 <= steps <= 48 and ended <= 49 and trainer.progress == 1
+    steps, ended, trainer = steps_taken(30, score=0.0, points=0)  # features took half of it
+    assert 16 <= steps <= 18 and ended <= 49
+    steps, ended, trainer = steps_taken(500, points=0)  # too late before it began: one step, and no endless run
+    assert steps <= 2 and 0 < trainer.config.max_minutes < 0.1
+    steps, ended, trainer = steps_taken(0, score=0.0, points=0, asked=0.25)
+    assert steps <= 15 and trainer.config.max_minutes == 0.25  # never more than was asked for
 
 
 def test_steps_without_minutes_have_no_clock(catalog):
