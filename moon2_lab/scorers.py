@@ -6,6 +6,7 @@
 __all__ = ['EncoderScorer', 'DualScorer', 'load_scorer']
 
 # %% ../nbs/23_scorers.ipynb #3486c8b7
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,9 +74,12 @@ def load_scorer(
     name: str | Path,  # a run or model folder of this workbench, or hub id or folder of a CLIP / SigLIP
     device: str = "auto",
 ):
-    "The scorer of that name."
+    "The scorer of that name; `UsageError` for what is no folder and cannot be the id of a hub."
     folders = [folder for folder in (Path(name), Path(name) / "model") if (folder / "config.json").is_file()]
     if folders:
         if read_json(folders[0] / "config.json").get("model_type") == "moon2":
             return EncoderScorer(Moon2Encoder.from_pretrained(folders[0], device))
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or Path(name).is_dir():
+        what = "no model in this folder" if Path(name).is_dir() else "no such folder, and no id of a hub, which is owner/name"
+        raise UsageError(what, where=f"scorer {name}", advice="give auto, none, a run folder, or a CLIP or SigLIP")
     return DualScorer(str(folders[0] if folders else name), device=device)
