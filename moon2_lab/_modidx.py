@@ -587,6 +587,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'moon2_lab.demo.only_for': ('demo.html#only_for', 'moon2_lab/demo.py'),
                                 'moon2_lab.demo.open_model': ('demo.html#open_model', 'moon2_lab/demo.py'),
                                 'moon2_lab.demo.prepare': ('demo.html#prepare', 'moon2_lab/demo.py'),
+                                'moon2_lab.demo.require_address': ('demo.html#require_address', 'moon2_lab/demo.py'),
                                 'moon2_lab.demo.scores_of': ('demo.html#scores_of', 'moon2_lab/demo.py'),
                                 'moon2_lab.demo.serve': ('demo.html#serve', 'moon2_lab/demo.py'),
                                 'moon2_lab.demo.shown_part': ('demo.html#shown_part', 'moon2_lab/demo.py'),

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['WRONG_FORM', 'SLOW', 'KEPT', 'LIMITS', 'SYSTEM_FONTS', 'SHARED', 'OPEN', 'TINY_NOTE', 'ENOUGH', 'from_link',
            'only_for', 'connect_links', 'has_form', 'Page', 'client_of', 'no_endpoint', 'add_endpoints', 'build_demo',
-           'header', 'launch_options', 'user_of', 'is_loopback', 'serve', 'train_tiny', 'open_model', 'scores_of',
-           'catalogue_of', 'shown_part', 'prepare', 'main']
+           'header', 'launch_options', 'user_of', 'is_loopback', 'require_address', 'serve', 'train_tiny', 'open_model',
+           'scores_of', 'catalogue_of', 'shown_part', 'prepare', 'main']
 
 # %% ../nbs/76_demo.ipynb #0ca69b69
 import argparse
 import inspect
 import ipaddress
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -258,6 +259,19 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def require_address(
+    host: str,
+) -> None:
+    "Raise `UsageError` where a page cannot be offered at `host` at all: a name that nobody knows, an address of another machine."
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.bind(address)
+    except (OSError, UnicodeError) as error:
+        advice = "give an address of this machine: 127.0.0.1 (here only), or 0.0.0.0 (its network)"
+        raise UsageError("this is no address of this machine", where=f"--host {host}", advice=advice) from error
+
+
 def serve(
     demo: gr.Blocks,
     host: str = "127.0.0.1",  # 0.0.0.0 shows it to the network
@@ -265,7 +279,8 @@ def serve(
     share: bool = False,  # through a public tunnel of Gradio
     wait: bool = True,  # return only when stopped by hand
 ) -> str:  # the address
-    "Start the page. Raises `UsageError` when the port is taken."
+    "Start the page. Raises `UsageError` when the port is taken, and for a host that is not this machine."
+    require_address(host)
     options = launch_options(host, share)
     if share:
         print(SHARED + ("" if options["auth"] else "; set MOON2_DEMO_USER and MOON2_DEMO_PASSWORD to ask for a password"), file=sys.stderr, flush=True)
