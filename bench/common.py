@@ -102,7 +102,7 @@ def told(name: str, found: dict) -> str:
 def own_cache(backbone: str) -> Iterator[Path]:
     "A cache folder for random features; fetched model parts and examined pictures are taken from the user's, measured choices are not."
     from moon2_lab.backbone import mini_assets
-    from moon2_lab.core import cache_dir
+    from moon2_lab.config import cache_dir
 
     if backbone == "mini":
         mini_assets()
@@ -120,7 +120,7 @@ def own_cache(backbone: str) -> Iterator[Path]:
 def catalogue(args, products: int):
     "The catalogue of --catalog, or invented products: drawn titles and attributes, three pictures each that exist by key only."
     from moon2_lab.catalog import Catalog, ImageRef, Product
-    from moon2_lab.core import sha256_hex
+    from moon2_lab.config import sha256_hex
     from moon2_lab.synth import describe, make_title
 
     if args.catalog:
@@ -154,7 +154,7 @@ def give_features(encoder, refs) -> int:
 
 def make_encoder(args, **fields):
     "An encoder as training uses it: word embeddings of a pretrained backbone frozen, the faster expert kernel of this run."
-    from moon2_lab.core import TrainConfig
+    from moon2_lab.config import TrainConfig
     from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.optim import prepare_trainable
 

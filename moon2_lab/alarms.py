@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .catalog import key_words
-from .core import DIRECTIONS
+from .config import DIRECTIONS
 from .tables import BASELINE_WORDS, DIRECTION_WORDS, METRICS, VIEW_WORDS, against_baselines, columns_like, label_table, last_load, objective_series, printable, score_table, section
 
 # %% ../nbs/59_alarms.ipynb #5f61f652

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .catalog import Item
-from .core import VIEWS, DataError, UsageError
+from .config import VIEWS, DataError, UsageError
 from .encoder import Moon2Encoder
 from .entities import UNSEGMENTED
 from .pairscore import RowScore, merge_words, word_spans, words_of_tokens

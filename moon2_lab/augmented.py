@@ -12,7 +12,7 @@ import json
 import pandas as pd
 
 from .catalog import Catalog, Product, examine_paths
-from .core import DataError
+from .config import DataError
 from .images import ImageFolder
 from .sheets import Card, cards_html
 

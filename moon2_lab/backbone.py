@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .catalog import ImageRef
-from .core import DataError, EncoderConfig, LabError, cache_dir, progress, sha256_hex
-from .outputs import locked, require_checksums, whole_folder, write_checksums
+from .config import DataError, EncoderConfig, LabError, cache_dir, progress, sha256_hex
+from .files import locked, require_checksums, whole_folder, write_checksums
 
 # %% ../nbs/20_backbone.ipynb #94b31346
 class Packing:

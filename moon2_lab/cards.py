@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from .backbone import square
 from .catalog import ImageRef, Product
 from .compare import KINDS
-from .core import DIRECTIONS, LabError
+from .config import DIRECTIONS, LabError
 from .filters import COLUMNS
 from .heatpage import heat_page
 from .maps import PairMaps

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .catalog import Item
-from .core import LabError
+from .config import LabError
 from .pairscore import word_spans, words_of_tokens
 
 # %% ../nbs/60_cases.ipynb #c8efd1f5

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 # %% ../nbs/10_catalog.ipynb #df9dfcbf
-from .core import DataError, sha256_hex
+from .config import DataError, sha256_hex
 from .cells import Reading, is_empty, parse_packed, read_id_cell, read_text_cell
 from moon2_lab.images import (
     MAX_PIXELS,

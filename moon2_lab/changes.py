@@ -13,7 +13,7 @@ import torch
 from .attention import evaluating
 from .catalog import Item, Product
 from .compare import Comparison, asked_items
-from .core import LabError, progress
+from .config import LabError, progress
 from .encoder import Moon2Encoder
 from .explain import TRIALS, Explainer
 from .heatdata import NAMES, trust_words

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from fastcore.basics import patch
 
-from .core import LabError, UsageError
+from .config import LabError, UsageError
 
 # %% ../nbs/01_chat.ipynb #537f27e4
 def picture_url(

@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import DataError, TrainConfig, UsageError
-from .outputs import read_json, require_checksums, whole_folder, write_checksums, write_json, write_parquet
+from .config import DataError, TrainConfig, UsageError
+from .files import read_json, require_checksums, whole_folder, write_checksums, write_json, write_parquet
 from .encoder import Moon2Encoder
 
 # %% ../nbs/26_checkpoint.ipynb #f2907c8c

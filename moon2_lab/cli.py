@@ -37,7 +37,7 @@ def show(
     as_json: bool = False,
 ) -> int:
     "Print an outcome to stdout; returns its exit code."
-    from moon2_lab.outputs import plain
+    from moon2_lab.files import plain
 
     text = json.dumps(plain(outcome.facts), ensure_ascii=False, allow_nan=False) if as_json else outcome.text
     try:
@@ -53,8 +53,8 @@ def explain(
     error: BaseException,
 ) -> tuple[str, int]:  # the line for stderr, the exit code
     "What to tell about an error."
-    from moon2_lab.core import LabError
-    from moon2_lab.outputs import disk_is_full, unwritable
+    from moon2_lab.config import LabError
+    from moon2_lab.files import disk_is_full, unwritable
 
     if isinstance(error, KeyboardInterrupt):
         return "stopped; a training run that left a checkpoint, or an import, continues with --resume", 130
@@ -310,7 +310,7 @@ MAY_BE_EMPTY = {"filter", "text", "query", "item_text", "kinds"}  # these are an
 
 def require_filled(args: argparse.Namespace) -> None:
     "`UsageError` for an option that was given without anything in it, such as a variable of a script that is not set."
-    from moon2_lab.core import UsageError
+    from moon2_lab.config import UsageError
 
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.strip() and name not in MAY_BE_EMPTY:

@@ -26,8 +26,8 @@ import pandas as pd
 
 # %% ../nbs/19_coaugment.ipynb #7fd6a312
 from .catalog import Catalog, examine_paths
-from .core import DataError, LabError, UsageError, progress, usable_cores
-from .outputs import atomic_path, clear_rubbish, copy_whole, file_sha256, held, plain, read_json, require_new, try_folder, write_json, write_parquet
+from .config import DataError, LabError, UsageError, progress, usable_cores
+from .files import atomic_path, clear_rubbish, copy_whole, file_sha256, held, plain, read_json, require_new, try_folder, write_json, write_parquet
 from .editors import KINDS, make_editor
 from .enrichers import NO_ANSWER, NOT_ASKED, enrich_request, make_enricher
 from .entities import AttributeLexicon

@@ -29,7 +29,7 @@ def written(
     write: Callable[[], Path],
 ) -> tuple[str, Exception | None]:
     "(Where a file was written, None), or (a word instead, the error): work that is done is told also when its file cannot be written."
-    from moon2_lab.core import LabError
+    from moon2_lab.config import LabError
 
     try:
         return str(write()), None
@@ -43,7 +43,7 @@ def read_config_file(
     "The settings in a YAML file."
     import yaml
 
-    from moon2_lab.core import UsageError
+    from moon2_lab.config import UsageError
 
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -64,7 +64,7 @@ def parse_assignments(
     example: str = "temperature=0.07 seed=1",
 ) -> dict[str, str]:
     "`key=value` pairs as a dictionary of text."
-    from moon2_lab.core import UsageError
+    from moon2_lab.config import UsageError
 
     for pair in pairs:
         if "=" not in pair or pair.startswith("="):
@@ -85,7 +85,7 @@ def chosen_device(
     args: argparse.Namespace,  # with device
 ):
     "The `torch.device` of --device, else of settings.ini; `UsageError` for one that this machine does not have."
-    from moon2_lab.core import lab_settings, pick_device
+    from moon2_lab.config import lab_settings, pick_device
 
     return pick_device(getattr(args, "device", None) or lab_settings().get("device", "auto"))
 
@@ -105,7 +105,7 @@ def data_check(args: argparse.Namespace) -> Outcome:
 def title_tokens(catalog) -> dict | None:
     "What the limit on tokens takes away from the titles, with the backbone of the settings; None where its tokenizer is not on this machine."
     from moon2_lab.backbone import count_cut, local_tokenizer
-    from moon2_lab.core import TrainConfig
+    from moon2_lab.config import TrainConfig
 
     config = TrainConfig()
     tokenizer = local_tokenizer(config.backbone)
@@ -160,9 +160,9 @@ def data_import(args: argparse.Namespace) -> Outcome:
 # %% ../nbs/79_commands.ipynb #98770576
 def data_augment(args: argparse.Namespace) -> Outcome:
     "Co-augment the train split of a catalogue into a new folder."
-    from moon2_lab.core import TrainConfig
+    from moon2_lab.config import TrainConfig
     from moon2_lab.job import SCORER_MINUTES, augment_lines, augment_run
-    from moon2_lab.outputs import try_folder
+    from moon2_lab.files import try_folder
 
     kinds = tuple(kind.strip() for kind in args.kinds.split(",") if kind.strip() not in ("", "none"))
     options = {f"{part}_options": parse_assignments(getattr(args, f"{part}_set"), f"--{part}-set", "model=path/to/model") for part in ("enricher", "editor")}
@@ -175,9 +175,9 @@ def data_augment(args: argparse.Namespace) -> Outcome:
 # %% ../nbs/79_commands.ipynb #e51890f0
 def train(args: argparse.Namespace) -> Outcome:
     "Train an encoder into a run folder."
-    from moon2_lab.core import TrainConfig, pick_device
+    from moon2_lab.config import TrainConfig, pick_device
     from moon2_lab.job import build_trainer, load_catalogue, plan_lines, resumed_config, train_run
-    from moon2_lab.outputs import require_free, require_new, try_folder
+    from moon2_lab.files import require_free, require_new, try_folder
 
     if not args.resume:
         require_new(args.out, "give another --out, or continue the run with --resume")
@@ -200,7 +200,7 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     from moon2_lab.catalog import Catalog
     from moon2_lab.evaluate import try_scores
     from moon2_lab.job import evaluate_model, model_folder, score_lines
-    from moon2_lab.outputs import NotSaved
+    from moon2_lab.files import NotSaved
 
     model_folder(args.model)  # a wrong name, or device, is told before the catalogue is read
     device = chosen_device(args)
@@ -218,7 +218,7 @@ def report(args: argparse.Namespace) -> Outcome:
     "Write the page about a run; score it first, if that was not done."
     from moon2_lab.catalog import Catalog
     from moon2_lab.job import model_folder, report_run
-    from moon2_lab.outputs import try_file
+    from moon2_lab.files import try_file
 
     model_folder(args.run_folder)
     device = chosen_device(args)
@@ -229,9 +229,9 @@ def report(args: argparse.Namespace) -> Outcome:
 
 def run(args: argparse.Namespace) -> Outcome:
     "The main job: train, evaluate, report."
-    from moon2_lab.core import TrainConfig, pick_device
+    from moon2_lab.config import TrainConfig, pick_device
     from moon2_lab.job import job_settings, job_within, main_job, score_lines
-    from moon2_lab.outputs import NotSaved
+    from moon2_lab.files import NotSaved
 
     typed = typed_settings(args)
     config = TrainConfig(**job_settings(args.catalog, typed))
@@ -259,7 +259,7 @@ def heatmap(args: argparse.Namespace) -> Outcome:
     from moon2_lab.explain import TRIALS, Explainer
     from moon2_lab.heatpage import page_file, write_heat_page
     from moon2_lab.job import model_folder
-    from moon2_lab.outputs import try_file
+    from moon2_lab.files import try_file
     from moon2_lab.queries import named_item, named_query, query_note
 
     folder, methods = model_folder(args.model), list(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
@@ -304,7 +304,7 @@ def embed(args: argparse.Namespace) -> Outcome:
     from moon2_lab.embed import embed_catalog
     from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.job import model_folder
-    from moon2_lab.outputs import try_file
+    from moon2_lab.files import try_file
 
     folder, device = model_folder(args.model), chosen_device(args)
     try_file(args.out, "file of vectors")
@@ -353,7 +353,7 @@ def compare(args: argparse.Namespace) -> Outcome:
     from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.heatpage import page_file
     from moon2_lab.job import model_folder
-    from moon2_lab.outputs import try_file
+    from moon2_lab.files import try_file
 
     folders = [model_folder(args.model_a), model_folder(args.model_b)]
     device = chosen_device(args)

@@ -18,8 +18,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .catalog import Catalog, ImageRef, Item, Product
-from .core import DIRECTIONS, VIEWS, DataError, UsageError
-from .outputs import plain
+from .config import DIRECTIONS, VIEWS, DataError, UsageError
+from .files import plain
 from .evaluate import Question, answer, ask, query_items
 from .filters import field_values, fold_value, parse_filter
 from .page import drawn_shape

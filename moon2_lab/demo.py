@@ -27,8 +27,8 @@ from gradio.routes import ORJSONResponse
 
 from .cards import header_html
 from .catalog import Catalog
-from .core import DIRECTIONS, VIEWS, LabError, TrainConfig, UsageError, cache_dir, static_text
-from .outputs import read_json
+from .config import DIRECTIONS, VIEWS, LabError, TrainConfig, UsageError, cache_dir, static_text
+from .files import read_json
 from .encoder import Moon2Encoder
 from .guards import Guard, Limits, Lines, host_names, line_refusal, security_headers
 from .job import model_folder, model_name

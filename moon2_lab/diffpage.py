@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .catalog import ImageRef, Product
 from .compare import KINDS, Comparison, asked_items, product_facts
-from .core import DIRECTIONS, UsageError, progress, static_text
-from .outputs import plain
+from .config import DIRECTIONS, UsageError, progress, static_text
+from .files import plain
 from .figures import heat_overlay
 from .heatpage import fingerprint, inline_json, write_page
 from .page import Safe, foreign, join, picture_uri, score, table, tag, text

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .core import UsageError
+from .config import UsageError
 from .surfaces import DARK, GOLD, MATERIALS, PALE, PATTERNS, STEEL, TAN, Look, Points, Sheet, arc, box, flip, mirror, oval, smooth, tinted
 
 # %% ../nbs/09_drawing.ipynb #b563bf3e

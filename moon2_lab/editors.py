@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from .chat import Busy, Refused, pause, retry_after
-from .core import DataError, LabError, UsageError, pick_device, static_text
+from .config import DataError, LabError, UsageError, pick_device, static_text
 from .images import decode_image
 from .retouch import RETOUCHES
 from .subjects import Subject

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .catalog import Catalog, Product
-from .core import VIEWS, DataError, UsageError, progress
-from .outputs import atomic_path, clear_rubbish, held, holds_nothing, read_json, try_file, write_json
+from .config import VIEWS, DataError, UsageError, progress
+from .files import atomic_path, clear_rubbish, held, holds_nothing, read_json, try_file, write_json
 from .encoder import Moon2Encoder
 from .losses import fits_dim
 from .vectors import DTYPES, VectorBlock, VectorFile, length_kept, neighbours_kept, payload_of, shortened, vector_schema, vector_table

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .chat import NO_ANSWER, NOT_ASKED, Answer, ChatClient, Question, bad_form
-from .core import LabError, UsageError, sha256_hex
+from .config import LabError, UsageError, sha256_hex
 from moon2_lab.entities import (
     LEVELS, LITTLE_WORDS, NAMED_VALUES, PIECE, SAYS_NOTHING, AttributeLexicon, Entity, category_values, drop_repeats, drop_talk, find_entities, folded, is_denied, is_said,
     is_unsegmented, role_of, said_words, scripts, single_values, stands_in, stem,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .core import UsageError
+from .config import UsageError
 from .products import Product
 from .text import NAMING, fold, words
 

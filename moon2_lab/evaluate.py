@@ -26,11 +26,11 @@ import pyarrow.parquet as pq
 
 # %% ../nbs/41_evaluate.ipynb #a00a9c39
 from .catalog import Catalog, Item, Product, large_keys
-from .core import VIEWS, DataError, LabError, UsageError
+from .config import VIEWS, DataError, LabError, UsageError
 from moon2_lab.metrics import (
     RARE, Ranks, average_precision_at, bm25, classification_scores, expected_hit_at, hit_at, nearest_class, normalised, precision_at, rank_scores, ranks_chunked,
 )
-from .outputs import NotSaved, atomic_path, file_sha256, held, json_text, sync, try_file
+from .files import NotSaved, atomic_path, file_sha256, held, json_text, sync, try_file
 from moon2_lab.protocol import (
     Direction, LabelTask, Side, catalog_queries, equal_titles, folded_words, gallery_side, label_tasks, pick_products, plan_directions, query_image_counts,
     read_gallery, string_match, triplet_queries, unseen_queries,

@@ -17,7 +17,7 @@ import numpy as np
 import traitlets
 from PIL import Image, ImageDraw, ImageFont
 
-from .core import OBJECTIVES, UsageError, static_text
+from .config import OBJECTIVES, UsageError, static_text
 from .figures import fitted
 from .mapfigures import in_theme, pale, theme_of, word_names
 from .routingmaps import RoutingMaps, routing_payload

@@ -19,8 +19,8 @@ from .attribute import attribute_side, check_eyes, fitting_method, fitting_metho
 from .backbone import square
 from .cases import give_up
 from .catalog import Item
-from .core import UsageError
-from .core import progress as progress_bar
+from .config import UsageError
+from .config import progress as progress_bar
 from .encoder import Moon2Encoder
 from .faithful import faithfulness, random_gains, redrawn_twin, without_own
 from .heatmaps import HeatmapWidget

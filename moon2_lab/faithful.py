@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .cases import give_up
-from .core import DataError, UsageError
+from .config import DataError, UsageError
 from .encoder import Moon2Encoder
 from .maps import FEW, Faith
 from .pairscore import frozen_twin

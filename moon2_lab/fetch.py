@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
-from .core import DataError
+from .config import DataError
 
 # %% ../nbs/02_fetch.ipynb #3ab95049
 NAT64 = ipaddress.ip_network("64:ff9b::/96")

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from .core import DIRECTIONS, LabError
+from .config import DIRECTIONS, LabError
 from .tables import BASELINE_WORDS, VIEW_WORDS, columns_like, load_series, objective_series, printable, score_table, thin
 
 # %% ../nbs/62_figures.ipynb #ee9653b5

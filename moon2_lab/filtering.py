@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .core import OBJECTIVES, VIEWS, TrainConfig
+from .config import OBJECTIVES, VIEWS, TrainConfig
 from moon2_lab.losses import (
     CandidateMasks,
     TripletKeys,

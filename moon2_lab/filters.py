@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .catalog import Product
-from .core import UsageError
+from .config import UsageError
 
 # %% ../nbs/49_filters.ipynb #1126b030
 COLUMNS = ("product_id", "category_l1", "category_l2", "category_l3", "source", "split")

@@ -20,7 +20,7 @@ from .attention import AttentionRows, SideTokens, attention_of
 from .attribute import check_eyes
 from .backbone import square
 from .catalog import Catalog, Product
-from .core import DataError, UsageError, progress
+from .config import DataError, UsageError, progress
 from .encoder import Moon2Encoder
 from .entities import is_unsegmented
 from .protocol import pick_products

@@ -10,7 +10,7 @@ import html
 
 import pandas as pd
 
-from .core import DataError
+from .config import DataError
 from .mapfigures import in_theme, theme_of
 from .tables import printable
 

@@ -14,7 +14,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from .core import DataError, UsageError
+from .config import DataError, UsageError
 from .maps import Faith, PairMaps, SideMaps, TokenMap
 from .tables import PairHeatmap, printable
 

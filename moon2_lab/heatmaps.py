@@ -17,7 +17,7 @@ import anywidget
 import traitlets
 from fastcore.basics import patch
 
-from .core import LabError, UsageError, static_text
+from .config import LabError, UsageError, static_text
 from .heatdata import NAMES, check_map, first_method, map_json, maps_json, pair_payload
 from .maps import Faith, PairMaps, TokenMap
 from .stillmap import static_png

@@ -13,8 +13,8 @@ import html
 import json
 from pathlib import Path
 
-from .core import UsageError, static_text
-from .outputs import atomic_path
+from .config import UsageError, static_text
+from .files import atomic_path
 from .heatdata import first_method, maps_json, pair_payload
 from .maps import PairMaps
 from .tables import printable

@@ -35,8 +35,8 @@ import PIL
 from PIL import Image
 
 # %% ../nbs/05_images.ipynb #a0cf299d
-from .core import DataError, LabError, cache_dir, progress, sha256_hex, usable_cores
-from .outputs import write_parquet
+from .config import DataError, LabError, cache_dir, progress, sha256_hex, usable_cores
+from .files import write_parquet
 from .picture_cells import is_url
 
 # %% ../nbs/05_images.ipynb #696b22e5

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from .core import VIEWS, DataError, LabError, UsageError
-from .outputs import disk_is_full, held, holds_nothing, try_file, unwritable, whole_folder
+from .config import VIEWS, DataError, LabError, UsageError
+from .files import disk_is_full, held, holds_nothing, try_file, unwritable, whole_folder
 from .filters import facets, field_values, milvus_filter
 from .products import Product
 from .vectors import PAYLOAD, VectorBlock, VectorFile, shortened

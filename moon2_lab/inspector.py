@@ -19,7 +19,7 @@ import traitlets
 from fastcore.basics import patch
 from PIL import Image
 
-from .core import VIEWS, UsageError, static_text
+from .config import VIEWS, UsageError, static_text
 from .heatdata import small_jpeg
 from .sheets import Card, card_sheet, jpeg
 from .tables import printable

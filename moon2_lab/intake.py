@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cells import clean
-from .core import DataError
-from .outputs import atomic_path, read_json
+from .config import DataError
+from .files import atomic_path, read_json
 from .layouts import LAYOUTS, ProductDraft, TripletDraft, joined_product, merge_drafts
 from .parts import Parts
 from .store import Pictures

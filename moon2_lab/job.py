@@ -18,8 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from .core import DIRECTIONS, LabError, TrainConfig, UsageError, cache_dir, sha256_hex
-from .outputs import NotSaved, held, holds_nothing, read_json, require_free, require_new, try_file, try_folder, whole_folder
+from .config import DIRECTIONS, LabError, TrainConfig, UsageError, cache_dir, sha256_hex
+from .files import NotSaved, held, holds_nothing, read_json, require_free, require_new, try_file, try_folder, whole_folder
 
 # %% ../nbs/67_job.ipynb #30cc2ba8
 log = logging.getLogger("moon2_lab")

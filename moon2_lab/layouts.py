@@ -30,7 +30,7 @@ from moon2_lab.cells import (
     shortened,
     spread_columns,
 )
-from .core import DataError, UsageError
+from .config import DataError, UsageError
 from .picture_cells import read_picture_cell, read_text_and_pictures
 from .encodings import decode_line
 from .rows import MAX_LINE, DataFile, Row, read_lines

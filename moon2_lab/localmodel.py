@@ -14,7 +14,7 @@ from itertools import islice
 from fastcore.basics import patch
 
 from .chat import NO_ANSWER, Answer, Question, make_question
-from .core import LabError, UsageError, pick_device, pick_dtype
+from .config import LabError, UsageError, pick_device, pick_dtype
 
 # %% ../nbs/02_localmodel.ipynb #50764de0
 @dataclass

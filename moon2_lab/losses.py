@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import OBJECTIVES, VIEWS, UsageError
+from .config import OBJECTIVES, VIEWS, UsageError
 
 # %% ../nbs/30_losses.ipynb #d9d4b74f
 def contrastive_loss(

@@ -15,7 +15,7 @@ import textwrap
 
 import numpy as np
 
-from .core import DataError, UsageError
+from .config import DataError, UsageError
 from .figures import AGAINST, FOR, blank_figure, fitted, strengths
 from .heatdata import NAMES, check_map, faith_line, trust_words
 from .maps import Faith, PairMaps, SideMaps, TokenMap

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from .core import UsageError
+from .config import UsageError
 from .statistics import LEVEL, holm
 
 # %% ../nbs/58_maps.ipynb #b7275153

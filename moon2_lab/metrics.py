@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% ../nbs/40_metrics.ipynb #0b8e6697
-from .core import DataError, UsageError
+from .config import DataError, UsageError
 from .statistics import key_draws, percentile_ci, with_interval
 
 # %% ../nbs/40_metrics.ipynb #f6619e29

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import DataError, UsageError, cache_dir
-from .outputs import read_json, write_json
+from .config import DataError, UsageError, cache_dir
+from .files import read_json, write_json
 
 # %% ../nbs/21_moe.ipynb #0ac5069c
 @dataclass

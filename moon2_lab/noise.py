@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from .core import VIEWS, sha256_hex
+from .config import VIEWS, sha256_hex
 from .encoder import Moon2Encoder
 from .products import Item, Product
 from .statistics import key_draws

@@ -18,7 +18,7 @@ import warnings
 import torch
 from torch import nn
 
-from .core import DataError, NumericChoices, TrainConfig, pick_device, set_threads
+from .config import DataError, NumericChoices, TrainConfig, pick_device, set_threads
 from .encoder import Moon2Encoder
 
 # %% ../nbs/25_optim.ipynb #3e8791db

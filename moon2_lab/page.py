@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .core import static_text
+from .config import static_text
 from .figures import fitted, fitted_size, heat_overlay, word_html
 from .tables import DIRECTION_WORDS, PairHeatmap, number, printable
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .backbone import Packing
 from .catalog import ImageRef, Item
-from .core import DataError
+from .config import DataError
 from .encoder import Moon2Encoder
 from .entities import is_unsegmented
 from .moe import LayerRouting, MoEFeedForward, mix_experts, route

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .outputs import atomic_path
+from .files import atomic_path
 
 # %% ../nbs/06_parts.ipynb #4b330d6b
 GROUP = 5000  # rows of a row group in the finished file

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 # %% ../nbs/07_products.ipynb #7f94e3e1
-from .core import DataError, UsageError, sha256_hex
+from .config import DataError, UsageError, sha256_hex
 from .images import ImageRef
 from .attribute_cells import read_attribute_cell
 from .cells import Reading, read_category_columns, read_id_cell, read_text_cell

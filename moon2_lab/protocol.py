@@ -18,7 +18,7 @@ import numpy as np
 
 # %% ../nbs/39_protocol.ipynb #6fddab4b
 from .catalog import Catalog, Item, Product, folded_title
-from .core import DIRECTIONS, DataError, UsageError
+from .config import DIRECTIONS, DataError, UsageError
 from .text import Lexicon, fold, query_image_ref, search_phrase, uses_photo_view, words
 
 # %% ../nbs/39_protocol.ipynb #926b13ca

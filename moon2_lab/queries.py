@@ -19,7 +19,7 @@ from PIL import Image
 
 from .catalog import Catalog, ImageRef, Item, Product, decode_image
 from .compare import matching_attributes
-from .core import DataError, UsageError
+from .config import DataError, UsageError
 from .filters import nearest_names
 from .images import MAX_SIDE, TURNS, bare, fit, open_image, orientation, to_rgb
 from .tables import printable

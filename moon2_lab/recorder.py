@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import LabError, UsageError
+from .config import LabError, UsageError
 
 # %% ../nbs/59_recorder.ipynb #f25bad33
 @dataclass

@@ -18,8 +18,8 @@ import pandas as pd
 
 from .alarms import alarms
 from .charts import expert_drawings, filter_drawings, forest, forest_legend, training_drawings
-from .core import DIRECTIONS, VIEWS, LabError
-from .outputs import atomic_path
+from .config import DIRECTIONS, VIEWS, LabError
+from .files import atomic_path
 from .page import Hit, QueryHits, Safe, foreign, heat_pictures, heat_words, join, page, percent, query_card, score, section, table, tag
 from moon2_lab.tables import (
     BASELINE_WORDS, DIRECTION_WORDS, METRICS, OBJECTIVE_WORDS, PAPER_RESULTS, VIEW_WORDS, PairHeatmap, against_baselines, beside_paper, estimate, label_table, number, objective_series,

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from .core import LabError
+from .config import LabError
 from .surfaces import BACKDROPS, MATERIALS, grid
 
 # %% ../nbs/16_retouch.ipynb #ef554fbe

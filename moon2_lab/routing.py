@@ -14,7 +14,7 @@ import torch
 
 from .attention import SideTokens, evaluating, side_tokens
 from .catalog import Item
-from .core import VIEWS, DataError, UsageError
+from .config import VIEWS, DataError, UsageError
 from .encoder import Moon2Encoder, pool_index
 from .moe import LayerRouting
 

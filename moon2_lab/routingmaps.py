@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from .alarms import weight_alarms
-from .core import OBJECTIVES, VIEWS, DataError, UsageError
-from .outputs import plain
+from .config import OBJECTIVES, VIEWS, DataError, UsageError
+from .files import plain
 from .heatdata import check_side, side_json
 from .maps import SideMaps, made_up_side
 from .tables import OBJECTIVE_WORDS, VIEW_WORDS, columns_like, load_series, made_up_history, objective_series, printable

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .core import DataError, UsageError
+from .config import DataError, UsageError
 from .encodings import HEAD, UTF8, TextForm, decode_line, open_bytes, open_text, read_head, text_form
 
 # %% ../nbs/03_rows.ipynb #b3283956

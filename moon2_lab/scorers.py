@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import LabError, UsageError, pick_device
-from .outputs import read_json
+from .config import LabError, UsageError, pick_device
+from .files import read_json
 from .encoder import Moon2Encoder
 from .images import ImageRef
 from .products import Item

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .core import UsageError
+from .config import UsageError
 from .figures import GRID, INK, fitted
 from .page import QueryHits
 from .tables import DIRECTION_WORDS, printable

@@ -23,8 +23,8 @@ from fastcore.basics import patch
 from .attention import evaluating
 from .catalog import Catalog, Item, Product
 from .compare import Comparison, compare_tables
-from .core import VIEWS, UsageError, cache_dir, sha256_hex
-from .outputs import atomic_path
+from .config import VIEWS, UsageError, cache_dir, sha256_hex
+from .files import atomic_path
 from .encoder import Moon2Encoder
 from .evaluate import answer, ask
 from .explain import ExplainerShelf

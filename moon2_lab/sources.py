@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from .catalog import TRIPLET_COLUMNS, folded_title
 from .cells import is_empty
-from .core import DataError, LabError, UsageError, progress, sha256_hex
+from .config import DataError, LabError, UsageError, progress, sha256_hex
 from .encodings import given_encoding
 from .fetch import Fetcher
 from .images import MAX_PIXELS, ImageFolder, examine_all
@@ -43,7 +43,7 @@ from moon2_lab.layouts import (
     read_row,
     split_in_name,
 )
-from .outputs import LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json
+from .files import LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json
 from .parts import Parts, open_ledger
 from .products import QUARANTINE_COLUMNS, TEXT_FIELDS
 from moon2_lab.rows import (

@@ -22,8 +22,8 @@ from typing import Any
 import pandas as pd
 
 from .catalog import Catalog, Product
-from .core import LabError, UsageError, progress, sha256_hex
-from .outputs import read_json, whole_folder, write_checksums, write_json, write_parquet
+from .config import LabError, UsageError, progress, sha256_hex
+from .files import read_json, whole_folder, write_checksums, write_json, write_parquet
 from .demo import catalogue_of, open_model, scores_of, shown_part
 from .encoder import Moon2Encoder
 from .images import bare, fit

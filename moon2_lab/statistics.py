@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 # %% ../nbs/24_statistics.ipynb #7e21c5d8
-from .core import DataError, UsageError
+from .config import DataError, UsageError
 
 # %% ../nbs/24_statistics.ipynb #7dd9bab3
 def key_sums(

@@ -12,7 +12,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .core import UsageError
+from .config import UsageError
 from .figures import AGAINST, FOR, fitted, strengths
 from .heatdata import NAMES, check_map, first_method, trust_words
 from .maps import PairMaps, SideMaps, TokenMap

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from .core import DataError, UsageError, sha256_hex
+from .config import DataError, UsageError, sha256_hex
 from .fetch import Fetcher
 from .images import MAX_BYTES, Stretch, decode_image, folded_name, near_hint, open_image, walk_names
 from .picture_cells import PICTURE_SUFFIXES, is_url

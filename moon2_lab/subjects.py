@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from .core import DataError, UsageError
+from .config import DataError, UsageError
 from .images import to_rgb
 from .retouch import load_cv2, to_lab
 

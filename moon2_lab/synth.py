@@ -21,8 +21,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from .core import DataError, UsageError, progress
-from .outputs import holds_nothing, read_json, whole_folder, write_json, write_parquet
+from .config import DataError, UsageError, progress
+from .files import holds_nothing, read_json, whole_folder, write_json, write_parquet
 from .drawing import KINDS, MARKS, draw_look
 from .products import Item, Product
 from .surfaces import BACKDROPS, PALE, Look, Shot, photo

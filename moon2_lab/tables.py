@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .core import DIRECTIONS, OBJECTIVES, VIEWS
+from .config import DIRECTIONS, OBJECTIVES, VIEWS
 from .statistics import judged, p_words
 
 # %% ../nbs/58_tables.ipynb #8525885a

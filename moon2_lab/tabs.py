@@ -24,7 +24,7 @@ from .attribute import fitting_methods
 from .cards import about_html, agreement_html, compare_html, experts_html, gallery_value, heat_html, product_html, shared_places
 from .catalog import Item
 from .compare import asked_items, category_paths
-from .core import DIRECTIONS, VIEWS, LabError, UsageError
+from .config import DIRECTIONS, VIEWS, LabError, UsageError
 from .heatdata import NAMES
 from .page import Safe, tag
 from .protocol import LEVELS

@@ -20,7 +20,7 @@ from PIL import Image, ImageEnhance
 
 # %% ../nbs/12_text.ipynb #30351d4f
 from .catalog import Catalog, folded_title
-from .core import DataError
+from .config import DataError
 from .images import ImageRef
 from .products import Product
 

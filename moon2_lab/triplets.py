@@ -22,7 +22,7 @@ import numpy as np
 
 from .batching import Bin, Unit, count_left, mend
 from .catalog import Catalog, ImageRef, Item, Product
-from .core import DataError, UsageError, sha256_hex
+from .config import DataError, UsageError, sha256_hex
 from .text import NAMING, Lexicon, query_image_ref, search_phrase
 
 # %% ../nbs/13_triplets.ipynb #b4aa7b4b

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 
 from .catalog import Product
-from .core import VIEWS, DataError, LabError, UsageError
+from .config import VIEWS, DataError, LabError, UsageError
 from .metrics import normalised
 
 # %% ../nbs/50_vectors.ipynb #f4a1145b

@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import VIEWS, DataError, UsageError, sha256_hex
-from .outputs import read_json, write_json
+from .config import VIEWS, DataError, UsageError, sha256_hex
+from .files import read_json, write_json
 from .tables import printable
 from .triplets import Triplet, TripletList
 

@@ -19,7 +19,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from fastcore.basics import patch
 
-from .core import OBJECTIVES, UsageError
+from .config import OBJECTIVES, UsageError
 from .figures import GRID, SERIES_COLORS, in_style
 from .tables import columns_like, load_series, objective_series, thin
 

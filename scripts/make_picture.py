@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from moon2_lab.outputs import read_json
+from moon2_lab.files import read_json
 from moon2_lab.figures import score_figure
 from moon2_lab.synth import describe, draw_product
 from moon2_lab.tables import score_table

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from moon2_lab.catalog import Catalog, ImageRef, Product
-from moon2_lab.core import LabError, TrainConfig
+from moon2_lab.config import LabError, TrainConfig
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.text import Lexicon
 from moon2_lab.triplets import build_triplets

@@ -13,8 +13,8 @@ import torch
 from moon2_lab import backbone
 from moon2_lab.backbone import FeatureStore
 from moon2_lab.catalog import Catalog, ImageRef, Item
-from moon2_lab.core import DataError, LabError
-from moon2_lab.outputs import write_json, write_parquet
+from moon2_lab.config import DataError, LabError
+from moon2_lab.files import write_json, write_parquet
 from moon2_lab.evaluate import evaluate
 from moon2_lab.text import Lexicon, search_phrase
 from moon2_lab.train import Trainer

@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import moon2_lab.images as images_module
 from moon2_lab.catalog import Catalog, ImageRef, Item, Product, decode_image, key_words, large_keys, product_keys
-from moon2_lab.core import DataError, LabError
+from moon2_lab.config import DataError, LabError
 from moon2_lab.images import ImageFolder, examine
 from moon2_lab.page import picture_uri
 from moon2_lab.products import Quarantine, read_records

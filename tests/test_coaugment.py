@@ -18,7 +18,7 @@ pytest.importorskip("cv2")
 
 from moon2_lab.catalog import Catalog
 from moon2_lab.coaugment import STATE, Recipe, augment_catalog, evaluation_hash, expand_pictures, real_pairs, score_pairs, unseen_products
-from moon2_lab.core import DataError, LabError, UsageError
+from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.enrichers import NO_ANSWER, Enriched
 from moon2_lab.products import AUGMENTED
 from moon2_lab.synth import make_catalog

@@ -16,7 +16,7 @@ from small import product, shop, tiny
 from moon2_lab.catalog import Catalog, ImageRef, Product
 from moon2_lab.changes import explain_changes
 from moon2_lab.compare import KINDS, MadeUpEncoder, compare_encoders, compare_tables, made_up_catalog, made_up_comparison, matching_attributes, query_product
-from moon2_lab.core import DIRECTIONS, DataError, UsageError
+from moon2_lab.config import DIRECTIONS, DataError, UsageError
 from moon2_lab.diffpage import diff_page, page_data, write_diff_page
 from moon2_lab.evaluate import answer, ask
 from moon2_lab.statistics import holm, p_words, paired_test_tables

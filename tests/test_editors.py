@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from moon2_lab.chat import Refused
-from moon2_lab.core import DataError, LabError, UsageError
+from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.drawing import KINDS as DRAWN
 from moon2_lab.drawing import draw_look
 from moon2_lab.editors import KINDS, ClassicalEditor, DiffusersEditor, ServerEditor, edit_prompt, make_editor

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moon2_lab.chat import Answer, ChatClient, Question
-from moon2_lab.core import DataError, UsageError, sha256_hex
+from moon2_lab.config import DataError, UsageError, sha256_hex
 from moon2_lab.enrichers import EnrichRequest, MllmEnricher, ModelEnricher, RulesEnricher, ServerEnricher, enrich_request, fill_prompt, load_prompt, make_enricher, unsupported
 from moon2_lab.entities import AttributeLexicon, Entity
 from moon2_lab.images import ImageRef

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from moon2_lab.alarms import baseline_alarms, query_alarms
 from moon2_lab.catalog import Catalog, Item, Product
-from moon2_lab.core import DIRECTIONS, DataError, UsageError
+from moon2_lab.config import DIRECTIONS, DataError, UsageError
 from moon2_lab.evaluate import answer, ask, encode_side, evaluate
 from moon2_lab.images import ImageRef
 from moon2_lab.protocol import catalog_queries, gallery_side, label_tasks, pick_products, string_match
@@ -612,7 +612,7 @@ def test_a_gallery_of_ten_products_or_less_is_said_to_measure_nothing_at_ten():
 
 
 def test_a_second_evaluation_into_one_file_is_refused_while_the_first_one_works(tmp_path):
-    from moon2_lab.outputs import held
+    from moon2_lab.files import held
     from small import product, tiny
 
     catalog = Catalog.from_products([product(number) for number in range(12)])

@@ -12,7 +12,7 @@ from PIL import Image
 from small import product, tiny
 
 from moon2_lab.catalog import Item
-from moon2_lab.core import OBJECTIVES, VIEWS, DataError, UsageError
+from moon2_lab.config import OBJECTIVES, VIEWS, DataError, UsageError
 from moon2_lab.experts import COLOURS, RoutingWidget, expert_map_figure, ink_on, routing_picture, routing_png, show_routing
 from moon2_lab.routing import expert_load, token_routing
 from moon2_lab.routingmaps import EVEN, RoutingMaps, made_up_routing, routing_maps, routing_payload, training_steps

@@ -16,7 +16,7 @@ from moon2_lab.attribute import METHODS, attribute_side, fitting_methods, upsamp
 from moon2_lab.cases import Cancelled, Case, EmbedScore, by_gradient, by_ig, by_occlusion, by_shapley, run_case
 from moon2_lab.catalog import ImageRef, Item
 from moon2_lab.cli import main
-from moon2_lab.core import DataError, LabError, UsageError
+from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.explain import Explainer, ExplainerShelf, compare_heatmaps, heatmap, read_side
 from moon2_lab.heatpage import heat_page

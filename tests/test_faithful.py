@@ -10,7 +10,7 @@ from torch import nn
 
 from moon2_lab.attribute import make_case
 from moon2_lab.cases import Cancelled, piece_of_tokens, run_case
-from moon2_lab.core import DataError, UsageError
+from moon2_lab.config import DataError, UsageError
 from moon2_lab.faithful import areas, ask_rows, faith_row, faith_table, faithfulness, gains, kept_pieces, mixed_rows, order_of, random_gains, redrawn_twin
 from moon2_lab.maps import Faith, correct_for_methods
 from moon2_lab.statistics import bootstrap_ci

@@ -12,8 +12,8 @@ from PIL import Image
 from small import TINY
 
 from moon2_lab.catalog import Catalog
-from moon2_lab.core import LabError, TrainConfig, lab_settings, parse_value
-from moon2_lab.outputs import SUMS
+from moon2_lab.config import LabError, TrainConfig, lab_settings, parse_value
+from moon2_lab.files import SUMS
 
 pytestmark = pytest.mark.slow
 PIECES = (b"", b"\0", b"\xff", b"\xed\xa0\x80", b"\"", b"\n", b"\r", b",", b"{", b"}", b"[", b"]", b":", b"-1", b"1e999", b"NaN", b"null", b"true", "é".encode(), "名".encode(), b"'" * 40, b"[" * 400, b"9" * 400)

@@ -11,7 +11,7 @@ import pytest
 from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_notebook, outside, run_cell, settle, until
 from PIL import Image
 
-from moon2_lab.core import DataError, LabError, UsageError
+from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.heatdata import block, first_method, map_json, maps_json, pair_payload
 from moon2_lab.heatmaps import HeatmapWidget
 from moon2_lab.heatpage import heat_page, inline_json, write_heat_page

@@ -66,7 +66,7 @@ def test_nbdev_reads_the_project_as_meant():
 
 def test_lab_section_is_the_dataclass_defaults(monkeypatch):
     "[lab] lists every field of TrainConfig, in its order, with its default: the file is documentation that works."
-    from moon2_lab.core import TrainConfig, parse_value
+    from moon2_lab.config import TrainConfig, parse_value
 
     monkeypatch.delenv("MOON2_SETTINGS", raising=False)
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -11,7 +11,7 @@ from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_not
 from small import picture, product, settings, shop, tiny
 
 from moon2_lab.catalog import ImageRef, Item
-from moon2_lab.core import VIEWS, DataError, LabError, UsageError
+from moon2_lab.config import VIEWS, DataError, LabError, UsageError
 from moon2_lab.filtering import FilterLedger
 from moon2_lab.inspector import PAGE, FilterInspector
 from moon2_lab.triplets import Triplet

@@ -109,7 +109,7 @@ def command(name, faults, work) -> Command:
 
 def stored(uri, vectors) -> list | None:
     "What a search in the store finds; None where it says that there is nothing, or not all."
-    from moon2_lab.core import LabError
+    from moon2_lab.config import LabError
     from moon2_lab.index import VectorStore
     from moon2_lab.vectors import VectorFile
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moon2_lab.core import OBJECTIVES, LabError
+from moon2_lab.config import OBJECTIVES, LabError
 from moon2_lab.losses import (
     OMEGA_MODES,
     balance_alarm,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from moon2_lab.core import DataError, LabError, UsageError
+from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.metrics import (
     average_precision_at,
     bm25,

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moon2_lab.core import DIRECTIONS, LabError
+from moon2_lab.config import DIRECTIONS, LabError
 from moon2_lab.page import drawn_shape, made_up_query
 from moon2_lab.report import write_report
 from moon2_lab.tables import PairHeatmap, made_up_history, made_up_metrics

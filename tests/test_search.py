@@ -21,7 +21,7 @@ from bench.demo_load import free_port
 from moon2_lab.catalog import Catalog
 from moon2_lab.cli import main
 from moon2_lab.compare import asked_items
-from moon2_lab.core import DataError, LabError
+from moon2_lab.config import DataError, LabError
 from moon2_lab.embed import embed_catalog, parts_folder
 from moon2_lab.evaluate import answer, ask, evaluate
 from moon2_lab.filters import field_values, parse_filter

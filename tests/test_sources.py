@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from moon2_lab import fetch, rows, sources
 from moon2_lab.catalog import Catalog
 from moon2_lab.cli import main
-from moon2_lab.core import DataError, UsageError
+from moon2_lab.config import DataError, UsageError
 from moon2_lab.evaluate import evaluate
 from moon2_lab.fetch import Fetcher
 from moon2_lab.images import decode_image

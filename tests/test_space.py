@@ -15,7 +15,7 @@ from PIL import Image
 pytest.importorskip("gradio")
 
 from moon2_lab.catalog import Catalog
-from moon2_lab.core import LabError, UsageError
+from moon2_lab.config import LabError, UsageError
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.queries import query_item
 from moon2_lab.shop import SearchModel

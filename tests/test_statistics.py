@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moon2_lab.core import DataError, UsageError
+from moon2_lab.config import DataError, UsageError
 from moon2_lab.statistics import (
     bootstrap_ci,
     difference_interval,

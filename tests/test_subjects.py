@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from moon2_lab.core import DataError, LabError, UsageError
+from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.drawing import draw_look
 from moon2_lab.images import ImageFolder, decode_image
 from moon2_lab.subjects import GrabCut, judge, tidy

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from moon2_lab.catalog import Catalog, Product
-from moon2_lab.core import LabError, UsageError
+from moon2_lab.config import LabError, UsageError
 from moon2_lab.drawing import KINDS
 from moon2_lab.metrics import bm25
 from moon2_lab.synth import COLOURS, FILLERS, GENERATOR_VERSION, SHARES, SHELVES, STATED, SYNONYMS, describe, drawn_from, family_splits, make_catalog, make_title

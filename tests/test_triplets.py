@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from moon2_lab.catalog import Catalog, ImageRef, Product
-from moon2_lab.core import DataError, UsageError
+from moon2_lab.config import DataError, UsageError
 from moon2_lab.text import Lexicon
 from moon2_lab.triplets import WRITTEN_NOISE, NegativeFinder, TripletSampler, build_triplets, image_refs, mutual_partners, spoil, triplets_from_products
 

@@ -82,8 +82,8 @@ def main() -> None:
     import torch
 
     from moon2_lab.catalog import Catalog
-    from moon2_lab.core import LabError
-    from moon2_lab.outputs import write_json, write_parquet
+    from moon2_lab.config import LabError
+    from moon2_lab.files import write_json, write_parquet
     from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.faithful import faith_table, redrawn_twin
 

@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from moon2_lab.catalog import Catalog
-    from moon2_lab.core import TrainConfig
+    from moon2_lab.config import TrainConfig
     from moon2_lab.encoder import Moon2Encoder
 
     out = Path(args.out)

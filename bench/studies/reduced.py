@@ -66,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from moon2_lab.catalog import Catalog
-    from moon2_lab.core import TrainConfig
+    from moon2_lab.config import TrainConfig
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
