@@ -119,7 +119,7 @@ def own_cache(backbone: str) -> Iterator[Path]:
 
 def catalogue(args, products: int):
     "The catalogue of --catalog, or invented products: drawn titles and attributes, three pictures each that exist by key only."
-    from moon2_lab.catalog import Catalog, ImageRef, Product
+    from moon2_lab.data.catalog import Catalog, ImageRef, Product
     from moon2_lab.config import sha256_hex
     from moon2_lab.synth import describe, make_title
 
@@ -177,9 +177,9 @@ def choose_kernel(encoder, tokens: int, dtype: torch.dtype) -> str:
 
 def one_batch(args, encoder, triplets: int) -> list:
     "The items of one batch of training triplets (queries, positives, negatives), with their features stored."
-    from moon2_lab.text import Lexicon
+    from moon2_lab.data.queries import Lexicon
     from moon2_lab.train import lay_out
-    from moon2_lab.triplets import TripletSampler, build_triplets
+    from moon2_lab.data.triplets import TripletSampler, build_triplets
 
     catalog = catalogue(args, products=max(200, 8 * triplets))
     train = catalog.split("train")

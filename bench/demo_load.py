@@ -111,7 +111,7 @@ class Question(NamedTuple):
 
 def make_questions(shop, count: int, pictures: int, seed: int = 0) -> list[Question]:
     "Different ones: every tenth with a picture, every fifth with a filter, in all three views."
-    from moon2_lab.text import Lexicon, search_phrase
+    from moon2_lab.data.queries import Lexicon, search_phrase
 
     chance, lexicon, filters = random.Random(seed), Lexicon(shop.catalog.whole), [expression for _, expression in shop.categories()]
     found = []
@@ -277,7 +277,7 @@ def some_pictures(catalog, work: Path, count: int = 3) -> list[Path]:
 
 
 def run(args) -> dict:
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
     from moon2_lab.demo import open_model
     from moon2_lab.shop import Shop
 

@@ -147,7 +147,7 @@ def filtered(rows: np.ndarray, queries: np.ndarray, folder: Path, batch: int = 5
 
     from moon2_lab.filters import milvus_filter
     from moon2_lab.index import VectorStore, index_vectors
-    from moon2_lab.products import Product
+    from moon2_lab.data.products import Product
     from moon2_lab.vectors import VectorBlock, payload_of, vector_schema, vector_table
 
     drawn, queries = np.random.default_rng(1).random(len(rows)), queries[:batch]

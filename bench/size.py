@@ -72,13 +72,13 @@ def measure(folder: Path, products: int, queries: int) -> dict:
     "All phases for one size, in this process."
     import numpy as np
 
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
     from moon2_lab.cli import main
     from moon2_lab.evaluate import evaluate
     from moon2_lab.embed import embed_catalog
     from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.metrics import ranks_chunked
-    from moon2_lab.triplets import TripletSampler, build_triplets
+    from moon2_lab.data.triplets import TripletSampler, build_triplets
 
     found: dict = {}
     with open(os.devnull, "w") as nowhere:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .catalog import key_words
+from .data.catalog import key_words
 from .config import DIRECTIONS
 from .tables import BASELINE_WORDS, DIRECTION_WORDS, METRICS, VIEW_WORDS, against_baselines, columns_like, label_table, last_load, objective_series, printable, score_table, section
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .catalog import Item
+from .data.catalog import Item
 from .config import VIEWS, DataError, UsageError
 from .encoder import Moon2Encoder
 from .entities import UNSEGMENTED

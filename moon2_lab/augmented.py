@@ -11,9 +11,9 @@ import json
 
 import pandas as pd
 
-from .catalog import Catalog, Product, examine_paths
+from .data.catalog import Catalog, Product, examine_paths
 from .config import DataError
-from .images import ImageFolder
+from .data.images import ImageFolder
 from .sheets import Card, cards_html
 
 # %% ../nbs/69_augmented.ipynb #32224242

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from .catalog import ImageRef
+from .data.catalog import ImageRef
 from .config import DataError, EncoderConfig, LabError, cache_dir, progress, sha256_hex
 from .files import locked, require_checksums, whole_folder, write_checksums
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .backbone import square
-from .catalog import ImageRef, Product
+from .data.catalog import ImageRef, Product
 from .compare import KINDS
 from .config import DIRECTIONS, LabError
 from .filters import COLUMNS

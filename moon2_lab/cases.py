@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .catalog import Item
+from .data.catalog import Item
 from .config import LabError
 from .pairscore import word_spans, words_of_tokens
 

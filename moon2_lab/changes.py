@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .attention import evaluating
-from .catalog import Item, Product
+from .data.catalog import Item, Product
 from .compare import Comparison, asked_items
 from .config import LabError, progress
 from .encoder import Moon2Encoder

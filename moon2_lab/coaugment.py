@@ -25,14 +25,14 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/19_coaugment.ipynb #7fd6a312
-from .catalog import Catalog, examine_paths
+from .data.catalog import Catalog, examine_paths
 from .config import DataError, LabError, UsageError, progress, usable_cores
 from .files import atomic_path, clear_rubbish, copy_whole, file_sha256, held, plain, read_json, require_new, try_folder, write_json, write_parquet
 from .editors import KINDS, make_editor
 from .enrichers import NO_ANSWER, NOT_ASKED, enrich_request, make_enricher
 from .entities import AttributeLexicon
-from .images import ImageFolder, ImageRef
-from .products import AUGMENTED, AUGMENTED_COLUMNS, TABLE, Product
+from .data.images import ImageFolder, ImageRef
+from .data.products import AUGMENTED, AUGMENTED_COLUMNS, TABLE, Product
 from .subjects import GrabCut
 
 # %% ../nbs/19_coaugment.ipynb #2912d264

@@ -92,7 +92,7 @@ def chosen_device(
 # %% ../nbs/79_commands.ipynb #b2363836
 def data_check(args: argparse.Namespace) -> Outcome:
     "What of a catalogue is usable, and what was set aside, with reasons."
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
 
     catalog = Catalog.load(args.folder, quarantine_limit=1.0)
     aside = catalog.quarantine.to_dict("records")
@@ -117,7 +117,7 @@ def check_lines(
 ) -> list[str]:
     "A summary for a reader."
     from moon2_lab.alarms import cut_words
-    from moon2_lab.catalog import key_words
+    from moon2_lab.data.catalog import key_words
 
     lines = [f"{facts['products']:,} of {facts['records']:,} records usable: {facts['with_title']:,} with a title, {facts['with_image']:,} with a picture, {facts['with_both']:,} with both"]
     without = facts["products"] - facts["with_image"]
@@ -197,7 +197,7 @@ def train(args: argparse.Namespace) -> Outcome:
 # %% ../nbs/79_commands.ipynb #e5bbb8d5
 def evaluate(args: argparse.Namespace) -> Outcome:
     "Score a model under a protocol."
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
     from moon2_lab.evaluate import try_scores
     from moon2_lab.job import evaluate_model, model_folder, score_lines
     from moon2_lab.files import NotSaved
@@ -216,7 +216,7 @@ def evaluate(args: argparse.Namespace) -> Outcome:
 
 def report(args: argparse.Namespace) -> Outcome:
     "Write the page about a run; score it first, if that was not done."
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
     from moon2_lab.job import model_folder, report_run
     from moon2_lab.files import try_file
 
@@ -254,7 +254,7 @@ def what_next(
 # %% ../nbs/79_commands.ipynb #b899281e
 def heatmap(args: argparse.Namespace) -> Outcome:
     "Show which words and which parts of the pictures made a score, as one page."
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
     from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.explain import TRIALS, Explainer
     from moon2_lab.heatpage import page_file, write_heat_page
@@ -300,7 +300,7 @@ def heat_lines(pair, page: str) -> list[str]:
 # %% ../nbs/79_commands.ipynb #0fd3ba5b
 def embed(args: argparse.Namespace) -> Outcome:
     "Embed a catalogue into one file of vectors."
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
     from moon2_lab.embed import embed_catalog
     from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.job import model_folder
@@ -346,7 +346,7 @@ def search(args: argparse.Namespace) -> Outcome:
 # %% ../nbs/79_commands.ipynb #f178307f
 def compare(args: argparse.Namespace) -> Outcome:
     "Compare two models on the same queries: won, lost, moved, as one page."
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
     from moon2_lab.changes import explain_changes
     from moon2_lab.compare import compare_encoders
     from moon2_lab.diffpage import write_diff_page

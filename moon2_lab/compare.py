@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .catalog import Catalog, ImageRef, Item, Product
+from .data.catalog import Catalog, ImageRef, Item, Product
 from .config import DIRECTIONS, VIEWS, DataError, UsageError
 from .files import plain
 from .evaluate import Question, answer, ask, query_items

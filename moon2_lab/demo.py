@@ -26,7 +26,7 @@ from gradio.route_utils import FnIndexInferError
 from gradio.routes import ORJSONResponse
 
 from .cards import header_html
-from .catalog import Catalog
+from .data.catalog import Catalog
 from .config import DIRECTIONS, VIEWS, LabError, TrainConfig, UsageError, cache_dir, static_text
 from .files import read_json
 from .encoder import Moon2Encoder

@@ -11,7 +11,7 @@ __all__ = ['HOW', 'Pictures', 'Shelf', 'list_entry', 'row_entry', 'why_entry', '
 import math
 from pathlib import Path
 
-from .catalog import ImageRef, Product
+from .data.catalog import ImageRef, Product
 from .compare import KINDS, Comparison, asked_items, product_facts
 from .config import DIRECTIONS, UsageError, progress, static_text
 from .files import plain

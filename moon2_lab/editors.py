@@ -24,7 +24,7 @@ from PIL import Image
 
 from .chat import Busy, Refused, pause, retry_after
 from .config import DataError, LabError, UsageError, pick_device, static_text
-from .images import decode_image
+from .data.images import decode_image
 from .retouch import RETOUCHES
 from .subjects import Subject
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .catalog import Catalog, Product
+from .data.catalog import Catalog, Product
 from .config import VIEWS, DataError, UsageError, progress
 from .files import atomic_path, clear_rubbish, held, holds_nothing, read_json, try_file, write_json
 from .encoder import Moon2Encoder

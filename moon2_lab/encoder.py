@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .backbone import Backbone, Packing, build_backbone
-from .catalog import ImageRef, Item, Product
+from .data.catalog import ImageRef, Item, Product
 from .config import OBJECTIVES, VIEWS, DataError, EncoderConfig, UsageError, device_name, pick_device, pick_dtype, progress
 from .files import SUMS, atomic_path, read_json, require_checksums, write_checksums, write_json
 from .moe import KERNELS, LayerRouting, MoEFeedForward, faster_kernel, measured_once, upcycle

@@ -26,10 +26,10 @@ from moon2_lab.entities import (
     LEVELS, LITTLE_WORDS, NAMED_VALUES, PIECE, SAYS_NOTHING, AttributeLexicon, Entity, category_values, drop_repeats, drop_talk, find_entities, folded, is_denied, is_said,
     is_unsegmented, role_of, said_words, scripts, single_values, stands_in, stem,
 )
-from .images import ImageRef
+from .data.images import ImageRef
 from .localmodel import LocalModel
-from .products import Product
-from .text import words
+from .data.products import Product
+from .data.queries import words
 
 # %% ../nbs/16_enrichers.ipynb #25ab55a6
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .config import UsageError
-from .products import Product
-from .text import NAMING, fold, words
+from .data.products import Product
+from .data.queries import NAMING, fold, words
 
 # %% ../nbs/15_entities.ipynb #a0b6e61f
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 # %% ../nbs/41_evaluate.ipynb #a00a9c39
-from .catalog import Catalog, Item, Product, large_keys
+from .data.catalog import Catalog, Item, Product, large_keys
 from .config import VIEWS, DataError, LabError, UsageError
 from moon2_lab.metrics import (
     RARE, Ranks, average_precision_at, bm25, classification_scores, expected_hit_at, hit_at, nearest_class, normalised, precision_at, rank_scores, ranks_chunked,
@@ -37,7 +37,7 @@ from moon2_lab.protocol import (
 )
 from .statistics import judged, paired_test, with_interval
 from .synth import drawn_from
-from .text import Lexicon
+from .data.queries import Lexicon
 
 # %% ../nbs/41_evaluate.ipynb #b0e7d87a
 def checked_vectors(

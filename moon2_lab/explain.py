@@ -18,7 +18,7 @@ from .attention import side_tokens, word_attention
 from .attribute import attribute_side, check_eyes, fitting_method, fitting_methods, make_case, pick_side
 from .backbone import square
 from .cases import give_up
-from .catalog import Item
+from .data.catalog import Item
 from .config import UsageError
 from .config import progress as progress_bar
 from .encoder import Moon2Encoder

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .catalog import Product
+from .data.catalog import Product
 from .config import UsageError
 
 # %% ../nbs/49_filters.ipynb #1126b030

@@ -19,14 +19,14 @@ from PIL import Image
 from .attention import AttentionRows, SideTokens, attention_of
 from .attribute import check_eyes
 from .backbone import square
-from .catalog import Catalog, Product
+from .data.catalog import Catalog, Product
 from .config import DataError, UsageError, progress
 from .encoder import Moon2Encoder
 from .entities import is_unsegmented
 from .protocol import pick_products
 from .statistics import bootstrap_ci, paired_test
 from .subjects import border_pixels
-from .text import WORD, fold, own_words
+from .data.queries import WORD, fold, own_words
 
 # %% ../nbs/62_focus.ipynb #1bafe982
 def content_tokens(

@@ -32,7 +32,7 @@ import numpy as np
 from .config import VIEWS, DataError, LabError, UsageError
 from .files import disk_is_full, held, holds_nothing, try_file, unwritable, whole_folder
 from .filters import facets, field_values, milvus_filter
-from .products import Product
+from .data.products import Product
 from .vectors import PAYLOAD, VectorBlock, VectorFile, shortened
 
 # %% ../nbs/52_index.ipynb #b60be6d5

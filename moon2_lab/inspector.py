@@ -23,7 +23,7 @@ from .config import VIEWS, UsageError, static_text
 from .heatdata import small_jpeg
 from .sheets import Card, card_sheet, jpeg
 from .tables import printable
-from .triplets import Triplet
+from .data.triplets import Triplet
 from .verdicts import KINDS, PHIS, Verdicts, inspection_table, next_weight, phi_over_time
 
 # %% ../nbs/69_inspector.ipynb #0ff1ea65

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cells import clean
+from .data.text_fields import clean
 from .config import DataError
 from .files import atomic_path, read_json
 from .layouts import LAYOUTS, ProductDraft, TripletDraft, joined_product, merge_drafts

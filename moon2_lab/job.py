@@ -82,7 +82,7 @@ def load_catalogue(
     config: TrainConfig,
 ):
     "The catalogue, with what was set aside told."
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
 
     log.info(f"reading {folder}")
     catalog = Catalog.load(folder, quarantine_limit=config.quarantine_limit)
@@ -261,7 +261,7 @@ def score_lines(
 ) -> str:
     "One line per direction: R@1, R@10 with its interval, the best trivial baseline, the verdict."
     from moon2_lab.alarms import cut_words
-    from moon2_lab.catalog import key_words
+    from moon2_lab.data.catalog import key_words
     from moon2_lab.tables import against_baselines, score_table
 
     scores = score_table(metrics)

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .attribute_cells import read_attribute_cell
-from moon2_lab.cells import (
+from .data.attribute_fields import read_attribute_cell
+from moon2_lab.data.text_fields import (
     Reading,
     clean,
     is_empty,
@@ -31,7 +31,7 @@ from moon2_lab.cells import (
     spread_columns,
 )
 from .config import DataError, UsageError
-from .picture_cells import read_picture_cell, read_text_and_pictures
+from .data.image_fields import read_picture_cell, read_text_and_pictures
 from .encodings import decode_line
 from .rows import MAX_LINE, DataFile, Row, read_lines
 

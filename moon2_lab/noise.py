@@ -17,10 +17,10 @@ import pandas as pd
 
 from .config import VIEWS, sha256_hex
 from .encoder import Moon2Encoder
-from .products import Item, Product
+from .data.products import Item, Product
 from .statistics import key_draws
-from .text import Lexicon
-from .triplets import NegativeFinder, Triplet, TripletList, category_path, make_query, spoil
+from .data.queries import Lexicon
+from .data.triplets import NegativeFinder, Triplet, TripletList, category_path, make_query, spoil
 
 # %% ../nbs/32_noise.ipynb #d4f65c79
 def random_positive(

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .backbone import Packing
-from .catalog import ImageRef, Item
+from .data.catalog import ImageRef, Item
 from .config import DataError
 from .encoder import Moon2Encoder
 from .entities import is_unsegmented

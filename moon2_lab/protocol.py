@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 # %% ../nbs/39_protocol.ipynb #6fddab4b
-from .catalog import Catalog, Item, Product, folded_title
+from .data.catalog import Catalog, Item, Product, folded_title
 from .config import DIRECTIONS, DataError, UsageError
-from .text import Lexicon, fold, query_image_ref, search_phrase, uses_photo_view, words
+from .data.queries import Lexicon, fold, query_image_ref, search_phrase, uses_photo_view, words
 
 # %% ../nbs/39_protocol.ipynb #926b13ca
 def hash_order(

@@ -17,15 +17,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from .catalog import Catalog, ImageRef, Item, Product, decode_image
+from .data.catalog import Catalog, ImageRef, Item, Product, decode_image
 from .compare import matching_attributes
 from .config import DataError, UsageError
 from .filters import nearest_names
-from .images import MAX_SIDE, TURNS, bare, fit, open_image, orientation, to_rgb
+from .data.images import MAX_SIDE, TURNS, bare, fit, open_image, orientation, to_rgb
 from .tables import printable
-from .text import Lexicon, fold
-from .text import words as words_of
-from .triplets import make_query
+from .data.queries import Lexicon, fold
+from .data.queries import words as words_of
+from .data.triplets import make_query
 
 # %% ../nbs/73_queries.ipynb #de5f8207
 MAX_LETTERS = 2000  # of a query

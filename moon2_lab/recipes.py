@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .catalog import Product
+from .data.catalog import Product
 from .filtering import Moon2Objective
 from .losses import TripletKeys, TripletRouting, TripletViews, inter_product_loss, load_balance_loss, objective_samples
-from .triplets import Triplet
+from .data.triplets import Triplet
 
 # %% ../nbs/34_recipes.ipynb #c12aa898
 DENSE_TERMS = (("t", "mm"), ("i", "mm"), ("i", "t"), ("t", "i"))  # (query view, item view)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .attention import SideTokens, evaluating, side_tokens
-from .catalog import Item
+from .data.catalog import Item
 from .config import VIEWS, DataError, UsageError
 from .encoder import Moon2Encoder, pool_index
 from .moe import LayerRouting

@@ -15,8 +15,8 @@ import numpy as np
 from .config import LabError, UsageError, pick_device
 from .files import read_json
 from .encoder import Moon2Encoder
-from .images import ImageRef
-from .products import Item
+from .data.images import ImageRef
+from .data.products import Item
 
 # %% ../nbs/23_scorers.ipynb #b414649f
 class EncoderScorer:

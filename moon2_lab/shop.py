@@ -21,7 +21,7 @@ import torch
 from fastcore.basics import patch
 
 from .attention import evaluating
-from .catalog import Catalog, Item, Product
+from .data.catalog import Catalog, Item, Product
 from .compare import Comparison, compare_tables
 from .config import VIEWS, UsageError, cache_dir, sha256_hex
 from .files import atomic_path
@@ -32,7 +32,7 @@ from .filters import FacetTable, field_values, fold_value
 from .heatdata import trust_facts
 from .maps import PairMaps, TokenMap
 from .queries import named_query, query_note, read_upload
-from .text import Lexicon, search_phrase
+from .data.queries import Lexicon, search_phrase
 
 # %% ../nbs/74_shop.ipynb #06f6bb37
 def gallery_vectors(

@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from .catalog import TRIPLET_COLUMNS, folded_title
-from .cells import is_empty
+from .data.catalog import TRIPLET_COLUMNS, folded_title
+from .data.text_fields import is_empty
 from .config import DataError, LabError, UsageError, progress, sha256_hex
 from .encodings import given_encoding
 from .fetch import Fetcher
-from .images import MAX_PIXELS, ImageFolder, examine_all
+from .data.images import MAX_PIXELS, ImageFolder, examine_all
 from .intake import GALLERY, Desk, Settings, hash_split, merge_products, read_lists, write_judged, write_queries
 from moon2_lab.layouts import (
     LAYOUTS,
@@ -45,7 +45,7 @@ from moon2_lab.layouts import (
 )
 from .files import LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json
 from .parts import Parts, open_ledger
-from .products import QUARANTINE_COLUMNS, TEXT_FIELDS
+from .data.products import QUARANTINE_COLUMNS, TEXT_FIELDS
 from moon2_lab.rows import (
     DataFile,
     Row,

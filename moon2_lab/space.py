@@ -21,12 +21,12 @@ from typing import Any
 
 import pandas as pd
 
-from .catalog import Catalog, Product
+from .data.catalog import Catalog, Product
 from .config import LabError, UsageError, progress, sha256_hex
 from .files import read_json, whole_folder, write_checksums, write_json, write_parquet
 from .demo import catalogue_of, open_model, scores_of, shown_part
 from .encoder import Moon2Encoder
-from .images import bare, fit
+from .data.images import bare, fit
 from .job import model_name
 
 # %% ../nbs/77_space.ipynb #a4c8aa53
@@ -135,7 +135,7 @@ def licence_file(
 APP = '''"""Product search in the browser, made with moon2_lab (its source is in this folder). Start it with: python app.py"""
 from pathlib import Path
 
-from moon2_lab.catalog import Catalog
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.demo import build_demo, launch_options, open_model, scores_of
 
 HERE = Path(__file__).resolve().parent

@@ -19,8 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 from .config import DataError, UsageError, sha256_hex
 from .fetch import Fetcher
-from .images import MAX_BYTES, Stretch, decode_image, folded_name, near_hint, open_image, walk_names
-from .picture_cells import PICTURE_SUFFIXES, is_url
+from .data.images import MAX_BYTES, Stretch, decode_image, folded_name, near_hint, open_image, walk_names
+from .data.image_fields import PICTURE_SUFFIXES, is_url
 
 # %% ../nbs/06_store.ipynb #e13049b6
 def safe_name(name: str) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from .config import DataError, UsageError
-from .images import to_rgb
+from .data.images import to_rgb
 from .retouch import load_cv2, to_lab
 
 # %% ../nbs/17_subjects.ipynb #4cb898f7

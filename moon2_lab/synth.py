@@ -24,9 +24,9 @@ from PIL import Image
 from .config import DataError, UsageError, progress
 from .files import holds_nothing, read_json, whole_folder, write_json, write_parquet
 from .drawing import KINDS, MARKS, draw_look
-from .products import Item, Product
+from .data.products import Item, Product
 from .surfaces import BACKDROPS, PALE, Look, Shot, photo
-from .triplets import WRITTEN_NOISE, NegativeFinder, Triplet, propose, spoil
+from .data.triplets import WRITTEN_NOISE, NegativeFinder, Triplet, propose, spoil
 
 # %% ../nbs/14_synth.ipynb #1676e39b
 @dataclass(frozen=True)

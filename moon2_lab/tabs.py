@@ -22,7 +22,7 @@ import gradio as gr
 
 from .attribute import fitting_methods
 from .cards import about_html, agreement_html, compare_html, experts_html, gallery_value, heat_html, product_html, shared_places
-from .catalog import Item
+from .data.catalog import Item
 from .compare import asked_items, category_paths
 from .config import DIRECTIONS, VIEWS, LabError, UsageError
 from .heatdata import NAMES

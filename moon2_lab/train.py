@@ -23,7 +23,7 @@ import psutil
 import torch
 from fastcore.basics import patch
 
-from .catalog import Catalog, ImageRef, Item
+from .data.catalog import Catalog, ImageRef, Item
 from moon2_lab.checkpoint import (
     deferred_interrupt,
     keep_newest,
@@ -44,8 +44,8 @@ from .filtering import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
 from .losses import TripletKeys, TripletRouting, TripletViews, balance_alarm
 from .noise import inject_noise
 from .optim import GROUPS, adamw_seconds, apply_numerics, choose_numerics, lr_factor, make_optimizer, predict_cost, prepare_trainable, release_memory, set_learning_rate
-from .text import Lexicon
-from .triplets import Triplet, TripletSampler, answer_columns, build_triplets, image_refs
+from .data.queries import Lexicon
+from .data.triplets import Triplet, TripletSampler, answer_columns, build_triplets, image_refs
 
 # %% ../nbs/33_train.ipynb #1ffa7bd4
 PHASES = ("batch", "views", "routing", "similarity", "loss", "gradients", "step")

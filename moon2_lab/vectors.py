@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
-from .catalog import Product
+from .data.catalog import Product
 from .config import VIEWS, DataError, LabError, UsageError
 from .metrics import normalised
 

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from .config import VIEWS, DataError, UsageError, sha256_hex
 from .files import read_json, write_json
 from .tables import printable
-from .triplets import Triplet, TripletList
+from .data.triplets import Triplet, TripletList
 
 # %% ../nbs/62_verdicts.ipynb #a7259aab
 KINDS = {"put_back": "the filter leaves its weight at 1", "drop": "left out of the training"}

@@ -6,7 +6,7 @@ from PIL import Image
 from small import pretrained
 
 from moon2_lab.attribute import attribute_side, make_case
-from moon2_lab.catalog import ImageRef, Item
+from moon2_lab.data.catalog import ImageRef, Item
 from moon2_lab.config import LabError
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.explain import Explainer

@@ -4,11 +4,11 @@ import json
 
 import pandas as pd
 import pytest
-from moon2_lab.catalog import Catalog
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.config import DataError
 from moon2_lab.files import write_parquet
 from moon2_lab.evaluate import evaluate
-from moon2_lab.products import AUGMENTED, AUGMENTED_COLUMNS
+from moon2_lab.data.products import AUGMENTED, AUGMENTED_COLUMNS
 from moon2_lab.synth import make_catalog
 from moon2_lab.train import Trainer
 from small import augmented_shop, settings, shop, tiny

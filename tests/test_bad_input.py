@@ -12,11 +12,11 @@ import pytest
 import torch
 from moon2_lab import backbone
 from moon2_lab.backbone import FeatureStore
-from moon2_lab.catalog import Catalog, ImageRef, Item
+from moon2_lab.data.catalog import Catalog, ImageRef, Item
 from moon2_lab.config import DataError, LabError
 from moon2_lab.files import write_json, write_parquet
 from moon2_lab.evaluate import evaluate
-from moon2_lab.text import Lexicon, search_phrase
+from moon2_lab.data.queries import Lexicon, search_phrase
 from moon2_lab.train import Trainer
 from PIL import Image
 from small import picture, pretrained, product, settings, shop, tiny

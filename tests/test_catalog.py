@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-import moon2_lab.images as images_module
-from moon2_lab.catalog import Catalog, ImageRef, Item, Product, decode_image, key_words, large_keys, product_keys
+import moon2_lab.data.images as images_module
+from moon2_lab.data.catalog import Catalog, ImageRef, Item, Product, decode_image, key_words, large_keys, product_keys
 from moon2_lab.config import DataError, LabError
-from moon2_lab.images import ImageFolder, examine
+from moon2_lab.data.images import ImageFolder, examine
 from moon2_lab.page import picture_uri
-from moon2_lab.products import Quarantine, read_records
+from moon2_lab.data.products import Quarantine, read_records
 from moon2_lab.queries import query_item
 
 DATA = os.environ.get("MOON2_DATA")

@@ -239,12 +239,12 @@ def test_debug_shows_the_traceback(moon2, drawn_catalogue):
 
 def test_stopping_by_hand(moon2, monkeypatch, drawn_catalogue):
     "Exit code 130, and word of --resume."
-    import moon2_lab.catalog
+    import moon2_lab.data.catalog
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(moon2_lab.catalog.Catalog, "load", stop)
+    monkeypatch.setattr(moon2_lab.data.catalog.Catalog, "load", stop)
     code, out, err = moon2("data", "check", drawn_catalogue)
     assert (code, out) == (130, "") and "--resume" in one_line(err)
 

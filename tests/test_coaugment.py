@@ -16,11 +16,11 @@ from PIL import Image
 
 pytest.importorskip("cv2")
 
-from moon2_lab.catalog import Catalog
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.coaugment import STATE, Recipe, augment_catalog, evaluation_hash, expand_pictures, real_pairs, score_pairs, unseen_products
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.enrichers import NO_ANSWER, Enriched
-from moon2_lab.products import AUGMENTED
+from moon2_lab.data.products import AUGMENTED
 from moon2_lab.synth import make_catalog
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -13,7 +13,7 @@ from browsing import contrast, keep_screenshot, settle, until
 from PIL import Image
 from small import product, shop, tiny
 
-from moon2_lab.catalog import Catalog, ImageRef, Product
+from moon2_lab.data.catalog import Catalog, ImageRef, Product
 from moon2_lab.changes import explain_changes
 from moon2_lab.compare import KINDS, MadeUpEncoder, compare_encoders, compare_tables, made_up_catalog, made_up_comparison, matching_attributes, query_product
 from moon2_lab.config import DIRECTIONS, DataError, UsageError

@@ -21,7 +21,7 @@ from PIL import Image
 
 from bench.demo_load import free_port
 from moon2_lab.cards import thumbnail
-from moon2_lab.catalog import Catalog, ImageRef, Product
+from moon2_lab.data.catalog import Catalog, ImageRef, Product
 from moon2_lab.config import LabError, UsageError
 from moon2_lab.demo import build_demo, main, prepare, serve, train_tiny
 from moon2_lab.encoder import Moon2Encoder, perturb_experts

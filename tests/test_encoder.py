@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from moon2_lab.backbone import FeatureStore, Packing
-from moon2_lab.catalog import Item
+from moon2_lab.data.catalog import Item
 from moon2_lab.config import OBJECTIVES, VIEWS, DataError, LabError
 from moon2_lab.encoder import ItemViews, LayerGates, Moon2Encoder, perturb_experts
 from moon2_lab.filtering import Moon2Objective

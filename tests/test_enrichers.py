@@ -15,10 +15,10 @@ from moon2_lab.chat import Answer, ChatClient, Question
 from moon2_lab.config import DataError, UsageError, sha256_hex
 from moon2_lab.enrichers import EnrichRequest, MllmEnricher, ModelEnricher, RulesEnricher, ServerEnricher, enrich_request, fill_prompt, load_prompt, make_enricher, unsupported
 from moon2_lab.entities import AttributeLexicon, Entity
-from moon2_lab.images import ImageRef
+from moon2_lab.data.images import ImageRef
 from moon2_lab.localmodel import LocalModel
-from moon2_lab.products import Product
-from moon2_lab.text import words
+from moon2_lab.data.products import Product
+from moon2_lab.data.queries import words
 from PIL import Image
 
 COLOURS, MATERIALS, BRANDS, KINDS = ("red", "blue", "dark blue", "green"), ("cotton", "leather", "oak"), ("Velmora", "Casa Tilde", "Tindra"), ("Bags", "Shirts", "Tea Pots")

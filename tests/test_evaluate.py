@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from moon2_lab.alarms import baseline_alarms, query_alarms
-from moon2_lab.catalog import Catalog, Item, Product
+from moon2_lab.data.catalog import Catalog, Item, Product
 from moon2_lab.config import DIRECTIONS, DataError, UsageError
 from moon2_lab.evaluate import answer, ask, encode_side, evaluate
-from moon2_lab.images import ImageRef
+from moon2_lab.data.images import ImageRef
 from moon2_lab.protocol import catalog_queries, gallery_side, label_tasks, pick_products, string_match
 from moon2_lab.statistics import holm, p_words, paired_test_tables
 from moon2_lab.tables import against_baselines, score_table
-from moon2_lab.text import Lexicon, query_image_ref, search_phrase
+from moon2_lab.data.queries import Lexicon, query_image_ref, search_phrase
 from PIL import Image, ImageDraw
 
 COLOURS, KINDS, BRANDS = ("red", "green", "blue", "orange", "purple"), ("Mug", "Lamp", "Chair", "Vase"), ("Alba", "Borg", "Cura")

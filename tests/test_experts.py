@@ -11,7 +11,7 @@ from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_not
 from PIL import Image
 from small import product, tiny
 
-from moon2_lab.catalog import Item
+from moon2_lab.data.catalog import Item
 from moon2_lab.config import OBJECTIVES, VIEWS, DataError, UsageError
 from moon2_lab.experts import COLOURS, RoutingWidget, expert_map_figure, ink_on, routing_picture, routing_png, show_routing
 from moon2_lab.routing import expert_load, token_routing

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moon2_lab.attribute import METHODS, attribute_side, fitting_methods, upsample
 from moon2_lab.cases import Cancelled, Case, EmbedScore, by_gradient, by_ig, by_occlusion, by_shapley, run_case
-from moon2_lab.catalog import ImageRef, Item
+from moon2_lab.data.catalog import ImageRef, Item
 from moon2_lab.cli import main
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
@@ -290,7 +290,7 @@ def model_and_catalogue(tmp_path_factory, drawn_catalogue, own_cache):
 
 
 def ids_of(folder):
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
 
     return [product.product_id for product in Catalog.load(folder)]
 
@@ -330,7 +330,7 @@ def test_a_script_that_ends_while_maps_are_computed_ends_well(tmp_path):
     "The process tells the thread to stop and waits for it; a thread inside native code would abort it (exit 134)."
     script = tmp_path / "show.py"
     script.write_text(textwrap.dedent("""
-        from moon2_lab.catalog import Item
+        from moon2_lab.data.catalog import Item
         from moon2_lab.encoder import Moon2Encoder
         from moon2_lab.explain import heatmap
 

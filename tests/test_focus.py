@@ -10,7 +10,7 @@ from small import product, tiny
 
 from moon2_lab import focus
 from moon2_lab.attention import AttentionRows, side_tokens
-from moon2_lab.catalog import Catalog, ImageRef
+from moon2_lab.data.catalog import Catalog, ImageRef
 from moon2_lab.config import DataError, UsageError
 from moon2_lab.focus import compare_focus, content_tokens, even_attention, focus_table, left_out_counts, subject_cells
 from moon2_lab.focusfigure import focus_figure

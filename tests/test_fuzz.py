@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from small import TINY
 
-from moon2_lab.catalog import Catalog
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.config import LabError, TrainConfig, lab_settings, parse_value
 from moon2_lab.files import SUMS
 
@@ -142,7 +142,7 @@ def test_catalogues(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
 def test_pictures(kind):
-    from moon2_lab.images import decode_image, examine
+    from moon2_lab.data.images import decode_image, examine
 
     whole = [png(1, (40, 30), kind), png(7, (33, 41), kind, "L")]
 

@@ -10,11 +10,11 @@ import pytest
 from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_notebook, outside, run_cell, settle, until
 from small import picture, product, settings, shop, tiny
 
-from moon2_lab.catalog import ImageRef, Item
+from moon2_lab.data.catalog import ImageRef, Item
 from moon2_lab.config import VIEWS, DataError, LabError, UsageError
 from moon2_lab.filtering import FilterLedger
 from moon2_lab.inspector import PAGE, FilterInspector
-from moon2_lab.triplets import Triplet
+from moon2_lab.data.triplets import Triplet
 from moon2_lab.verdicts import PHIS, PhiWatch, Verdict, Verdicts, apply_verdicts, inspection_table, phi_over_time, stray_verdicts, triplet_phi
 
 MEBIBYTE = 2**20
@@ -561,9 +561,9 @@ def test_unusual_triplets_in_the_page(opened):
 CELL = """
 import numpy as np, pandas as pd
 from PIL import Image
-from moon2_lab.catalog import ImageRef, Item, Product
+from moon2_lab.data.catalog import ImageRef, Item, Product
 from moon2_lab.inspector import FilterInspector
-from moon2_lab.triplets import Triplet
+from moon2_lab.data.triplets import Triplet
 
 def one(number):
     picture = ImageRef.from_pil(Image.new("RGB", (64, 64), (number * 8 % 255, 90, 160)))

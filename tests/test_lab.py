@@ -10,7 +10,7 @@ from browsing import jupyter_lab, keep_screenshot, open_notebook, run_cell, unti
 pytestmark = pytest.mark.slow
 SETUP = """
 import plotly.io as pio
-from moon2_lab.catalog import Catalog
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.encoder import Moon2Encoder
 from moon2_lab.train import TrainConfig, Trainer
 from moon2_lab.widgets import LiveTraining

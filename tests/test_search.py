@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.demo_load import free_port
-from moon2_lab.catalog import Catalog
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.cli import main
 from moon2_lab.compare import asked_items
 from moon2_lab.config import DataError, LabError
@@ -26,7 +26,7 @@ from moon2_lab.embed import embed_catalog, parts_folder
 from moon2_lab.evaluate import answer, ask, evaluate
 from moon2_lab.filters import field_values, parse_filter
 from moon2_lab.index import VectorStore, connect, disconnect, index_vectors
-from moon2_lab.products import Product
+from moon2_lab.data.products import Product
 from moon2_lab.vectors import StoredForm, VectorBlock, VectorFile, payload_of, vector_schema, vector_table
 from small import shop, tiny
 

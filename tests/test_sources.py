@@ -26,12 +26,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moon2_lab import fetch, rows, sources
-from moon2_lab.catalog import Catalog
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.cli import main
 from moon2_lab.config import DataError, UsageError
 from moon2_lab.evaluate import evaluate
 from moon2_lab.fetch import Fetcher
-from moon2_lab.images import decode_image
+from moon2_lab.data.images import decode_image
 from moon2_lab.layouts import LAYOUTS
 from moon2_lab.sources import import_catalog
 from PIL import Image, ImageDraw

@@ -14,7 +14,7 @@ from PIL import Image
 
 pytest.importorskip("gradio")
 
-from moon2_lab.catalog import Catalog
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.config import LabError, UsageError
 from moon2_lab.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.queries import query_item

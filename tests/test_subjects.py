@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.drawing import draw_look
-from moon2_lab.images import ImageFolder, decode_image
+from moon2_lab.data.images import ImageFolder, decode_image
 from moon2_lab.subjects import GrabCut, judge, tidy
 from moon2_lab.surfaces import Shot, photo, pose
 from moon2_lab.synth import describe

@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from moon2_lab.catalog import Catalog, Product
+from moon2_lab.data.catalog import Catalog, Product
 from moon2_lab.config import LabError, UsageError
 from moon2_lab.drawing import KINDS
 from moon2_lab.metrics import bm25
 from moon2_lab.synth import COLOURS, FILLERS, GENERATOR_VERSION, SHARES, SHELVES, STATED, SYNONYMS, describe, drawn_from, family_splits, make_catalog, make_title
-from moon2_lab.text import Lexicon, fold, search_phrase, words
-from moon2_lab.triplets import TripletSampler, build_triplets
+from moon2_lab.data.queries import Lexicon, fold, search_phrase, words
+from moon2_lab.data.triplets import TripletSampler, build_triplets
 
 
 @pytest.fixture(scope="module")

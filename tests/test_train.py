@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from moon2_lab import train as train_module
-from moon2_lab.catalog import Catalog
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
 from moon2_lab.config import OBJECTIVES, VIEWS, DataError, DriftError, LabError, TrainConfig, UsageError
 from moon2_lab.encoder import Moon2Encoder

@@ -8,7 +8,7 @@ import pandas as pd
 
 def chosen_products(catalog, count: int):
     "The train products of the study, the first by a hash of the id."
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
 
     train = catalog.split("train")
     if count >= len(train):
@@ -21,9 +21,9 @@ def make_trainer(catalog, part, config, objective=None):
     "A trainer on fresh triplets of `part` with `config.noise` put in, its vision features ready."
     from moon2_lab.encoder import Moon2Encoder
     from moon2_lab.noise import inject_noise
-    from moon2_lab.text import Lexicon
+    from moon2_lab.data.queries import Lexicon
     from moon2_lab.train import Trainer
-    from moon2_lab.triplets import build_triplets
+    from moon2_lab.data.triplets import build_triplets
 
     lexicon = Lexicon(catalog)
     clean = build_triplets(part, lexicon, config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)

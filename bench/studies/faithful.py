@@ -21,7 +21,7 @@ SHOWN = ["method", "pairs", "gain", *(f"{name}{end}" for name in COMPARED for en
 def chosen_pairs(catalog, split: str, count: int) -> tuple[list[tuple], int]:
     "(product, query, item) of the first products in hash order that have all views, and how many before them have not."
     from moon2_lab.protocol import catalog_queries, hash_order
-    from moon2_lab.text import Lexicon
+    from moon2_lab.data.queries import Lexicon
 
     products = sorted(catalog.split(split), key=lambda product: hash_order(product.product_id))
     queries = catalog_queries(products, Lexicon(catalog))
@@ -81,7 +81,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     import torch
 
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
     from moon2_lab.config import LabError
     from moon2_lab.files import write_json, write_parquet
     from moon2_lab.encoder import Moon2Encoder

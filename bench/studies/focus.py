@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[])
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from moon2_lab.catalog import Catalog
+    from moon2_lab.data.catalog import Catalog
     from moon2_lab.config import TrainConfig
     from moon2_lab.encoder import Moon2Encoder
 
