@@ -148,7 +148,7 @@ def data_synth(args: argparse.Namespace) -> Outcome:
 # %% ../nbs/79_commands.ipynb #0e07773d
 def data_import(args: argparse.Namespace) -> Outcome:
     "Turn a data set into a catalogue folder."
-    from moon2_lab.sources import import_catalog
+    from moon2_lab.data.importers.importer import import_catalog
 
     mapping = parse_assignments(args.map, "--map", "title=doc_title attributes.colour=baseColour")
     summary = import_catalog(args.layout, args.source, args.out, mapping=mapping, images=args.images, limit=args.limit, allow_urls=args.allow_urls, resume=args.resume,

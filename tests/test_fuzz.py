@@ -89,7 +89,7 @@ def png(number=1, size=(9, 7), kind="PNG", mode="RGB"):
 @pytest.mark.parametrize("kind", [*TABLES, "parquet"])
 def test_tables(kind, tmp_path):
     "moon2 data import csv of a damaged table."
-    from moon2_lab.sources import import_catalog
+    from moon2_lab.data.importers.importer import import_catalog
 
     if kind == "parquet":
         held = io.BytesIO()

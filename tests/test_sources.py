@@ -30,10 +30,10 @@ from moon2_lab.data.catalog import Catalog
 from moon2_lab.cli import main
 from moon2_lab.config import DataError, UsageError
 from moon2_lab.evaluate import evaluate
-from moon2_lab.fetch import Fetcher
+from moon2_lab.data.importers.download import Fetcher
 from moon2_lab.data.images import decode_image
-from moon2_lab.layouts import LAYOUTS
-from moon2_lab.sources import import_catalog
+from moon2_lab.data.importers.schemas import LAYOUTS
+from moon2_lab.data.importers.importer import import_catalog
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +102,7 @@ def test_mbe_as_documented(tmp_path):
 
 def test_the_hash_split_is_that_of_our_data():
     "r = first 8 hex digits of SHA-1 of 'moon2-split-v1:' + id, modulo 100."
-    from moon2_lab.intake import hash_split
+    from moon2_lab.data.importers.intake import hash_split
 
     assert [hash_split(name) for name in ("fpi-1563", "fpi-1943", "fpi-1636", "gs-Galia-Melon")] == ["train", "valid", "test", "valid"]
 
