@@ -121,7 +121,7 @@ def catalogue(args, products: int):
     "The catalogue of --catalog, or invented products: drawn titles and attributes, three pictures each that exist by key only."
     from moon2_lab.data.catalog import Catalog, ImageRef, Product
     from moon2_lab.config import sha256_hex
-    from moon2_lab.synth import describe, make_title
+    from moon2_lab.data.synthetic.generator import describe, make_title
 
     if args.catalog:
         return Catalog.load(args.catalog)

@@ -138,7 +138,7 @@ def check_lines(
 
 def data_synth(args: argparse.Namespace) -> Outcome:
     "Draw a catalogue."
-    from moon2_lab.synth import make_catalog
+    from moon2_lab.data.synthetic.generator import make_catalog
 
     started = time.perf_counter()
     make_catalog(args.out, products=args.products, seed=args.seed, noise=args.noise)

@@ -36,7 +36,7 @@ from moon2_lab.protocol import (
     read_gallery, string_match, triplet_queries, unseen_queries,
 )
 from .statistics import judged, paired_test, with_interval
-from .synth import drawn_from
+from .data.synthetic.generator import drawn_from
 from .data.queries import Lexicon
 
 # %% ../nbs/41_evaluate.ipynb #b0e7d87a

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from .config import LabError
-from .surfaces import BACKDROPS, MATERIALS, grid
+from .data.synthetic.materials import BACKDROPS, MATERIALS, grid
 
 # %% ../nbs/16_retouch.ipynb #ef554fbe
 def load_cv2():

@@ -48,7 +48,7 @@ def data_root() -> Path:
 @pytest.fixture(scope="session")
 def drawn_catalogue(tmp_path_factory) -> Path:
     "A folder with 80 drawn products: enough for every split, small enough for seconds."
-    from moon2_lab.synth import make_catalog
+    from moon2_lab.data.synthetic.generator import make_catalog
 
     folder = tmp_path_factory.mktemp("catalogue")
     make_catalog(folder, products=80, seed=3)

@@ -12,7 +12,7 @@ from moon2_lab.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.explain import Explainer
 from moon2_lab.heatdata import page_heatmap
 from moon2_lab.page import heat_pictures, heat_words
-from moon2_lab.synth import draw_product
+from moon2_lab.data.synthetic.generator import draw_product
 
 pytestmark = [pytest.mark.filterwarnings("ignore:attention=bidirectional"), pytest.mark.usefixtures("own_cache")]
 

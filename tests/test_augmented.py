@@ -9,7 +9,7 @@ from moon2_lab.config import DataError
 from moon2_lab.files import write_parquet
 from moon2_lab.evaluate import evaluate
 from moon2_lab.data.products import AUGMENTED, AUGMENTED_COLUMNS
-from moon2_lab.synth import make_catalog
+from moon2_lab.data.synthetic.generator import make_catalog
 from moon2_lab.train import Trainer
 from small import augmented_shop, settings, shop, tiny
 

@@ -21,7 +21,7 @@ from moon2_lab.coaugment import STATE, Recipe, augment_catalog, evaluation_hash,
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.enrichers import NO_ANSWER, Enriched
 from moon2_lab.data.products import AUGMENTED
-from moon2_lab.synth import make_catalog
+from moon2_lab.data.synthetic.generator import make_catalog
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,13 +19,13 @@ from PIL import Image, ImageDraw
 
 from moon2_lab.chat import Refused
 from moon2_lab.config import DataError, LabError, UsageError
-from moon2_lab.drawing import KINDS as DRAWN
-from moon2_lab.drawing import draw_look
+from moon2_lab.data.synthetic.shapes import KINDS as DRAWN
+from moon2_lab.data.synthetic.shapes import draw_look
 from moon2_lab.editors import KINDS, ClassicalEditor, DiffusersEditor, ServerEditor, edit_prompt, make_editor
 from moon2_lab.retouch import MAX_SHIFT, load_cv2, mean_lab
 from moon2_lab.subjects import GrabCut, Subject
-from moon2_lab.surfaces import Shot, photo
-from moon2_lab.synth import describe
+from moon2_lab.data.synthetic.materials import Shot, photo
+from moon2_lab.data.synthetic.generator import describe
 
 
 def subject_of(number, size=160):

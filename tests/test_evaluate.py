@@ -565,7 +565,7 @@ def test_gallery_files_get_clear_words(catalog, tmp_path):
 
 
 def test_a_drawn_catalogue_carries_the_version_of_its_generator(tmp_path):
-    from moon2_lab.synth import GENERATOR_VERSION, make_catalog
+    from moon2_lab.data.synthetic.generator import GENERATOR_VERSION, make_catalog
 
     drawn = Catalog.load(make_catalog(tmp_path / "drawn", 12, image_size=64))
     about = ask(drawn, "all").about

@@ -22,7 +22,7 @@ from moon2_lab.explain import Explainer, ExplainerShelf, compare_heatmaps, heatm
 from moon2_lab.heatpage import heat_page
 from moon2_lab.pairscore import mean_cell
 from moon2_lab.stillmap import static_png
-from moon2_lab.synth import draw_product
+from moon2_lab.data.synthetic.generator import draw_product
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore:attention=bidirectional")]
 QUICK = ["gradient", "attention", "rollout", "attention_gradient"]

@@ -236,7 +236,7 @@ def test_filters():
 def test_vector_files(tmp_path):
     from moon2_lab.embed import embed_catalog
     from moon2_lab.encoder import Moon2Encoder
-    from moon2_lab.synth import make_catalog
+    from moon2_lab.data.synthetic.generator import make_catalog
     from moon2_lab.vectors import VectorFile
 
     catalog = Catalog.load(make_catalog(tmp_path / "shop", products=12, image_size=64))

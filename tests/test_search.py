@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on(model, drawn_catalogue, tmp_path):
 
 def test_quarantined_products_are_not_embedded(tmp_path):
     "A catalogue with a broken picture and an empty record: what is set aside is not in the file, everything else is."
-    from moon2_lab.synth import make_catalog
+    from moon2_lab.data.synthetic.generator import make_catalog
     folder = make_catalog(tmp_path / "shop", 20, seed=3, image_size=64)
     table = pd.read_parquet(folder / "products.parquet")
     broken = json.loads(table.image_paths[2])

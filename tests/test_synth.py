@@ -13,9 +13,9 @@ from PIL import Image
 
 from moon2_lab.data.catalog import Catalog, Product
 from moon2_lab.config import LabError, UsageError
-from moon2_lab.drawing import KINDS
+from moon2_lab.data.synthetic.shapes import KINDS
 from moon2_lab.metrics import bm25
-from moon2_lab.synth import COLOURS, FILLERS, GENERATOR_VERSION, SHARES, SHELVES, STATED, SYNONYMS, describe, drawn_from, family_splits, make_catalog, make_title
+from moon2_lab.data.synthetic.generator import COLOURS, FILLERS, GENERATOR_VERSION, SHARES, SHELVES, STATED, SYNONYMS, describe, drawn_from, family_splits, make_catalog, make_title
 from moon2_lab.data.queries import Lexicon, fold, search_phrase, words
 from moon2_lab.data.triplets import TripletSampler, build_triplets
 
@@ -33,7 +33,7 @@ def contents(folder):
 
 def test_same_bytes_in_another_process(tmp_path):
     "Neither the process, nor its hash seed, nor the time changes a byte."
-    code = "import sys; from moon2_lab.synth import make_catalog; make_catalog(sys.argv[1], products=16, seed=5, image_size=64)"
+    code = "import sys; from moon2_lab.data.synthetic.generator import make_catalog; make_catalog(sys.argv[1], products=16, seed=5, image_size=64)"
     for name in ("1", "2"):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, env={**os.environ, "PYTHONHASHSEED": name})
     first, second = contents(tmp_path / "1"), contents(tmp_path / "2")
@@ -142,7 +142,7 @@ def test_pictures_show_what_differs():
     "Pattern, material, style, feature, colour and mark each change the main picture visibly at 160 pixels."
     from dataclasses import replace
 
-    from moon2_lab.drawing import draw_look
+    from moon2_lab.data.synthetic.shapes import draw_look
 
     look = replace(describe(0, 0).look, kind="mug", style="straight", feature="", pattern="plain", material="ceramic", mark="", colour=(66, 112, 190), accent=(244, 241, 234))
     base = np.asarray(draw_look(look, 160), float)
