@@ -101,7 +101,7 @@ def told(name: str, found: dict) -> str:
 @contextlib.contextmanager
 def own_cache(backbone: str) -> Iterator[Path]:
     "A cache folder for random features; fetched model parts and examined pictures are taken from the user's, measured choices are not."
-    from moon2_lab.backbone import mini_assets
+    from moon2_lab.model.backbone import mini_assets
     from moon2_lab.config import cache_dir
 
     if backbone == "mini":
@@ -155,7 +155,7 @@ def give_features(encoder, refs) -> int:
 def make_encoder(args, **fields):
     "An encoder as training uses it: word embeddings of a pretrained backbone frozen, the faster expert kernel of this run."
     from moon2_lab.config import TrainConfig
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.optim import prepare_trainable
 
     fields = (TINY if args.backbone == "tiny" else {}) | fields
@@ -166,7 +166,7 @@ def make_encoder(args, **fields):
 
 def choose_kernel(encoder, tokens: int, dtype: torch.dtype) -> str:
     "The rule of training, measured now and not remembered: a benchmark leaves no choices behind."
-    from moon2_lab.moe import faster_kernel
+    from moon2_lab.model.moe import faster_kernel
 
     if not encoder.moe_blocks:
         return "dense"

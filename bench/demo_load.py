@@ -255,7 +255,7 @@ def measure(app: App, shop, clients: int, searches: int, pictures: Sequence[Path
 
 def material(args, work: Path) -> tuple[Path, Path]:
     "Folders of the model and the catalogue: those named, else made now."
-    from moon2_lab.encoder import Moon2Encoder, perturb_experts
+    from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
     from moon2_lab.data.synthetic.generator import make_catalog
 
     model, catalog = args.model, args.catalog

@@ -9,7 +9,7 @@
 """
 import torch
 from common import choose_kernel, finish, make_encoder, median, one_batch, options, own_cache, ratio, spread, start, step, take_turns, told, verdict
-from moon2_lab.moe import KERNELS, MoEFeedForward, faster_kernel, mix_experts, route
+from moon2_lab.model.moe import KERNELS, MoEFeedForward, faster_kernel, mix_experts, route
 
 TARGET_DENSE, TARGET_THEIRS = 2.0, 1.0
 

@@ -45,7 +45,7 @@ def label_alarms(metrics: dict) -> list[Alarm]:
             for row in labels[(labels.view == "mm") & (labels.verdict == "below")].itertuples()]
 
 
-def cut_words(cut: dict) -> str:  # of moon2_lab.backbone.count_cut
+def cut_words(cut: dict) -> str:  # of moon2_lab.model.backbone.count_cut
     "How many texts are cut, as a sentence without its full stop."
     return f"{cut['cut']:,} of {cut['texts']:,} texts are longer than {cut['max_text_tokens']} tokens and are cut: {cut['tokens_cut']:,} tokens are not read"
 

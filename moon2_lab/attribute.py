@@ -18,7 +18,7 @@ from PIL import Image
 from .cases import SETTINGS, Case, by_gradient, by_ig, by_occlusion, by_shapley, close_enough, give_up, piece_of_tokens, run_case
 from .data.catalog import Item
 from .config import DataError, LabError, UsageError
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .maps import TokenMap
 from .pairscore import hold_experts, row_score
 

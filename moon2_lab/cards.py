@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .backbone import square
+from .model.backbone import square
 from .data.catalog import ImageRef, Product
 from .compare import KINDS
 from .config import DIRECTIONS, LabError

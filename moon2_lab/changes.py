@@ -14,7 +14,7 @@ from .attention import evaluating
 from .data.catalog import Item, Product
 from .compare import Comparison, asked_items
 from .config import LabError, progress
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .explain import TRIALS, Explainer
 from .heatdata import NAMES, trust_words
 from .tables import printable

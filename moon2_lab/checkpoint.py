@@ -23,7 +23,7 @@ import torch
 
 from .config import DataError, TrainConfig, UsageError
 from .files import read_json, require_checksums, whole_folder, write_checksums, write_json, write_parquet
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 
 # %% ../nbs/26_checkpoint.ipynb #f2907c8c
 def state_tensors(

@@ -104,7 +104,7 @@ def data_check(args: argparse.Namespace) -> Outcome:
 
 def title_tokens(catalog) -> dict | None:
     "What the limit on tokens takes away from the titles, with the backbone of the settings; None where its tokenizer is not on this machine."
-    from moon2_lab.backbone import count_cut, local_tokenizer
+    from moon2_lab.model.backbone import count_cut, local_tokenizer
     from moon2_lab.config import TrainConfig
 
     config = TrainConfig()
@@ -255,7 +255,7 @@ def what_next(
 def heatmap(args: argparse.Namespace) -> Outcome:
     "Show which words and which parts of the pictures made a score, as one page."
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.explain import TRIALS, Explainer
     from moon2_lab.heatpage import page_file, write_heat_page
     from moon2_lab.job import model_folder
@@ -302,7 +302,7 @@ def embed(args: argparse.Namespace) -> Outcome:
     "Embed a catalogue into one file of vectors."
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.embed import embed_catalog
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.job import model_folder
     from moon2_lab.files import try_file
 
@@ -330,7 +330,7 @@ def index(args: argparse.Namespace) -> Outcome:
 
 def search(args: argparse.Namespace) -> Outcome:
     "Search a store by words, by a picture, or by both."
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.index import VectorStore
     from moon2_lab.job import model_folder
     from moon2_lab.queries import query_item
@@ -350,7 +350,7 @@ def compare(args: argparse.Namespace) -> Outcome:
     from moon2_lab.changes import explain_changes
     from moon2_lab.compare import compare_encoders
     from moon2_lab.diffpage import write_diff_page
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.heatpage import page_file
     from moon2_lab.job import model_folder
     from moon2_lab.files import try_file

@@ -29,7 +29,7 @@ from .cards import header_html
 from .data.catalog import Catalog
 from .config import DIRECTIONS, VIEWS, LabError, TrainConfig, UsageError, cache_dir, static_text
 from .files import read_json
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .guards import Guard, Limits, Lines, host_names, line_refusal, security_headers
 from .job import model_folder, model_name
 from .queries import MAX_LETTERS

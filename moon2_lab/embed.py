@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from .data.catalog import Catalog, Product
 from .config import VIEWS, DataError, UsageError, progress
 from .files import atomic_path, clear_rubbish, held, holds_nothing, read_json, try_file, write_json
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .losses import fits_dim
 from .vectors import DTYPES, VectorBlock, VectorFile, length_kept, neighbours_kept, payload_of, shortened, vector_schema, vector_table
 

@@ -16,12 +16,12 @@ from fastcore.basics import patch
 
 from .attention import side_tokens, word_attention
 from .attribute import attribute_side, check_eyes, fitting_method, fitting_methods, make_case, pick_side
-from .backbone import square
+from .model.backbone import square
 from .cases import give_up
 from .data.catalog import Item
 from .config import UsageError
 from .config import progress as progress_bar
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .faithful import faithfulness, random_gains, redrawn_twin, without_own
 from .heatmaps import HeatmapWidget
 from .maps import FEW, Faith, PairMaps, SideMaps, TokenMap, correct_for_methods

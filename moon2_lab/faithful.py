@@ -19,7 +19,7 @@ from torch import nn
 
 from .cases import give_up
 from .config import DataError, UsageError
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .maps import FEW, Faith
 from .pairscore import frozen_twin
 from .statistics import LEVEL, bootstrap_ci, holm

@@ -18,10 +18,10 @@ from PIL import Image
 
 from .attention import AttentionRows, SideTokens, attention_of
 from .attribute import check_eyes
-from .backbone import square
+from .model.backbone import square
 from .data.catalog import Catalog, Product
 from .config import DataError, UsageError, progress
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .entities import is_unsegmented
 from .protocol import pick_products
 from .statistics import bootstrap_ci, paired_test

@@ -117,7 +117,7 @@ def build_trainer(
     **options,  # of Trainer: resume, allow_drift, command, callbacks, objective
 ):
     "A trainer that stands before its first step."
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.train import Trainer
 
     fields = config.encoder_fields()
@@ -249,7 +249,7 @@ def evaluate_model(
     **options,  # of moon2_lab.evaluate.evaluate
 ) -> dict:
     "Load a model and score it; the dictionary of metrics.json."
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.evaluate import evaluate
 
     folder = model_folder(model)
@@ -337,7 +337,7 @@ def explain_match(
     device="auto",
 ):
     "The heatmap of one query's right product; None where no product has words and a picture."
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.explain import Explainer
     from moon2_lab.heatdata import page_heatmap
 
@@ -406,7 +406,7 @@ def own_scorer(
     config: TrainConfig | None = None,
 ):
     "A scorer trained on the train split of this catalogue, kept in the cache."
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.scorers import EncoderScorer
 
     config = config or TrainConfig(max_minutes=SCORER_MINUTES)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .config import VIEWS, sha256_hex
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .data.products import Item, Product
 from .statistics import key_draws
 from .data.queries import Lexicon

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .config import DataError, NumericChoices, TrainConfig, pick_device, set_threads
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 
 # %% ../nbs/25_optim.ipynb #3e8791db
 def prepare_trainable(

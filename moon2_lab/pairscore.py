@@ -18,12 +18,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from .backbone import Packing
+from .model.backbone import Packing
 from .data.catalog import ImageRef, Item
 from .config import DataError
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .entities import is_unsegmented
-from .moe import LayerRouting, MoEFeedForward, mix_experts, route
+from .model.moe import LayerRouting, MoEFeedForward, mix_experts, route
 
 # %% ../nbs/59_pairscore.ipynb #c7745c97
 class RowScore(nn.Module):

@@ -15,8 +15,8 @@ import torch
 from .attention import SideTokens, evaluating, side_tokens
 from .data.catalog import Item
 from .config import VIEWS, DataError, UsageError
-from .encoder import Moon2Encoder, pool_index
-from .moe import LayerRouting
+from .model.encoder import Moon2Encoder, pool_index
+from .model.moe import LayerRouting
 
 # %% ../nbs/61_routing.ipynb #35e2b846
 @dataclass

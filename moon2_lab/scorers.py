@@ -14,7 +14,7 @@ import numpy as np
 
 from .config import LabError, UsageError, pick_device
 from .files import read_json
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .data.images import ImageRef
 from .data.products import Item
 

@@ -25,7 +25,7 @@ from .data.catalog import Catalog, Item, Product
 from .compare import Comparison, compare_tables
 from .config import VIEWS, UsageError, cache_dir, sha256_hex
 from .files import atomic_path
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .evaluate import answer, ask
 from .explain import ExplainerShelf
 from .filters import FacetTable, field_values, fold_value

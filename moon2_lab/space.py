@@ -25,7 +25,7 @@ from .data.catalog import Catalog, Product
 from .config import LabError, UsageError, progress, sha256_hex
 from .files import read_json, whole_folder, write_checksums, write_json, write_parquet
 from .demo import catalogue_of, open_model, scores_of, shown_part
-from .encoder import Moon2Encoder
+from .model.encoder import Moon2Encoder
 from .data.images import bare, fit
 from .job import model_name
 

@@ -39,7 +39,7 @@ from moon2_lab.checkpoint import (
 )
 from .config import OBJECTIVES, VIEWS, EncoderConfig, LabError, NumericChoices, TrainConfig, UsageError, device_counts, pick_device, progress, run_settings, seed_everything
 from .files import Hold, clear_rubbish, plain, require_new, try_folder, whole_folder, write_json, write_parquet
-from .encoder import ItemViews, Moon2Encoder
+from .model.encoder import ItemViews, Moon2Encoder
 from .filtering import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
 from .losses import TripletKeys, TripletRouting, TripletViews, balance_alarm
 from .noise import inject_noise

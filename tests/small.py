@@ -5,7 +5,7 @@ import os
 import pytest
 from moon2_lab.data.catalog import Catalog, ImageRef, Product
 from moon2_lab.config import LabError, TrainConfig
-from moon2_lab.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.data.queries import Lexicon
 from moon2_lab.data.triplets import build_triplets
 from PIL import Image, ImageDraw

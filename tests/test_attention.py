@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from moon2_lab.attention import attention_gradient, attention_of, probe_attention, remove_probes, rollout, side_tokens, without_first, word_attention
-from moon2_lab.backbone import Packing
+from moon2_lab.model.backbone import Packing
 from moon2_lab.data.catalog import ImageRef, Item
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.maps import SideMaps

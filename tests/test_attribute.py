@@ -8,7 +8,7 @@ from small import pretrained
 from moon2_lab.attribute import attribute_side, make_case
 from moon2_lab.data.catalog import ImageRef, Item
 from moon2_lab.config import LabError
-from moon2_lab.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.explain import Explainer
 from moon2_lab.heatdata import page_heatmap
 from moon2_lab.page import heat_pictures, heat_words

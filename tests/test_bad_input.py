@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from moon2_lab import backbone
-from moon2_lab.backbone import FeatureStore
+from moon2_lab.model.backbone import FeatureStore
 from moon2_lab.data.catalog import Catalog, ImageRef, Item
 from moon2_lab.config import DataError, LabError
 from moon2_lab.files import write_json, write_parquet

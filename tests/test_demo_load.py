@@ -20,7 +20,7 @@ pytest.importorskip("gradio")
 
 from bench.demo_load import App, Client, app_words, ask, expected_answers, is_right, make_questions, measure, memory, peak_memory, picture_data, serving, some_pictures
 from moon2_lab.data.catalog import Catalog
-from moon2_lab.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.shop import Shop
 
 pytestmark = pytest.mark.usefixtures("own_cache")

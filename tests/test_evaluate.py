@@ -574,7 +574,7 @@ def test_a_drawn_catalogue_carries_the_version_of_its_generator(tmp_path):
 
 def test_cut_texts_are_counted_in_metrics_score_lines_and_alarms():
     "A title of 30 words where 8 tokens are read."
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.job import score_lines
 
     products = [Product(f"p{n}", f"mug no {n} " + "very " * (26 if n < 3 else 1), split="test") for n in range(6)]

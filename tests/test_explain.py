@@ -17,7 +17,7 @@ from moon2_lab.cases import Cancelled, Case, EmbedScore, by_gradient, by_ig, by_
 from moon2_lab.data.catalog import ImageRef, Item
 from moon2_lab.cli import main
 from moon2_lab.config import DataError, LabError, UsageError
-from moon2_lab.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.explain import Explainer, ExplainerShelf, compare_heatmaps, heatmap, read_side
 from moon2_lab.heatpage import heat_page
 from moon2_lab.pairscore import mean_cell
@@ -331,7 +331,7 @@ def test_a_script_that_ends_while_maps_are_computed_ends_well(tmp_path):
     script = tmp_path / "show.py"
     script.write_text(textwrap.dedent("""
         from moon2_lab.data.catalog import Item
-        from moon2_lab.encoder import Moon2Encoder
+        from moon2_lab.model.encoder import Moon2Encoder
         from moon2_lab.explain import heatmap
 
         widget = heatmap(Moon2Encoder.from_backbone("tiny", seed=0), Item("a red mug", None), Item("a very red mug with a handle", None), trials=2000)

@@ -179,7 +179,7 @@ def test_config_files(tmp_path, monkeypatch):
 
 def test_saved_models(tmp_path):
     "config.json of a model: bytes changed, and values of another kind."
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
 
     Moon2Encoder.from_backbone("tiny", **TINY).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / SUMS).unlink(missing_ok=True)  # with the checksums every change is found before anything is read
@@ -235,7 +235,7 @@ def test_filters():
 
 def test_vector_files(tmp_path):
     from moon2_lab.embed import embed_catalog
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.data.synthetic.generator import make_catalog
     from moon2_lab.vectors import VectorFile
 

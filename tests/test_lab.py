@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 SETUP = """
 import plotly.io as pio
 from moon2_lab.data.catalog import Catalog
-from moon2_lab.encoder import Moon2Encoder
+from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.train import TrainConfig, Trainer
 from moon2_lab.widgets import LiveTraining
 

@@ -283,7 +283,7 @@ def mbe2_rows(count=30):
 
 def test_mbe2_triplets_end_to_end(tmp_path):
     "Products once each, derived ids, several positives of a query, and triplets-v1 on a real (tiny) encoder."
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
 
     write_pictures(tmp_path / "photos", [f"{n}.jpg" for n in range(30)] + [f"q{n}.jpg" for n in range(0, 30, 4)])
     given = [row | {"query_image": None, "query": f"红色裙子 {n // 2}"} for n, row in enumerate(mbe2_rows())] + [{"query": "长袖", "query_image": "q4.jpg", "pos_id": mbe_row(3)["id"]}]

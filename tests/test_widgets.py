@@ -23,7 +23,7 @@ from moon2_lab.widgets import BatchView, LiveTraining, LiveView
 def make_trainer(drawn_catalogue):
     "A function that makes the same tiny trainer again and again."
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.train import Trainer
 
     catalog = Catalog.load(drawn_catalogue)

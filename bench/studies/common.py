@@ -19,7 +19,7 @@ def chosen_products(catalog, count: int):
 
 def make_trainer(catalog, part, config, objective=None):
     "A trainer on fresh triplets of `part` with `config.noise` put in, its vision features ready."
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.noise import inject_noise
     from moon2_lab.data.queries import Lexicon
     from moon2_lab.train import Trainer

@@ -84,7 +84,7 @@ def main() -> None:
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.config import LabError
     from moon2_lab.files import write_json, write_parquet
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.faithful import faith_table, redrawn_twin
 
     if args.threads:

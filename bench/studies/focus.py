@@ -44,7 +44,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.config import TrainConfig
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ class Kept:
 
 def trained(catalog, part, config, folder: Path):
     "The model of a run that was stopped later, or a new one."
-    from moon2_lab.encoder import Moon2Encoder
+    from moon2_lab.model.encoder import Moon2Encoder
 
     if not (folder / "config.json").is_file():
         trainer = make_trainer(catalog, part, config)
