@@ -18,7 +18,7 @@ def images_of(question) -> list:
 
 
 def main() -> None:
-    from moon2_lab.evaluate import answer, ask
+    from moon2_lab.evaluation.evaluate import answer, ask
 
     parser = options(__doc__, repeats=3)
     parser.add_argument("--split", default="test")

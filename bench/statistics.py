@@ -54,7 +54,7 @@ def around(recall: float, rng: np.random.Generator) -> float:
 
 def coverage(design: Design, recall: float, repeats: int, seed: int = 0) -> dict[str, float]:
     "Shares of evaluations whose interval holds the truth: at `recall`, around it, and for the percentile bootstrap around it."
-    from moon2_lab.statistics import bootstrap_ci, share_interval
+    from moon2_lab.evaluation.statistics import bootstrap_ci, share_interval
 
     rng, held = np.random.default_rng(seed), np.zeros(3)
     for turn in range(repeats):
@@ -68,7 +68,7 @@ def coverage(design: Design, recall: float, repeats: int, seed: int = 0) -> dict
 
 def errors(design: Design, recall: float, repeats: int, seed: int = 0, same: float = 0.6) -> dict[str, float]:
     "Two models: coverage of the difference where there is none and where one errs half as often again, and the share of p <= .05 where there is none."
-    from moon2_lab.statistics import paired_test
+    from moon2_lab.evaluation.statistics import paired_test
 
     rng, counted = np.random.default_rng(seed), np.zeros(3)
     for turn in range(repeats):
@@ -84,8 +84,8 @@ def errors(design: Design, recall: float, repeats: int, seed: int = 0, same: flo
 
 def macro_coverage(rarest: int, repeats: int, classes: int = 6, right: float = 0.7, seed: int = 0) -> dict[str, float]:
     "Coverage of the percentile bootstrap of macro F1, where the rarest of the classes has `rarest` products in the mean and the others 10 times as many."
-    from moon2_lab.metrics import _macro_rates, class_marks, classification_scores, fewest_keys
-    from moon2_lab.statistics import key_draws, percentile_ci
+    from moon2_lab.evaluation.ranking import _macro_rates, class_marks, classification_scores, fewest_keys
+    from moon2_lab.evaluation.statistics import key_draws, percentile_ci
 
     rng, weight = np.random.default_rng(seed), np.r_[1.0, np.full(classes - 1, 10.0)]
     share, products = weight / weight.sum(), round(rarest * weight.sum())

@@ -24,7 +24,7 @@ from .filters import COLUMNS
 from .heatpage import heat_page
 from .maps import PairMaps
 from .page import Safe, foreign, join, percent, picture, picture_uri, score, table, tag, text
-from .statistics import p_words
+from .evaluation.statistics import p_words
 from .tables import BASELINE_WORDS, DIRECTION_WORDS, against_baselines, number, score_table, section
 
 # %% ../nbs/73_cards.ipynb #cf828e1a

@@ -198,7 +198,7 @@ def train(args: argparse.Namespace) -> Outcome:
 def evaluate(args: argparse.Namespace) -> Outcome:
     "Score a model under a protocol."
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.evaluate import try_scores
+    from moon2_lab.evaluation.evaluate import try_scores
     from moon2_lab.job import evaluate_model, model_folder, score_lines
     from moon2_lab.files import NotSaved
 
@@ -377,7 +377,7 @@ def run_names(*models: str) -> tuple[str, ...]:
 
 def compare_lines(facts: dict) -> list[str]:  # of Comparison.summary
     "One line a direction: both values, the difference with its interval, and the counts."
-    from moon2_lab.statistics import p_words
+    from moon2_lab.evaluation.statistics import p_words
 
     metric, lines = f"R@{facts['k']}", []
     for name, row in facts["directions"].items():

@@ -20,11 +20,11 @@ from fastcore.basics import patch
 from .data.catalog import Catalog, ImageRef, Item, Product
 from .config import DIRECTIONS, VIEWS, DataError, UsageError
 from .files import plain
-from .evaluate import Question, answer, ask, query_items
+from .evaluation.evaluate import Question, answer, ask, query_items
 from .filters import field_values, fold_value, parse_filter
 from .page import drawn_shape
-from .protocol import LEVELS
-from .statistics import judged, paired_test, with_interval
+from .evaluation.protocol import LEVELS
+from .evaluation.statistics import judged, paired_test, with_interval
 from .tables import printable
 
 # %% ../nbs/70_compare.ipynb #3f28b0da

@@ -18,8 +18,8 @@ from .files import plain
 from .figures import heat_overlay
 from .heatpage import fingerprint, inline_json, write_page
 from .page import Safe, foreign, join, picture_uri, score, table, tag, text
-from .protocol import LEVELS
-from .statistics import p_words
+from .evaluation.protocol import LEVELS
+from .evaluation.statistics import p_words
 from .tables import DIRECTION_WORDS, printable
 
 # %% ../nbs/71_diffpage.ipynb #3ebd06dd

@@ -26,7 +26,7 @@ from .faithful import faithfulness, random_gains, redrawn_twin, without_own
 from .heatmaps import HeatmapWidget
 from .maps import FEW, Faith, PairMaps, SideMaps, TokenMap, correct_for_methods
 from .routing import plain_item, token_routing
-from .statistics import LEVEL
+from .evaluation.statistics import LEVEL
 
 # %% ../nbs/65_explain.ipynb #46e9193b
 PIXELS = 320  # side of the picture that is shown

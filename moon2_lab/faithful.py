@@ -22,7 +22,7 @@ from .config import DataError, UsageError
 from .model.encoder import Moon2Encoder
 from .maps import FEW, Faith
 from .pairscore import frozen_twin
-from .statistics import LEVEL, bootstrap_ci, holm
+from .evaluation.statistics import LEVEL, bootstrap_ci, holm
 
 # %% ../nbs/61_faithful.ipynb #d2b69bf2
 def mixed_rows(

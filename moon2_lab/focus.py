@@ -23,8 +23,8 @@ from .data.catalog import Catalog, Product
 from .config import DataError, UsageError, progress
 from .model.encoder import Moon2Encoder
 from .entities import is_unsegmented
-from .protocol import pick_products
-from .statistics import bootstrap_ci, paired_test
+from .evaluation.protocol import pick_products
+from .evaluation.statistics import bootstrap_ci, paired_test
 from .subjects import border_pixels
 from .data.queries import WORD, fold, own_words
 

@@ -97,7 +97,7 @@ def valid_scorer(
     "A function encoder -> scores on the valid split; None where there is no such split."
     if "valid" not in catalog.splits:
         return None
-    from moon2_lab.evaluate import answer, ask
+    from moon2_lab.evaluation.evaluate import answer, ask
 
     question = ask(catalog, "valid", limit=limit)
 
@@ -246,11 +246,11 @@ def evaluate_model(
     split: str = "test",
     out: str | Path | None = None,  # metrics.json, or the folder for it
     device="auto",  # as in Moon2Encoder.place
-    **options,  # of moon2_lab.evaluate.evaluate
+    **options,  # of moon2_lab.evaluation.evaluate.evaluate
 ) -> dict:
     "Load a model and score it; the dictionary of metrics.json."
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.evaluate import evaluate
+    from moon2_lab.evaluation.evaluate import evaluate
 
     folder = model_folder(model)
     return evaluate(Moon2Encoder.from_pretrained(folder, device), catalog, split=split, out=out, **options)
@@ -303,7 +303,7 @@ def asked_items(
     protocol: dict,  # the entry of metrics.json
 ) -> dict:
     "(direction, query id) -> the item that asks, made again as the evaluation made it."
-    from moon2_lab.evaluate import ask, query_items
+    from moon2_lab.evaluation.evaluate import ask, query_items
 
     return query_items(ask(catalog, protocol["split"], protocol["name"], protocol.get("limit")))
 
@@ -379,7 +379,7 @@ def stored_scores(
     path: Path,  # metrics.json
 ) -> dict | None:
     "The scores of an earlier evaluation; None where there are none, or where the table of queries beside them is of another one."
-    from moon2_lab.evaluate import is_one_evaluation
+    from moon2_lab.evaluation.evaluate import is_one_evaluation
 
     if not path.is_file():
         return None

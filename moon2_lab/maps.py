@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from .config import UsageError
-from .statistics import LEVEL, holm
+from .evaluation.statistics import LEVEL, holm
 
 # %% ../nbs/58_maps.ipynb #b7275153
 @dataclass

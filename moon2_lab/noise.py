@@ -18,7 +18,7 @@ import pandas as pd
 from .config import VIEWS, sha256_hex
 from .model.encoder import Moon2Encoder
 from .data.products import Item, Product
-from .statistics import key_draws
+from .evaluation.statistics import key_draws
 from .data.queries import Lexicon
 from .data.triplets import NegativeFinder, Triplet, TripletList, category_path, make_query, spoil
 

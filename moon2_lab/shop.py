@@ -26,7 +26,7 @@ from .compare import Comparison, compare_tables
 from .config import VIEWS, UsageError, cache_dir, sha256_hex
 from .files import atomic_path
 from .model.encoder import Moon2Encoder
-from .evaluate import answer, ask
+from .evaluation.evaluate import answer, ask
 from .explain import ExplainerShelf
 from .filters import FacetTable, field_values, fold_value
 from .heatdata import trust_facts

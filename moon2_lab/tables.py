@@ -20,7 +20,7 @@ import pandas as pd
 from PIL import Image
 
 from .config import DIRECTIONS, OBJECTIVES, VIEWS
-from .statistics import judged, p_words
+from .evaluation.statistics import judged, p_words
 
 # %% ../nbs/58_tables.ipynb #8525885a
 VIEW_WORDS = {"t": "text", "i": "image", "mm": "image + text"}

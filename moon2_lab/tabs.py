@@ -27,7 +27,7 @@ from .compare import asked_items, category_paths
 from .config import DIRECTIONS, VIEWS, LabError, UsageError
 from .heatdata import NAMES
 from .page import Safe, tag
-from .protocol import LEVELS
+from .evaluation.protocol import LEVELS
 from .queries import MAX_LETTERS, matches, named_item, pick_product, query_note, read_upload
 from .shop import COMPARED, MAX_HITS, Found, Shop
 from .tables import DIRECTION_WORDS, printable

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 
 from .data.catalog import Product
 from .config import VIEWS, DataError, LabError, UsageError
-from .metrics import normalised
+from .evaluation.ranking import normalised
 
 # %% ../nbs/50_vectors.ipynb #f4a1145b
 DTYPES = ("float32", "float16", "int8", "binary")

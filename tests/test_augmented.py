@@ -7,7 +7,7 @@ import pytest
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.config import DataError
 from moon2_lab.files import write_parquet
-from moon2_lab.evaluate import evaluate
+from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.data.products import AUGMENTED, AUGMENTED_COLUMNS
 from moon2_lab.data.synthetic.generator import make_catalog
 from moon2_lab.train import Trainer

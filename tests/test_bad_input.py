@@ -15,7 +15,7 @@ from moon2_lab.model.backbone import FeatureStore
 from moon2_lab.data.catalog import Catalog, ImageRef, Item
 from moon2_lab.config import DataError, LabError
 from moon2_lab.files import write_json, write_parquet
-from moon2_lab.evaluate import evaluate
+from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.data.queries import Lexicon, search_phrase
 from moon2_lab.train import Trainer
 from PIL import Image

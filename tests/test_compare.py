@@ -18,8 +18,8 @@ from moon2_lab.changes import explain_changes
 from moon2_lab.compare import KINDS, MadeUpEncoder, compare_encoders, compare_tables, made_up_catalog, made_up_comparison, matching_attributes, query_product
 from moon2_lab.config import DIRECTIONS, DataError, UsageError
 from moon2_lab.diffpage import diff_page, page_data, write_diff_page
-from moon2_lab.evaluate import answer, ask
-from moon2_lab.statistics import holm, p_words, paired_test_tables
+from moon2_lab.evaluation.evaluate import answer, ask
+from moon2_lab.evaluation.statistics import holm, p_words, paired_test_tables
 
 HOSTILE = "<script>window.pwned=1</script> </script><img src=x onerror=window.pwned=2> 红色杯子 😀 \u202egnol &amp;"
 

@@ -16,7 +16,7 @@ from moon2_lab.data.catalog import Item
 from moon2_lab.cli import main
 from moon2_lab.config import UsageError
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.evaluate import evaluate
+from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.train import PHASES, Trainer
 from small import picture, settings, shop, tiny
 

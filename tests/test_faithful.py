@@ -13,7 +13,7 @@ from moon2_lab.cases import Cancelled, piece_of_tokens, run_case
 from moon2_lab.config import DataError, UsageError
 from moon2_lab.faithful import areas, ask_rows, faith_row, faith_table, faithfulness, gains, kept_pieces, mixed_rows, order_of, random_gains, redrawn_twin
 from moon2_lab.maps import Faith, correct_for_methods
-from moon2_lab.statistics import bootstrap_ci
+from moon2_lab.evaluation.statistics import bootstrap_ci
 
 pytestmark = [pytest.mark.usefixtures("own_cache")]
 

@@ -65,7 +65,7 @@ def imported(out) -> dict | None:
 
 def scored(work) -> dict | None:
     "Scores with their table of queries, where both are of one evaluation; how long they took aside."
-    from moon2_lab.evaluate import is_one_evaluation
+    from moon2_lab.evaluation.evaluate import is_one_evaluation
 
     path = work / "scores" / "metrics.json"
     if not path.is_file() or not is_one_evaluation(path):

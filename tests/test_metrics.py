@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from moon2_lab.config import DataError, LabError, UsageError
-from moon2_lab.metrics import (
+from moon2_lab.evaluation.ranking import (
     average_precision_at,
     bm25,
     classification_scores,
@@ -25,7 +25,7 @@ from moon2_lab.metrics import (
     recall_at,
     recall_share_at,
 )
-from moon2_lab.statistics import with_interval
+from moon2_lab.evaluation.statistics import with_interval
 
 
 def unit(count, width, seed=0):
@@ -226,7 +226,7 @@ def test_a_wide_gallery_gives_the_same_scores_bit_for_bit(monkeypatch):
     gallery[[5, 40, 69]] = gallery[2]
     once = ranks_chunked(query, gallery, np.arange(30), np.arange(70), k=70)
     for chunk, limit in ((256, 0), (7, 0), (7, 2**30), (1, 2**30)):
-        monkeypatch.setattr("moon2_lab.metrics.WIDE_BYTES", limit)
+        monkeypatch.setattr("moon2_lab.evaluation.ranking.WIDE_BYTES", limit)
         again = ranks_chunked(query, gallery, np.arange(30), np.arange(70), chunk=chunk, k=70)
         assert (again.top_score == once.top_score).all() and (again.rank == once.rank).all()
     copies = np.take_along_axis(once.top_score, np.argsort(once.top_index, axis=1), axis=1)[:, [2, 5, 40, 69]]

@@ -23,7 +23,7 @@ from moon2_lab.cli import main
 from moon2_lab.compare import asked_items
 from moon2_lab.config import DataError, LabError
 from moon2_lab.embed import embed_catalog, parts_folder
-from moon2_lab.evaluate import answer, ask, evaluate
+from moon2_lab.evaluation.evaluate import answer, ask, evaluate
 from moon2_lab.filters import field_values, parse_filter
 from moon2_lab.index import VectorStore, connect, disconnect, index_vectors
 from moon2_lab.data.products import Product
@@ -250,7 +250,7 @@ def test_exact_search_up_to_the_limit(tmp_path):
     "Just below 20,000 vectors: the ids of matrix product and sort, for 200 queries."
     import pyarrow.parquet as pq
 
-    from moon2_lab.metrics import normalised
+    from moon2_lab.evaluation.ranking import normalised
     from moon2_lab.vectors import VectorBlock, payload_of, vector_schema, vector_table
     rng, count = np.random.default_rng(0), 19_999
     rows = normalised(rng.normal(size=(count, 32)))

@@ -29,7 +29,7 @@ from moon2_lab import fetch, rows, sources
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.cli import main
 from moon2_lab.config import DataError, UsageError
-from moon2_lab.evaluate import evaluate
+from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.data.importers.download import Fetcher
 from moon2_lab.data.images import decode_image
 from moon2_lab.data.importers.schemas import LAYOUTS

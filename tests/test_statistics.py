@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moon2_lab.config import DataError, UsageError
-from moon2_lab.statistics import (
+from moon2_lab.evaluation.statistics import (
     bootstrap_ci,
     difference_interval,
     holm,

@@ -36,7 +36,7 @@ def steps_of_arms(catalog, part, configs: dict, out: Path, first_steps: int, tur
 
 def run_arm(catalog, part, config, out: Path, name: str) -> dict:
     "Train and score one arm; writes per_query and metrics."
-    from moon2_lab.evaluate import evaluate
+    from moon2_lab.evaluation.evaluate import evaluate
 
     trainer = make_trainer(catalog, part, config)
     trainer.train()

@@ -20,7 +20,7 @@ SHOWN = ["method", "pairs", "gain", *(f"{name}{end}" for name in COMPARED for en
 
 def chosen_pairs(catalog, split: str, count: int) -> tuple[list[tuple], int]:
     "(product, query, item) of the first products in hash order that have all views, and how many before them have not."
-    from moon2_lab.protocol import catalog_queries, hash_order
+    from moon2_lab.evaluation.protocol import catalog_queries, hash_order
     from moon2_lab.data.queries import Lexicon
 
     products = sorted(catalog.split(split), key=lambda product: hash_order(product.product_id))

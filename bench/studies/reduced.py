@@ -43,7 +43,7 @@ def trained(catalog, part, config, folder: Path):
 
 def run_arm(catalog, part, config, out: Path, arm: str, seed: int, dims: list[int]) -> None:
     "Train, and score each form of the products' vectors."
-    from moon2_lab.evaluate import answer, ask
+    from moon2_lab.evaluation.evaluate import answer, ask
     from moon2_lab.vectors import StoredForm
 
     question = ask(catalog, "test")
