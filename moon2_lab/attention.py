@@ -21,7 +21,7 @@ from torch import nn
 from .data.catalog import Item
 from .config import VIEWS, DataError, UsageError
 from .model.encoder import Moon2Encoder
-from .entities import UNSEGMENTED
+from .augment.entities import UNSEGMENTED
 from .pairscore import RowScore, merge_words, word_spans, words_of_tokens
 from .recorder import HeadInputs, attention_layers, record_attention, refuse_more, row_mean, sees_causally, tap_attention, widest
 

@@ -22,10 +22,10 @@ from .model.backbone import square
 from .data.catalog import Catalog, Product
 from .config import DataError, UsageError, progress
 from .model.encoder import Moon2Encoder
-from .entities import is_unsegmented
+from .augment.entities import is_unsegmented
 from .evaluation.protocol import pick_products
 from .evaluation.statistics import bootstrap_ci, paired_test
-from .subjects import border_pixels
+from .augment.subject_mask import border_pixels
 from .data.queries import WORD, fold, own_words
 
 # %% ../nbs/62_focus.ipynb #1bafe982

@@ -407,7 +407,7 @@ def own_scorer(
 ):
     "A scorer trained on the train split of this catalogue, kept in the cache."
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.scorers import EncoderScorer
+    from moon2_lab.augment.consistency import EncoderScorer
 
     config = config or TrainConfig(max_minutes=SCORER_MINUTES)
     name = sha256_hex(repr(config).encode())[:8]
@@ -428,8 +428,8 @@ def augment_run(
     **options,  # of Recipe
 ) -> dict:
     "Co-augment the train split into a new folder; the summary."
-    from moon2_lab.coaugment import Recipe, augment_catalog
-    from moon2_lab.scorers import load_scorer
+    from moon2_lab.augment.pipeline import Recipe, augment_catalog
+    from moon2_lab.augment.consistency import load_scorer
 
     if limit is not None and limit < 1:
         raise UsageError(f"limit={limit}", where="limit", advice="at least 1, or none for all products")

@@ -22,7 +22,7 @@ from .model.backbone import Packing
 from .data.catalog import ImageRef, Item
 from .config import DataError
 from .model.encoder import Moon2Encoder
-from .entities import is_unsegmented
+from .augment.entities import is_unsegmented
 from .model.moe import LayerRouting, MoEFeedForward, mix_experts, route
 
 # %% ../nbs/59_pairscore.ipynb #c7745c97

@@ -17,9 +17,9 @@ from PIL import Image
 pytest.importorskip("cv2")
 
 from moon2_lab.data.catalog import Catalog
-from moon2_lab.coaugment import STATE, Recipe, augment_catalog, evaluation_hash, expand_pictures, real_pairs, score_pairs, unseen_products
+from moon2_lab.augment.pipeline import STATE, Recipe, augment_catalog, evaluation_hash, expand_pictures, real_pairs, score_pairs, unseen_products
 from moon2_lab.config import DataError, LabError, UsageError
-from moon2_lab.enrichers import NO_ANSWER, Enriched
+from moon2_lab.augment.title_enrichment import NO_ANSWER, Enriched
 from moon2_lab.data.products import AUGMENTED
 from moon2_lab.data.synthetic.generator import make_catalog
 
@@ -83,7 +83,7 @@ coaugment.augment_catalog({str(drawn)!r}, {str(tmp_path / 'out')!r}, coaugment.R
     done = sorted((tmp_path / "out" / ".parts").glob("pictures-*"))
     assert len(done) == 2 and not (tmp_path / "out" / AUGMENTED).exists()
     stamps = [path.stat().st_mtime_ns for path in done]
-    import moon2_lab.coaugment as module
+    import moon2_lab.augment.pipeline as module
 
     parts = module.in_parts
     with pytest.MonkeyPatch.context() as patch:
@@ -151,7 +151,7 @@ class Stubborn:
 
 def test_an_enricher_that_stops_keeps_what_was_done(drawn, tmp_path, monkeypatch):
     "Whole parts stay; the run that continues asks only for the rest."
-    import moon2_lab.coaugment as module
+    import moon2_lab.augment.pipeline as module
 
     parts = module.in_parts
     monkeypatch.setattr(module, "in_parts", lambda *given, **more: parts(*given, **more | {"size": 8}))
@@ -219,7 +219,7 @@ def test_one_failing_edit_costs_one_row(drawn, tmp_path):
         def edit(self, subject, title, kind, seed):
             if kind == "detail":
                 raise DataError("no detail in this one", where="picky", advice="none")
-            from moon2_lab.editors import ClassicalEditor
+            from moon2_lab.augment.image_edits import ClassicalEditor
 
             return ClassicalEditor().edit(subject, title, kind, seed)
 

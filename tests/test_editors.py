@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from moon2_lab.chat import Refused
+from moon2_lab.augment.llm_client import Refused
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.data.synthetic.shapes import KINDS as DRAWN
 from moon2_lab.data.synthetic.shapes import draw_look
-from moon2_lab.editors import KINDS, ClassicalEditor, DiffusersEditor, ServerEditor, edit_prompt, make_editor
-from moon2_lab.retouch import MAX_SHIFT, load_cv2, mean_lab
-from moon2_lab.subjects import GrabCut, Subject
+from moon2_lab.augment.image_edits import KINDS, ClassicalEditor, DiffusersEditor, ServerEditor, edit_prompt, make_editor
+from moon2_lab.augment.image_transforms import MAX_SHIFT, load_cv2, mean_lab
+from moon2_lab.augment.subject_mask import GrabCut, Subject
 from moon2_lab.data.synthetic.materials import Shot, photo
 from moon2_lab.data.synthetic.generator import describe
 
@@ -362,6 +362,6 @@ def test_refusals(monkeypatch):
         with serving((status, b"bad key sesame-123")) as (url, seen), pytest.raises(Refused) as caught:
             ask(url, key_variable="IMAGE_KEY")
         assert "sesame" not in str(caught.value) and len(seen) == 1
-    monkeypatch.setattr("moon2_lab.editors.MAX_BYTES", 1000)
+    monkeypatch.setattr("moon2_lab.augment.image_edits.MAX_BYTES", 1000)
     with serving((200, GOOD)) as (url, _), pytest.raises(DataError, match="more than 1,000 bytes"):
         ask(url)

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.data.synthetic.shapes import draw_look
 from moon2_lab.data.images import ImageFolder, decode_image
-from moon2_lab.subjects import GrabCut, judge, tidy
+from moon2_lab.augment.subject_mask import GrabCut, judge, tidy
 from moon2_lab.data.synthetic.materials import Shot, photo, pose
 from moon2_lab.data.synthetic.generator import describe
 

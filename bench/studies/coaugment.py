@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.coaugment import evaluation_hash
+    from moon2_lab.augment.pipeline import evaluation_hash
     from moon2_lab.config import TrainConfig
 
     out = Path(args.out)
