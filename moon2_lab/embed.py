@@ -21,7 +21,7 @@ from .data.catalog import Catalog, Product
 from .config import VIEWS, DataError, UsageError, progress
 from .files import atomic_path, clear_rubbish, held, holds_nothing, read_json, try_file, write_json
 from .model.encoder import Moon2Encoder
-from .losses import fits_dim
+from .objective.contrastive import fits_dim
 from .vectors import DTYPES, VectorBlock, VectorFile, length_kept, neighbours_kept, payload_of, shortened, vector_schema, vector_table
 
 # %% ../nbs/51_embed.ipynb #c06b7b17

@@ -469,7 +469,7 @@ def dense_run(
     command: str | None = None,  # as typed
 ) -> dict:
     "Train and score the dense recipe; the dictionary of metrics.json."
-    from moon2_lab.recipes import DenseObjective, dense_config, self_triplets
+    from moon2_lab.objective.recipes import DenseObjective, dense_config, self_triplets
 
     log.info(f"the {DENSE}, {minutes:.1f} minutes of steps")
     plain = dense_config(config, config.per_device_train_batch_size).replace(max_steps=0, max_minutes=minutes)

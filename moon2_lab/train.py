@@ -40,8 +40,8 @@ from moon2_lab.checkpoint import (
 from .config import OBJECTIVES, VIEWS, EncoderConfig, LabError, NumericChoices, TrainConfig, UsageError, device_counts, pick_device, progress, run_settings, seed_everything
 from .files import Hold, clear_rubbish, plain, require_new, try_folder, whole_folder, write_json, write_parquet
 from .model.encoder import ItemViews, Moon2Encoder
-from .filtering import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
-from .losses import TripletKeys, TripletRouting, TripletViews, balance_alarm
+from .objective.sample_filter import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
+from .objective.contrastive import TripletKeys, TripletRouting, TripletViews, balance_alarm
 from .noise import inject_noise
 from .optim import GROUPS, adamw_seconds, apply_numerics, choose_numerics, lr_factor, make_optimizer, predict_cost, prepare_trainable, release_memory, set_learning_rate
 from .data.queries import Lexicon

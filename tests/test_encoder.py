@@ -12,8 +12,8 @@ from moon2_lab.model.backbone import FeatureStore, Packing
 from moon2_lab.data.catalog import Item
 from moon2_lab.config import OBJECTIVES, VIEWS, DataError, LabError
 from moon2_lab.model.encoder import ItemViews, LayerGates, Moon2Encoder, perturb_experts
-from moon2_lab.filtering import Moon2Objective
-from moon2_lab.losses import load_balance_loss
+from moon2_lab.objective.sample_filter import Moon2Objective
+from moon2_lab.objective.contrastive import load_balance_loss
 from moon2_lab.model.moe import KERNELS, LayerRouting, MoEFeedForward, mix_experts
 from moon2_lab.optim import prepare_trainable
 from moon2_lab.train import by_role, lay_out

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moon2_lab.config import OBJECTIVES, LabError
-from moon2_lab.losses import (
+from moon2_lab.objective.contrastive import (
     OMEGA_MODES,
     balance_alarm,
     balance_loss,
