@@ -156,7 +156,7 @@ def make_encoder(args, **fields):
     "An encoder as training uses it: word embeddings of a pretrained backbone frozen, the faster expert kernel of this run."
     from moon2_lab.config import TrainConfig
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.optim import prepare_trainable
+    from moon2_lab.training.optim import prepare_trainable
 
     fields = (TINY if args.backbone == "tiny" else {}) | fields
     encoder = Moon2Encoder.from_backbone(args.backbone, **fields)
@@ -178,7 +178,7 @@ def choose_kernel(encoder, tokens: int, dtype: torch.dtype) -> str:
 def one_batch(args, encoder, triplets: int) -> list:
     "The items of one batch of training triplets (queries, positives, negatives), with their features stored."
     from moon2_lab.data.queries import Lexicon
-    from moon2_lab.train import lay_out
+    from moon2_lab.training.trainer import lay_out
     from moon2_lab.data.triplets import TripletSampler, build_triplets
 
     catalog = catalogue(args, products=max(200, 8 * triplets))

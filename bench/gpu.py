@@ -18,7 +18,7 @@ import torch
 from common import TINY, catalogue, finish, give_features, options, own_cache, spread, start
 from moon2_lab.config import TrainConfig, UsageError, device_name, pick_device
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.train import Trainer
+from moon2_lab.training.trainer import Trainer
 
 
 def synchronize(device: torch.device) -> None:

@@ -35,7 +35,7 @@ from .job import model_folder, model_name
 from .queries import MAX_LETTERS
 from .shop import MAX_HITS, Shop
 from .tabs import COMPARES, EXPLAINS, QUIET, VIEW_LABELS, PictureFile, about_tab, compare_tab, connect_compare, connect_heatmap, connect_search, heatmap_tab, method_choices, search_tab, title_of, told
-from .train import Trainer
+from .training.trainer import Trainer
 
 # %% ../nbs/76_demo.ipynb #0dafed35
 def from_link(

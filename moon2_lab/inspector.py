@@ -24,7 +24,7 @@ from .heatdata import small_jpeg
 from .sheets import Card, card_sheet, jpeg
 from .tables import printable
 from .data.triplets import Triplet
-from .verdicts import KINDS, PHIS, Verdicts, inspection_table, next_weight, phi_over_time
+from .training.triplet_review import KINDS, PHIS, Verdicts, inspection_table, next_weight, phi_over_time
 
 # %% ../nbs/69_inspector.ipynb #0ff1ea65
 ROLES = {"query": "query", "positive": "right", "negative": "wrong"}  # and their frames

@@ -118,7 +118,7 @@ def build_trainer(
 ):
     "A trainer that stands before its first step."
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.train import Trainer
+    from moon2_lab.training.trainer import Trainer
 
     fields = config.encoder_fields()
     encoder = Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields)
@@ -142,7 +142,7 @@ def resumed_config(
     given: dict,  # settings typed beside --resume
 ) -> TrainConfig:
     "The settings of the newest checkpoint, with what may be changed; `UsageError` for what may not."
-    from moon2_lab.checkpoint import newest_checkpoint, require_same_settings
+    from moon2_lab.training.checkpoint import newest_checkpoint, require_same_settings
 
     _, (_, meta, _) = newest_checkpoint(run)
     config = TrainConfig(**meta["config"] | given)

@@ -10,7 +10,7 @@ from moon2_lab.files import write_parquet
 from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.data.products import AUGMENTED, AUGMENTED_COLUMNS
 from moon2_lab.data.synthetic.generator import make_catalog
-from moon2_lab.train import Trainer
+from moon2_lab.training.trainer import Trainer
 from small import augmented_shop, settings, shop, tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")

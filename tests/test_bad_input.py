@@ -17,7 +17,7 @@ from moon2_lab.config import DataError, LabError
 from moon2_lab.files import write_json, write_parquet
 from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.data.queries import Lexicon, search_phrase
-from moon2_lab.train import Trainer
+from moon2_lab.training.trainer import Trainer
 from PIL import Image
 from small import picture, pretrained, product, settings, shop, tiny
 

@@ -17,7 +17,7 @@ from moon2_lab.cli import main
 from moon2_lab.config import UsageError
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.evaluation.evaluate import evaluate
-from moon2_lab.train import PHASES, Trainer
+from moon2_lab.training.trainer import PHASES, Trainer
 from small import picture, settings, shop, tiny
 
 METHODS = ("ig", "shapley", "occlusion", "attention_gradient", "rollout", "attention", "gradient")

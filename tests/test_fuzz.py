@@ -204,7 +204,7 @@ def test_saved_models(tmp_path):
 
 
 def test_change_lists(tmp_path):
-    from moon2_lab.verdicts import Verdicts
+    from moon2_lab.training.triplet_review import Verdicts
 
     verdicts = Verdicts()
     verdicts.drop("q1", "not a mug")

@@ -15,7 +15,7 @@ from moon2_lab.config import VIEWS, DataError, LabError, UsageError
 from moon2_lab.objective.sample_filter import FilterLedger
 from moon2_lab.inspector import PAGE, FilterInspector
 from moon2_lab.data.triplets import Triplet
-from moon2_lab.verdicts import PHIS, PhiWatch, Verdict, Verdicts, apply_verdicts, inspection_table, phi_over_time, stray_verdicts, triplet_phi
+from moon2_lab.training.triplet_review import PHIS, PhiWatch, Verdict, Verdicts, apply_verdicts, inspection_table, phi_over_time, stray_verdicts, triplet_phi
 
 MEBIBYTE = 2**20
 HOSTILE = "<script>window.pwned=1</script> <img/src=x onerror=window.pwned=2> \u202egnol 红色杯子 😀 $x_2$ &amp; </title>"
@@ -135,7 +135,7 @@ def test_undo_takes_back_one_change_at_a_time():
 @pytest.fixture(scope="module")
 def trained():
     "A short training with spoilt triplets, watched: (catalog, trainer, watch)."
-    from moon2_lab.train import Trainer
+    from moon2_lab.training.trainer import Trainer
 
     catalog = shop()
     trainer = Trainer(tiny(), catalog, settings(max_steps=12, noise=0.3, filter_warmup_ratio=0.0))
@@ -191,7 +191,7 @@ def test_table_of_a_training(trained):
 
 def test_a_training_with_verdicts(trained):
     "Put back: never doubted again, though the filter would. Dropped: never in a batch."
-    from moon2_lab.train import Trainer
+    from moon2_lab.training.trainer import Trainer
 
     catalog, trainer, _ = trained
     doubted = trainer.ledger.summary().query_id.tolist()

@@ -12,7 +12,7 @@ SETUP = """
 import plotly.io as pio
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.train import TrainConfig, Trainer
+from moon2_lab.training.trainer import TrainConfig, Trainer
 from moon2_lab.widgets import LiveTraining
 
 pio.renderers.default = "plotly_mimetype"

@@ -18,14 +18,14 @@ import pytest
 import torch
 from moon2_lab import train as train_module
 from moon2_lab.data.catalog import Catalog
-from moon2_lab.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
+from moon2_lab.training.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
 from moon2_lab.config import OBJECTIVES, VIEWS, DataError, DriftError, LabError, TrainConfig, UsageError
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective.sample_filter import Moon2Objective
 from moon2_lab.job import KeepWithin
 from moon2_lab.objective.contrastive import TripletKeys, TripletRouting, TripletViews, inter_product_loss, objective_routing
 from moon2_lab.files import read_json
-from moon2_lab.train import PHASES, Trainer, lay_out
+from moon2_lab.training.trainer import PHASES, Trainer, lay_out
 from small import product, settings, shop, tiny
 
 TESTS = Path(__file__).resolve().parent
@@ -664,7 +664,7 @@ CHILD = """
 import sys, time
 sys.path.insert(0, {tests!r})
 import torch
-from moon2_lab.train import Trainer
+from moon2_lab.training.trainer import Trainer
 from small import settings, shop, tiny
 
 def tell(event):

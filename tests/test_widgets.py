@@ -24,7 +24,7 @@ def make_trainer(drawn_catalogue):
     "A function that makes the same tiny trainer again and again."
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.train import Trainer
+    from moon2_lab.training.trainer import Trainer
 
     catalog = Catalog.load(drawn_catalogue)
     config = TrainConfig(backbone="tiny", num_layers=1, image_size=32, visual_tokens=4, max_steps=8, per_device_train_batch_size=8, num_threads=1)
