@@ -42,7 +42,7 @@ def decoder(layers: int, attention: str):
 @torch.no_grad()
 def passes(args) -> dict:
     "One arm: the peak of its first pass, the seconds of its second."
-    from moon2_lab.recorder import record_attention
+    from moon2_lab.explain.attention_recorder import record_attention
 
     model = decoder(args.layers, "eager" if args.arm == "eager" else "sdpa")
     tokens = torch.randn(1, args.tokens, 576, generator=torch.Generator().manual_seed(1))

@@ -22,7 +22,7 @@ from .compare import KINDS
 from .config import DIRECTIONS, LabError
 from .filters import COLUMNS
 from .heatpage import heat_page
-from .maps import PairMaps
+from .explain.faith_verdicts import PairMaps
 from .page import Safe, foreign, join, percent, picture, picture_uri, score, table, tag, text
 from .evaluation.statistics import p_words
 from .tables import BASELINE_WORDS, DIRECTION_WORDS, against_baselines, number, score_table, section

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
-from .attention import evaluating
+from .explain.attention import evaluating
 from .data.catalog import Item, Product
 from .compare import Comparison, asked_items
 from .config import LabError, progress
 from .model.encoder import Moon2Encoder
-from .explain import TRIALS, Explainer
-from .heatdata import NAMES, trust_words
+from .explain.explainer import TRIALS, Explainer
+from .explain.heatmap_data import NAMES, trust_words
 from .tables import printable
 
 # %% ../nbs/71_changes.ipynb #1f0f7f61
@@ -25,7 +25,7 @@ def explain_hit(
     query: Item,
     product: Product,
     view: str,  # of the product: t, i or mm
-    method: str = "ig",  # of `moon2_lab.attribute`
+    method: str = "ig",  # of `moon2_lab.explain.attribution`
     trials: int = TRIALS,  # random maps that the map is compared with; 0: not measured
 ) -> dict:  # product_id, score, method, words, cells, image, note, trust; or product_id and error
     "What made the score of one hit, on the product's side."

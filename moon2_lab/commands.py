@@ -256,7 +256,7 @@ def heatmap(args: argparse.Namespace) -> Outcome:
     "Show which words and which parts of the pictures made a score, as one page."
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.explain import TRIALS, Explainer
+    from moon2_lab.explain.explainer import TRIALS, Explainer
     from moon2_lab.heatpage import page_file, write_heat_page
     from moon2_lab.job import model_folder
     from moon2_lab.files import try_file
@@ -277,7 +277,7 @@ def heatmap(args: argparse.Namespace) -> Outcome:
 
 def heat_facts(pair) -> list[dict]:  # PairMaps
     "Method, side, faithfulness and the words with their numbers, for --json."
-    from moon2_lab.heatdata import trust_facts
+    from moon2_lab.explain.heatmap_data import trust_facts
 
     found = []
     for side in (pair.query, pair.item):

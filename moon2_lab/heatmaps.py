@@ -18,8 +18,8 @@ import traitlets
 from fastcore.basics import patch
 
 from .config import LabError, UsageError, static_text
-from .heatdata import NAMES, check_map, first_method, map_json, maps_json, pair_payload
-from .maps import Faith, PairMaps, TokenMap
+from .explain.heatmap_data import NAMES, check_map, first_method, map_json, maps_json, pair_payload
+from .explain.faith_verdicts import Faith, PairMaps, TokenMap
 from .stillmap import static_png
 from .tables import printable
 
@@ -69,7 +69,7 @@ class HeatmapWidget(anywidget.AnyWidget):
 
     _esm = static_text("parts.js", "heatmap.js")
     _css = static_text("heatmap.css")
-    payload = traitlets.Dict().tag(sync=True)  # moon2_lab.heatdata.pair_payload
+    payload = traitlets.Dict().tag(sync=True)  # moon2_lab.explain.heatmap_data.pair_payload
     data = traitlets.Bytes().tag(sync=True)
     found = traitlets.Dict().tag(sync=True)  # side -> method -> map
     offered = traitlets.List().tag(sync=True)  # methods that can be computed

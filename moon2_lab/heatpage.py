@@ -15,8 +15,8 @@ from pathlib import Path
 
 from .config import UsageError, static_text
 from .files import atomic_path
-from .heatdata import first_method, maps_json, pair_payload
-from .maps import PairMaps
+from .explain.heatmap_data import first_method, maps_json, pair_payload
+from .explain.faith_verdicts import PairMaps
 from .tables import printable
 
 # %% ../nbs/64_heatpage.ipynb #c19b0862

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .config import VIEWS, UsageError, static_text
-from .heatdata import small_jpeg
+from .explain.heatmap_data import small_jpeg
 from .sheets import Card, card_sheet, jpeg
 from .tables import printable
 from .data.triplets import Triplet

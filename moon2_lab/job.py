@@ -338,8 +338,8 @@ def explain_match(
 ):
     "The heatmap of one query's right product; None where no product has words and a picture."
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.explain import Explainer
-    from moon2_lab.heatdata import page_heatmap
+    from moon2_lab.explain.explainer import Explainer
+    from moon2_lab.explain.heatmap_data import page_heatmap
 
     for row in pick_queries(per_query, 10).itertuples():
         query, product = asked[row.direction, row.query_id], catalog.get(row.hit_ids[0]) if len(row.hit_ids) else None

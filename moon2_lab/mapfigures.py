@@ -17,8 +17,8 @@ import numpy as np
 
 from .config import DataError, UsageError
 from .figures import AGAINST, FOR, blank_figure, fitted, strengths
-from .heatdata import NAMES, check_map, faith_line, trust_words
-from .maps import Faith, PairMaps, SideMaps, TokenMap
+from .explain.heatmap_data import NAMES, check_map, faith_line, trust_words
+from .explain.faith_verdicts import Faith, PairMaps, SideMaps, TokenMap
 from .tables import printable
 
 # %% ../nbs/63_mapfigures.ipynb #f70fcf88

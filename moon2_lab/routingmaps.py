@@ -18,8 +18,8 @@ import pandas as pd
 from .alarms import weight_alarms
 from .config import OBJECTIVES, VIEWS, DataError, UsageError
 from .files import plain
-from .heatdata import check_side, side_json
-from .maps import SideMaps, made_up_side
+from .explain.heatmap_data import check_side, side_json
+from .explain.faith_verdicts import SideMaps, made_up_side
 from .tables import OBJECTIVE_WORDS, VIEW_WORDS, columns_like, load_series, made_up_history, objective_series, printable
 
 # %% ../nbs/63_routingmaps.ipynb #cd46c309
@@ -122,7 +122,7 @@ def check_shares(values: np.ndarray, where: str) -> None:
 def check_routing(side: SideMaps) -> None:
     "Raise `UsageError` or `DataError` for a side whose routing cannot be drawn."
     if side.experts is None or not side.experts.size:
-        raise UsageError("no routing weights", where=side.side, advice="make them with moon2_lab.routing.token_routing, from an encoder with num_experts of 2 or more")
+        raise UsageError("no routing weights", where=side.side, advice="make them with moon2_lab.explain.expert_routing.token_routing, from an encoder with num_experts of 2 or more")
     if len(side.expert_layers) != len(side.experts):
         raise UsageError(f"{len(side.expert_layers)} names for {len(side.experts)} MoE layers", where="expert_layers", advice="one decoder layer for each MoE layer")
     check_shares(side.experts, f"routing weights, {side.side}")
@@ -142,8 +142,8 @@ PIXELS = 320  # side of the picture that is shown
 
 
 def routing_maps(
-    found,  # moon2_lab.routing.TokenRouting
-    load: dict[str, np.ndarray] | None = None,  # moon2_lab.routing.expert_load
+    found,  # moon2_lab.explain.expert_routing.TokenRouting
+    load: dict[str, np.ndarray] | None = None,  # moon2_lab.explain.expert_routing.expert_load
     history: pd.DataFrame | None = None,  # of the model's run
     layers: Sequence[int] | None = None,  # decoder layers to keep; None: all that have experts
     points: int = 60,  # at most so many steps of the history

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .attention import evaluating
+from .explain.attention import evaluating
 from .data.catalog import Catalog, Item, Product
 from .compare import Comparison, compare_tables
 from .config import VIEWS, UsageError, cache_dir, sha256_hex
 from .files import atomic_path
 from .model.encoder import Moon2Encoder
 from .evaluation.evaluate import answer, ask
-from .explain import ExplainerShelf
+from .explain.explainer import ExplainerShelf
 from .filters import FacetTable, field_values, fold_value
-from .heatdata import trust_facts
-from .maps import PairMaps, TokenMap
+from .explain.heatmap_data import trust_facts
+from .explain.faith_verdicts import PairMaps, TokenMap
 from .queries import named_query, query_note, read_upload
 from .data.queries import Lexicon, search_phrase
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .config import UsageError
 from .figures import AGAINST, FOR, fitted, strengths
-from .heatdata import NAMES, check_map, first_method, trust_words
-from .maps import PairMaps, SideMaps, TokenMap
+from .explain.heatmap_data import NAMES, check_map, first_method, trust_words
+from .explain.faith_verdicts import PairMaps, SideMaps, TokenMap
 from .tables import printable
 
 # %% ../nbs/63_stillmap.ipynb #4c26608f

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import gradio as gr
 
-from .attribute import fitting_methods
+from .explain.attribution import fitting_methods
 from .cards import about_html, agreement_html, compare_html, experts_html, gallery_value, heat_html, product_html, shared_places
 from .data.catalog import Item
 from .compare import asked_items, category_paths
 from .config import DIRECTIONS, VIEWS, LabError, UsageError
-from .heatdata import NAMES
+from .explain.heatmap_data import NAMES
 from .page import Safe, tag
 from .evaluation.protocol import LEVELS
 from .queries import MAX_LETTERS, matches, named_item, pick_product, query_note, read_upload

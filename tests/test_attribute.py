@@ -5,12 +5,12 @@ import torch
 from PIL import Image
 from small import pretrained
 
-from moon2_lab.attribute import attribute_side, make_case
+from moon2_lab.explain.attribution import attribute_side, make_case
 from moon2_lab.data.catalog import ImageRef, Item
 from moon2_lab.config import LabError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.explain import Explainer
-from moon2_lab.heatdata import page_heatmap
+from moon2_lab.explain.explainer import Explainer
+from moon2_lab.explain.heatmap_data import page_heatmap
 from moon2_lab.page import heat_pictures, heat_words
 from moon2_lab.data.synthetic.generator import draw_product
 

@@ -357,7 +357,7 @@ def test_every_command_runs_its_model_there_and_says_what_it_says_on_the_cpu(fak
 def test_every_kind_of_heatmap(fake, monkeypatch, double, methods):
     "Also where the device has no float64, as mps has none."
     from moon2_lab import attention
-    from moon2_lab.explain import Explainer
+    from moon2_lab.explain.explainer import Explainer
 
     query, item = Item("red box", picture(0), "q"), Item("a box", picture(1), "p")
     small = {"perturbed": True, "num_layers": 1, "visual_tokens": 1}

@@ -14,7 +14,7 @@ from small import product, tiny
 from moon2_lab.data.catalog import Item
 from moon2_lab.config import OBJECTIVES, VIEWS, DataError, UsageError
 from moon2_lab.experts import COLOURS, RoutingWidget, expert_map_figure, ink_on, routing_picture, routing_png, show_routing
-from moon2_lab.routing import expert_load, token_routing
+from moon2_lab.explain.expert_routing import expert_load, token_routing
 from moon2_lab.routingmaps import EVEN, RoutingMaps, made_up_routing, routing_maps, routing_payload, training_steps
 from moon2_lab.tables import made_up_history
 
@@ -133,7 +133,7 @@ def test_unusual_routing_can_be_shown(name):
 
 
 def test_no_experts_no_picture_no_words():
-    "The errors of moon2_lab.routing reach the reader."
+    "The errors of moon2_lab.explain.expert_routing reach the reader."
     with pytest.raises(UsageError, match="this encoder has no experts"):
         token_routing(tiny(num_experts=0), product(3).item())
     encoder = tiny()

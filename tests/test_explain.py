@@ -12,15 +12,15 @@ from PIL import Image
 from small import pretrained, shop
 from torch.nn import functional as F
 
-from moon2_lab.attribute import METHODS, attribute_side, fitting_methods, upsample
-from moon2_lab.cases import Cancelled, Case, EmbedScore, by_gradient, by_ig, by_occlusion, by_shapley, run_case
+from moon2_lab.explain.attribution import METHODS, attribute_side, fitting_methods, upsample
+from moon2_lab.explain.pair_pieces import Cancelled, Case, EmbedScore, by_gradient, by_ig, by_occlusion, by_shapley, run_case
 from moon2_lab.data.catalog import ImageRef, Item
 from moon2_lab.cli import main
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.explain import Explainer, ExplainerShelf, compare_heatmaps, heatmap, read_side
+from moon2_lab.explain.explainer import Explainer, ExplainerShelf, compare_heatmaps, heatmap, read_side
 from moon2_lab.heatpage import heat_page
-from moon2_lab.pairscore import mean_cell
+from moon2_lab.explain.pair_score import mean_cell
 from moon2_lab.stillmap import static_png
 from moon2_lab.data.synthetic.generator import draw_product
 
@@ -77,7 +77,7 @@ def test_free_routing_tells_its_gap():
 
 def test_occlusion_by_hand():
     "The score without one word is what the score function says when that word is blank."
-    from moon2_lab.attribute import make_case
+    from moon2_lab.explain.attribution import make_case
 
     encoder, (query, item) = tiny(), pair(2)
     found, case = attribute_side(encoder, query, item, method="occlusion"), make_case(encoder, item, query)
@@ -142,7 +142,7 @@ def test_a_packed_backbone_through_its_connector_output(kind):
 def test_a_method_that_does_not_fit_is_named(monkeypatch):
     "A model that shows no attention has the other methods, and a pair is opened without attention."
     encoder, (query, item) = tiny(), pair()
-    monkeypatch.setattr("moon2_lab.attribute.shows_attention", lambda encoder: False)
+    monkeypatch.setattr("moon2_lab.explain.attribution.shows_attention", lambda encoder: False)
     assert fitting_methods(encoder) == ["ig", "gradient", "occlusion", "shapley"]
     with pytest.raises(UsageError, match="'rollout': this model shows no attention to read .method. -> one of ig, gradient"):
         attribute_side(encoder, query, item, method="rollout")
@@ -224,7 +224,7 @@ def test_progress_and_cancel():
 
 def test_a_map_is_faithful_where_the_score_is_known():
     "Over several pairs occlusion beats random maps far more often than chance, and a reversed map is worse than them."
-    from moon2_lab.faithful import faithfulness
+    from moon2_lab.explain.faithfulness import faithfulness
 
     encoder, found = tiny(), []
     for index in range(8):
@@ -332,7 +332,7 @@ def test_a_script_that_ends_while_maps_are_computed_ends_well(tmp_path):
     script.write_text(textwrap.dedent("""
         from moon2_lab.data.catalog import Item
         from moon2_lab.model.encoder import Moon2Encoder
-        from moon2_lab.explain import heatmap
+        from moon2_lab.explain.explainer import heatmap
 
         widget = heatmap(Moon2Encoder.from_backbone("tiny", seed=0), Item("a red mug", None), Item("a very red mug with a handle", None), trials=2000)
         print("still at work:", widget._thread.is_alive())

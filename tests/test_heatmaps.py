@@ -12,11 +12,11 @@ from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_not
 from PIL import Image
 
 from moon2_lab.config import DataError, LabError, UsageError
-from moon2_lab.heatdata import block, first_method, map_json, maps_json, pair_payload
+from moon2_lab.explain.heatmap_data import block, first_method, map_json, maps_json, pair_payload
 from moon2_lab.heatmaps import HeatmapWidget
 from moon2_lab.heatpage import heat_page, inline_json, write_heat_page
 from moon2_lab.mapfigures import layer_head_figure, pair_map_figure, pair_map_plot, plot_png
-from moon2_lab.maps import Faith, PairMaps, TokenMap, made_up_pair, made_up_side
+from moon2_lab.explain.faith_verdicts import Faith, PairMaps, TokenMap, made_up_pair, made_up_side
 from moon2_lab.stillmap import show_static, static_png
 
 MEBIBYTE = 2**20
@@ -507,7 +507,7 @@ CELL = """
 import time
 import numpy as np
 from moon2_lab.heatmaps import HeatmapWidget
-from moon2_lab.maps import Faith, TokenMap, made_up_pair
+from moon2_lab.explain.faith_verdicts import Faith, TokenMap, made_up_pair
 
 pair = made_up_pair()
 

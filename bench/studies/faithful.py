@@ -42,9 +42,9 @@ def open_rows(out: Path, about: dict) -> list[dict]:
 
 def pair_rows(encoder, twin, product, query, item, methods: list[str], about: dict) -> list[dict]:
     "Rows of one pair: its rows of vectors, the frozen copies and the random maps are made once."
-    from moon2_lab.attribute import METHODS, make_case
-    from moon2_lab.cases import run_case
-    from moon2_lab.faithful import faith_row, faithfulness, random_gains
+    from moon2_lab.explain.attribution import METHODS, make_case
+    from moon2_lab.explain.pair_pieces import run_case
+    from moon2_lab.explain.faithfulness import faith_row, faithfulness, random_gains
 
     settings = {name: about[name] for name in ("steps", "most_steps", "samples", "seed")}
     free, held, theirs = make_case(encoder, item, query, routing="free", **settings), make_case(encoder, item, query, **settings), make_case(twin, item, query, **settings)
@@ -62,7 +62,7 @@ def pair_rows(encoder, twin, product, query, item, methods: list[str], about: di
 
 
 def main() -> None:
-    from moon2_lab.attribute import METHODS
+    from moon2_lab.explain.attribution import METHODS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a run, or a model folder")
@@ -85,7 +85,7 @@ def main() -> None:
     from moon2_lab.config import LabError
     from moon2_lab.files import write_json, write_parquet
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.faithful import faith_table, redrawn_twin
+    from moon2_lab.explain.faithfulness import faith_table, redrawn_twin
 
     if args.threads:
         torch.set_num_threads(args.threads)

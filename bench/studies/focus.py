@@ -55,7 +55,7 @@ def main() -> None:
         train_arm(catalog, part, arm, config, out / "steps.json", out / arm)
     if args.train_only:
         return
-    from moon2_lab.focus import compare_focus, focus_table, left_out_counts
+    from moon2_lab.explain.content_focus import compare_focus, focus_table, left_out_counts
     from moon2_lab.focusfigure import focus_figure
 
     fields = config.encoder_fields()
