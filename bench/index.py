@@ -82,7 +82,7 @@ class Milvus:
     name = "milvus_lite"
 
     def __init__(self, kind: str, rows: np.ndarray, nlist: int, folder: Path):
-        from moon2_lab.index import IndexChoice, build_index, connect, make_collection, quiet
+        from moon2_lab.retrieval.milvus import IndexChoice, build_index, connect, make_collection, quiet
 
         self.client, begun = connect(folder / f"{kind}.db", create=True), time.perf_counter()
         self.kind = kind
@@ -145,10 +145,10 @@ def filtered(rows: np.ndarray, queries: np.ndarray, folder: Path, batch: int = 5
     "A row for each share of the products that a filter keeps; None: without a filter."
     import pyarrow.parquet as pq
 
-    from moon2_lab.filters import milvus_filter
-    from moon2_lab.index import VectorStore, index_vectors
+    from moon2_lab.retrieval.filters import milvus_filter
+    from moon2_lab.retrieval.milvus import VectorStore, index_vectors
     from moon2_lab.data.products import Product
-    from moon2_lab.vectors import VectorBlock, payload_of, vector_schema, vector_table
+    from moon2_lab.retrieval.vectors import VectorBlock, payload_of, vector_schema, vector_table
 
     drawn, queries = np.random.default_rng(1).random(len(rows)), queries[:batch]
     goods = [Product(f"p{number}", attributes={"shares": "|".join(str(share) for share in SHARES if chance < share)}) for number, chance in enumerate(drawn)]

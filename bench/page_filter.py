@@ -32,7 +32,7 @@ def seconds(act, repeats: int) -> float:
 
 
 def main() -> None:
-    from moon2_lab.filters import FacetTable
+    from moon2_lab.retrieval.filters import FacetTable
     from moon2_lab.shop import highest
 
     args = options(__doc__, repeats=5).parse_args()

@@ -75,7 +75,7 @@ def measure(folder: Path, products: int, queries: int) -> dict:
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.cli import main
     from moon2_lab.evaluation.evaluate import evaluate
-    from moon2_lab.embed import embed_catalog
+    from moon2_lab.retrieval.embed import embed_catalog
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.evaluation.ranking import ranks_chunked
     from moon2_lab.data.triplets import TripletSampler, build_triplets

@@ -20,7 +20,7 @@ from .model.backbone import square
 from .data.catalog import ImageRef, Product
 from .compare import KINDS
 from .config import DIRECTIONS, LabError
-from .filters import COLUMNS
+from .retrieval.filters import COLUMNS
 from .heatpage import heat_page
 from .explain.faith_verdicts import PairMaps
 from .page import Safe, foreign, join, percent, picture, picture_uri, score, table, tag, text

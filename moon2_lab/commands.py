@@ -301,7 +301,7 @@ def heat_lines(pair, page: str) -> list[str]:
 def embed(args: argparse.Namespace) -> Outcome:
     "Embed a catalogue into one file of vectors."
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.embed import embed_catalog
+    from moon2_lab.retrieval.embed import embed_catalog
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.job import model_folder
     from moon2_lab.files import try_file
@@ -321,7 +321,7 @@ def embed(args: argparse.Namespace) -> Outcome:
 
 def index(args: argparse.Namespace) -> Outcome:
     "Put a file of vectors into a store: a file of Milvus Lite, or a Milvus server."
-    from moon2_lab.index import index_vectors
+    from moon2_lab.retrieval.milvus import index_vectors
 
     done = index_vectors(args.vectors, args.uri, args.replace)
     lines = [f"{one.uri}, {one.collection}: {one.rows:,} products put in, {one.total:,} there now; index {one.index} ({one.reason})" for one in done]
@@ -331,7 +331,7 @@ def index(args: argparse.Namespace) -> Outcome:
 def search(args: argparse.Namespace) -> Outcome:
     "Search a store by words, by a picture, or by both."
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.index import VectorStore
+    from moon2_lab.retrieval.milvus import VectorStore
     from moon2_lab.job import model_folder
     from moon2_lab.queries import query_item
 

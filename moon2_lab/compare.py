@@ -21,7 +21,7 @@ from .data.catalog import Catalog, ImageRef, Item, Product
 from .config import DIRECTIONS, VIEWS, DataError, UsageError
 from .files import plain
 from .evaluation.evaluate import Question, answer, ask, query_items
-from .filters import field_values, fold_value, parse_filter
+from .retrieval.filters import field_values, fold_value, parse_filter
 from .page import drawn_shape
 from .evaluation.protocol import LEVELS
 from .evaluation.statistics import judged, paired_test, with_interval
@@ -246,7 +246,7 @@ def select(
     direction: str | None = None,  # None or empty: all
     category: str | None = None,  # a name of any level, or a path such as Home > Lamp
     kind: str | None = None,  # won, lost, moved or same
-    where: str = "",  # an expression of `moon2_lab.filters` over the query's product
+    where: str = "",  # an expression of `moon2_lab.retrieval.filters` over the query's product
 ) -> Comparison:
     "The part that fits; it may be empty. `UsageError` for a name that there is not."
     table, keep = self.table, np.ones(len(self.table), dtype=bool)

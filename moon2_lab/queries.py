@@ -20,7 +20,7 @@ from PIL import Image
 from .data.catalog import Catalog, ImageRef, Item, Product, decode_image
 from .compare import matching_attributes
 from .config import DataError, UsageError
-from .filters import nearest_names
+from .retrieval.filters import nearest_names
 from .data.images import MAX_SIDE, TURNS, bare, fit, open_image, orientation, to_rgb
 from .tables import printable
 from .data.queries import Lexicon, fold

@@ -28,7 +28,7 @@ from .files import atomic_path
 from .model.encoder import Moon2Encoder
 from .evaluation.evaluate import answer, ask
 from .explain.explainer import ExplainerShelf
-from .filters import FacetTable, field_values, fold_value
+from .retrieval.filters import FacetTable, field_values, fold_value
 from .explain.heatmap_data import trust_facts
 from .explain.faith_verdicts import PairMaps, TokenMap
 from .queries import named_query, query_note, read_upload

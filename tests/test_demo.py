@@ -25,7 +25,7 @@ from moon2_lab.data.catalog import Catalog, ImageRef, Product
 from moon2_lab.config import LabError, UsageError
 from moon2_lab.demo import build_demo, main, prepare, serve, train_tiny
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.filters import field_values, parse_filter
+from moon2_lab.retrieval.filters import field_values, parse_filter
 from moon2_lab.queries import query_item
 from moon2_lab.shop import SearchModel, Shop
 from moon2_lab.tables import made_up_metrics

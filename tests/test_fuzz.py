@@ -220,7 +220,7 @@ def test_change_lists(tmp_path):
 
 def test_filters():
     "Expressions from the words of the language in any order, and damaged good ones."
-    from moon2_lab.filters import parse_filter
+    from moon2_lab.retrieval.filters import parse_filter
 
     words = ["colour", "product_id", "==", "!=", "in", "not", "and", "or", "(", ")", "[", "]", ",", "'red'", "\"\"", "-1", "1e999", "0x", "not in", "lambda", "__import__", "'" * 3, "\\", "\0", "名", "`", "#", "\n", "1j"]
     words += ["None", ":=", "*", "f'{a}'"]
@@ -234,10 +234,10 @@ def test_filters():
 
 
 def test_vector_files(tmp_path):
-    from moon2_lab.embed import embed_catalog
+    from moon2_lab.retrieval.embed import embed_catalog
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.data.synthetic.generator import make_catalog
-    from moon2_lab.vectors import VectorFile
+    from moon2_lab.retrieval.vectors import VectorFile
 
     catalog = Catalog.load(make_catalog(tmp_path / "shop", products=12, image_size=64))
     embed_catalog(Moon2Encoder.from_backbone("tiny", **TINY), catalog, tmp_path / "v.parquet")

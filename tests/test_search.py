@@ -22,12 +22,12 @@ from moon2_lab.data.catalog import Catalog
 from moon2_lab.cli import main
 from moon2_lab.compare import asked_items
 from moon2_lab.config import DataError, LabError
-from moon2_lab.embed import embed_catalog, parts_folder
+from moon2_lab.retrieval.embed import embed_catalog, parts_folder
 from moon2_lab.evaluation.evaluate import answer, ask, evaluate
-from moon2_lab.filters import field_values, parse_filter
-from moon2_lab.index import VectorStore, connect, disconnect, index_vectors
+from moon2_lab.retrieval.filters import field_values, parse_filter
+from moon2_lab.retrieval.milvus import VectorStore, connect, disconnect, index_vectors
 from moon2_lab.data.products import Product
-from moon2_lab.vectors import StoredForm, VectorBlock, VectorFile, payload_of, vector_schema, vector_table
+from moon2_lab.retrieval.vectors import StoredForm, VectorBlock, VectorFile, payload_of, vector_schema, vector_table
 from small import shop, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,7 +235,7 @@ def test_the_same_through_a_server(stored, tmp_path):
 
 def test_a_locked_store_says_so(stored, moon2, model):
     "While another process has it open."
-    code = f"from moon2_lab.index import connect\nclient = connect({str(stored[1])!r})\nprint('open', flush=True)\ninput()"
+    code = f"from moon2_lab.retrieval.milvus import connect\nclient = connect({str(stored[1])!r})\nprint('open', flush=True)\ninput()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
     try:
         assert holder.stdout.readline() == b"open\n"
@@ -251,7 +251,7 @@ def test_exact_search_up_to_the_limit(tmp_path):
     import pyarrow.parquet as pq
 
     from moon2_lab.evaluation.ranking import normalised
-    from moon2_lab.vectors import VectorBlock, payload_of, vector_schema, vector_table
+    from moon2_lab.retrieval.vectors import VectorBlock, payload_of, vector_schema, vector_table
     rng, count = np.random.default_rng(0), 19_999
     rows = normalised(rng.normal(size=(count, 32)))
     ids = [f"p{place}" for place in range(count)]
@@ -314,7 +314,7 @@ def test_indexing_leaves_nothing_behind(stored):
 
 def test_the_index_goes_by_the_rows_of_its_view(tmp_path, monkeypatch):
     "A file of three views with 40 products each, and exact search below 50: each view is searched exactly, though the file has 120 rows."
-    monkeypatch.setattr("moon2_lab.index.EXACT_BELOW", 50)
+    monkeypatch.setattr("moon2_lab.retrieval.milvus.EXACT_BELOW", 50)
     rows = np.random.default_rng(0).normal(size=(120, 8)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     views = np.array(["t", "i", "mm"] * 40)
@@ -326,7 +326,7 @@ def test_exact_search_that_was_outgrown_says_so(stored, tmp_path, monkeypatch):
     "An index that is there stays; when it looks at too many vectors for each query, the next run tells what would choose another."
     first = index_vectors(stored[0], tmp_path / "v.db")
     assert {one.index for one in first} == {"FLAT"} and not any("--replace" in one.reason for one in first)
-    monkeypatch.setattr("moon2_lab.index.EXACT_BELOW", 10)
+    monkeypatch.setattr("moon2_lab.retrieval.milvus.EXACT_BELOW", 10)
     assert all(one.index == "FLAT" and "--replace" in one.reason for one in index_vectors(stored[0], tmp_path / "v.db"))
     assert {one.index for one in index_vectors(stored[0], tmp_path / "v.db", replace=True)} == {"HNSW"}
 
@@ -384,7 +384,7 @@ def test_filtered_search_is_exact_enough_at_every_selectivity(tmp_path):
 @pytest.mark.parametrize("exact_below", [100, 20_000], ids=["graph", "exact"])
 def test_a_damaged_store_is_one_line(tmp_path, monkeypatch, exact_below):
     "Bits turned, files cut, emptied or gone: the store is searched, or refused with where and what to do; nothing raw."
-    monkeypatch.setattr("moon2_lab.index.EXACT_BELOW", exact_below)
+    monkeypatch.setattr("moon2_lab.retrieval.milvus.EXACT_BELOW", exact_below)
     rows, chance = clustered(300, 8), random.Random(3)
     goods = [Product(f"p{number}", f"title {number}", attributes={"colour": ("red", "blue")[number % 2]}) for number in range(300)]
     index_vectors(vectors_file(tmp_path / "v.parquet", goods, rows), tmp_path / "whole.db")

@@ -44,7 +44,7 @@ def trained(catalog, part, config, folder: Path):
 def run_arm(catalog, part, config, out: Path, arm: str, seed: int, dims: list[int]) -> None:
     "Train, and score each form of the products' vectors."
     from moon2_lab.evaluation.evaluate import answer, ask
-    from moon2_lab.vectors import StoredForm
+    from moon2_lab.retrieval.vectors import StoredForm
 
     question = ask(catalog, "test")
     kept = Kept(trained(catalog, part, config, out / f"{arm}-{seed}" / "model"))

@@ -538,7 +538,7 @@ def evaluate(
     seed: int = 0,  # of the bootstrap; nothing else is random
     gallery: str | Path | Sequence[str] | None = None,  # triplets-v1: file with one product id per line, or the ids
     lexicon: Lexicon | None = None,  # made already, to save the second it takes
-    stored: Callable[[np.ndarray], np.ndarray] | None = None,  # what a store keeps of the gallery's vectors, such as `moon2_lab.vectors.StoredForm("int8", 64)`; only the directions are scored then
+    stored: Callable[[np.ndarray], np.ndarray] | None = None,  # what a store keeps of the gallery's vectors, such as `moon2_lab.retrieval.vectors.StoredForm("int8", 64)`; only the directions are scored then
 ) -> dict:
     "The dictionary of metrics.json. A place that cannot be written is a `LabError` before the work; one that fails afterwards a `NotSaved` that holds the scores."
     place = contextlib.nullcontext() if out is None else held(try_scores(out), folder=False)
