@@ -14,7 +14,7 @@ import pandas as pd
 from .data.catalog import Catalog, Product, examine_paths
 from .config import DataError
 from .data.images import ImageFolder
-from .sheets import Card, cards_html
+from .reporting.contact_sheet import Card, cards_html
 
 # %% ../nbs/69_augmented.ipynb #32224242
 def attempts_of(

@@ -18,14 +18,14 @@ from PIL import Image, ImageDraw
 
 from .model.backbone import square
 from .data.catalog import ImageRef, Product
-from .compare import KINDS
+from .reporting.comparison import KINDS
 from .config import DIRECTIONS, LabError
 from .retrieval.filters import COLUMNS
-from .heatpage import heat_page
+from .reporting.heatmap_page import heat_page
 from .explain.faith_verdicts import PairMaps
-from .page import Safe, foreign, join, percent, picture, picture_uri, score, table, tag, text
+from .reporting.html import Safe, foreign, join, percent, picture, picture_uri, score, table, tag, text
 from .evaluation.statistics import p_words
-from .tables import BASELINE_WORDS, DIRECTION_WORDS, against_baselines, number, score_table, section
+from .reporting.tables import BASELINE_WORDS, DIRECTION_WORDS, against_baselines, number, score_table, section
 
 # %% ../nbs/73_cards.ipynb #cf828e1a
 @functools.lru_cache(maxsize=512)  # 100 MB

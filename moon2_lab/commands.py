@@ -116,7 +116,7 @@ def check_lines(
     facts: dict,  # of Catalog.summary
 ) -> list[str]:
     "A summary for a reader."
-    from moon2_lab.alarms import cut_words
+    from moon2_lab.reporting.alarms import cut_words
     from moon2_lab.data.catalog import key_words
 
     lines = [f"{facts['products']:,} of {facts['records']:,} records usable: {facts['with_title']:,} with a title, {facts['with_image']:,} with a picture, {facts['with_both']:,} with both"]
@@ -257,10 +257,10 @@ def heatmap(args: argparse.Namespace) -> Outcome:
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.explain.explainer import TRIALS, Explainer
-    from moon2_lab.heatpage import page_file, write_heat_page
+    from moon2_lab.reporting.heatmap_page import page_file, write_heat_page
     from moon2_lab.job import model_folder
     from moon2_lab.files import try_file
-    from moon2_lab.queries import named_item, named_query, query_note
+    from moon2_lab.reporting.named_queries import named_item, named_query, query_note
 
     folder, methods = model_folder(args.model), list(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
     device = chosen_device(args)
@@ -333,7 +333,7 @@ def search(args: argparse.Namespace) -> Outcome:
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.retrieval.milvus import VectorStore
     from moon2_lab.job import model_folder
-    from moon2_lab.queries import query_item
+    from moon2_lab.reporting.named_queries import query_item
 
     folder, device, query = model_folder(args.model), chosen_device(args), query_item(args.text, args.image)
     with VectorStore(args.uri, args.view) as store:
@@ -347,11 +347,11 @@ def search(args: argparse.Namespace) -> Outcome:
 def compare(args: argparse.Namespace) -> Outcome:
     "Compare two models on the same queries: won, lost, moved, as one page."
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.changes import explain_changes
-    from moon2_lab.compare import compare_encoders
-    from moon2_lab.diffpage import write_diff_page
+    from moon2_lab.reporting.comparison_heatmaps import explain_changes
+    from moon2_lab.reporting.comparison import compare_encoders
+    from moon2_lab.reporting.comparison_report import write_diff_page
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.heatpage import page_file
+    from moon2_lab.reporting.heatmap_page import page_file
     from moon2_lab.job import model_folder
     from moon2_lab.files import try_file
 

@@ -32,7 +32,7 @@ from .files import read_json
 from .model.encoder import Moon2Encoder
 from .guards import Guard, Limits, Lines, host_names, line_refusal, security_headers
 from .job import model_folder, model_name
-from .queries import MAX_LETTERS
+from .reporting.named_queries import MAX_LETTERS
 from .shop import MAX_HITS, Shop
 from .tabs import COMPARES, EXPLAINS, QUIET, VIEW_LABELS, PictureFile, about_tab, compare_tab, connect_compare, connect_heatmap, connect_search, heatmap_tab, method_choices, search_tab, title_of, told
 from .training.trainer import Trainer

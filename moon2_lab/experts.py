@@ -18,11 +18,11 @@ import traitlets
 from PIL import Image, ImageDraw, ImageFont
 
 from .config import OBJECTIVES, UsageError, static_text
-from .figures import fitted
-from .mapfigures import in_theme, pale, theme_of, word_names
-from .routingmaps import RoutingMaps, routing_payload
-from .stillmap import INK, SHARE, SOFT, WIDTH, small_png, write_lines
-from .tables import VIEW_WORDS, printable
+from .reporting.run_figures import fitted
+from .reporting.heatmap_figures import in_theme, pale, theme_of, word_names
+from .reporting.routing_figures import RoutingMaps, routing_payload
+from .reporting.still_heatmap import INK, SHARE, SOFT, WIDTH, small_png, write_lines
+from .reporting.tables import VIEW_WORDS, printable
 
 # %% ../nbs/65_experts.ipynb #df80248d
 COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66), (140, 140, 140))
@@ -59,7 +59,7 @@ class RoutingWidget(anywidget.AnyWidget):
 
     _esm = static_text("parts.js", "routing.js")
     _css = static_text("routing.css")
-    payload = traitlets.Dict().tag(sync=True)  # moon2_lab.routingmaps.routing_payload
+    payload = traitlets.Dict().tag(sync=True)  # moon2_lab.reporting.routing_figures.routing_payload
     data = traitlets.Bytes().tag(sync=True)
     layer = traitlets.Int(0).tag(sync=True)
     expert = traitlets.Int(None, allow_none=True).tag(sync=True)

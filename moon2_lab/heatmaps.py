@@ -20,8 +20,8 @@ from fastcore.basics import patch
 from .config import LabError, UsageError, static_text
 from .explain.heatmap_data import NAMES, check_map, first_method, map_json, maps_json, pair_payload
 from .explain.faith_verdicts import Faith, PairMaps, TokenMap
-from .stillmap import static_png
-from .tables import printable
+from .reporting.still_heatmap import static_png
+from .reporting.tables import printable
 
 # %% ../nbs/64_heatmaps.ipynb #197228e8
 def count_of(

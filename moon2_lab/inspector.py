@@ -21,8 +21,8 @@ from PIL import Image
 
 from .config import VIEWS, UsageError, static_text
 from .explain.heatmap_data import small_jpeg
-from .sheets import Card, card_sheet, jpeg
-from .tables import printable
+from .reporting.contact_sheet import Card, card_sheet, jpeg
+from .reporting.tables import printable
 from .data.triplets import Triplet
 from .training.triplet_review import KINDS, PHIS, Verdicts, inspection_table, next_weight, phi_over_time
 

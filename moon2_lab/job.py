@@ -260,9 +260,9 @@ def score_lines(
     metrics: dict,  # of metrics.json
 ) -> str:
     "One line per direction: R@1, R@10 with its interval, the best trivial baseline, the verdict."
-    from moon2_lab.alarms import cut_words
+    from moon2_lab.reporting.alarms import cut_words
     from moon2_lab.data.catalog import key_words
-    from moon2_lab.tables import against_baselines, score_table
+    from moon2_lab.reporting.tables import against_baselines, score_table
 
     scores = score_table(metrics)
     rows = {(row.direction, row.metric): row for row in scores[scores.kind == "run"].itertuples()}
@@ -321,7 +321,7 @@ def query_hits(
 
 def _with_hits(catalog, row, item, hits: int):
     "One row of per_query.parquet with its words and pictures."
-    from moon2_lab.report import Hit, QueryHits
+    from moon2_lab.reporting.run_report import Hit, QueryHits
 
     view, right = row.direction.split("->")[0], set(row.hit_ids)
     products = [catalog.get(name) for name in row.top_ids[:hits]]
@@ -357,7 +357,7 @@ def report_run(
     "Write RUN/report.html (and metrics.json, where it is missing); returns its path."
     import pandas as pd
 
-    from moon2_lab.report import write_report
+    from moon2_lab.reporting.run_report import write_report
 
     run = Path(run)
     model_folder(run)

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 
 from .explain.attention import evaluating
 from .data.catalog import Catalog, Item, Product
-from .compare import Comparison, compare_tables
+from .reporting.comparison import Comparison, compare_tables
 from .config import VIEWS, UsageError, cache_dir, sha256_hex
 from .files import atomic_path
 from .model.encoder import Moon2Encoder
@@ -31,7 +31,7 @@ from .explain.explainer import ExplainerShelf
 from .retrieval.filters import FacetTable, field_values, fold_value
 from .explain.heatmap_data import trust_facts
 from .explain.faith_verdicts import PairMaps, TokenMap
-from .queries import named_query, query_note, read_upload
+from .reporting.named_queries import named_query, query_note, read_upload
 from .data.queries import Lexicon, search_phrase
 
 # %% ../nbs/74_shop.ipynb #06f6bb37

@@ -23,14 +23,14 @@ import gradio as gr
 from .explain.attribution import fitting_methods
 from .cards import about_html, agreement_html, compare_html, experts_html, gallery_value, heat_html, product_html, shared_places
 from .data.catalog import Item
-from .compare import asked_items, category_paths
+from .reporting.comparison import asked_items, category_paths
 from .config import DIRECTIONS, VIEWS, LabError, UsageError
 from .explain.heatmap_data import NAMES
-from .page import Safe, tag
+from .reporting.html import Safe, tag
 from .evaluation.protocol import LEVELS
-from .queries import MAX_LETTERS, matches, named_item, pick_product, query_note, read_upload
+from .reporting.named_queries import MAX_LETTERS, matches, named_item, pick_product, query_note, read_upload
 from .shop import COMPARED, MAX_HITS, Found, Shop
-from .tables import DIRECTION_WORDS, printable
+from .reporting.tables import DIRECTION_WORDS, printable
 
 # %% ../nbs/75_tabs.ipynb #c34abb64
 VIEW_LABELS = [("title + picture", "mm"), ("title", "t"), ("picture", "i")]

@@ -20,8 +20,8 @@ import plotly.graph_objects as go
 from fastcore.basics import patch
 
 from .config import OBJECTIVES, UsageError
-from .figures import GRID, SERIES_COLORS, in_style
-from .tables import columns_like, load_series, objective_series, thin
+from .reporting.run_figures import GRID, SERIES_COLORS, in_style
+from .reporting.tables import columns_like, load_series, objective_series, thin
 
 # %% ../nbs/63_widgets.ipynb #9cc4ba34
 class BatchView(ipywidgets.VBox):

@@ -11,7 +11,7 @@ from moon2_lab.config import LabError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.explain.explainer import Explainer
 from moon2_lab.explain.heatmap_data import page_heatmap
-from moon2_lab.page import heat_pictures, heat_words
+from moon2_lab.reporting.html import heat_pictures, heat_words
 from moon2_lab.data.synthetic.generator import draw_product
 
 pytestmark = [pytest.mark.filterwarnings("ignore:attention=bidirectional"), pytest.mark.usefixtures("own_cache")]

@@ -27,9 +27,9 @@ import moon2_lab.data.images as images_module
 from moon2_lab.data.catalog import Catalog, ImageRef, Item, Product, decode_image, key_words, large_keys, product_keys
 from moon2_lab.config import DataError, LabError
 from moon2_lab.data.images import ImageFolder, examine
-from moon2_lab.page import picture_uri
+from moon2_lab.reporting.html import picture_uri
 from moon2_lab.data.products import Quarantine, read_records
-from moon2_lab.queries import query_item
+from moon2_lab.reporting.named_queries import query_item
 
 DATA = os.environ.get("MOON2_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="MOON2_DATA is not set")

@@ -14,10 +14,10 @@ from PIL import Image
 from small import product, shop, tiny
 
 from moon2_lab.data.catalog import Catalog, ImageRef, Product
-from moon2_lab.changes import explain_changes
-from moon2_lab.compare import KINDS, MadeUpEncoder, compare_encoders, compare_tables, made_up_catalog, made_up_comparison, matching_attributes, query_product
+from moon2_lab.reporting.comparison_heatmaps import explain_changes
+from moon2_lab.reporting.comparison import KINDS, MadeUpEncoder, compare_encoders, compare_tables, made_up_catalog, made_up_comparison, matching_attributes, query_product
 from moon2_lab.config import DIRECTIONS, DataError, UsageError
-from moon2_lab.diffpage import diff_page, page_data, write_diff_page
+from moon2_lab.reporting.comparison_report import diff_page, page_data, write_diff_page
 from moon2_lab.evaluation.evaluate import answer, ask
 from moon2_lab.evaluation.statistics import holm, p_words, paired_test_tables
 
@@ -88,7 +88,7 @@ def test_every_view_of_a_comparison_says_the_same_p(made):
     "Tab, endpoint, page and terminal: tested among all directions and both k, whatever is shown."
     from moon2_lab.cards import tested_words
     from moon2_lab.commands import compare_lines
-    from moon2_lab.diffpage import difference_cells
+    from moon2_lab.reporting.comparison_report import difference_cells
 
     facts, page = made.summary(), {(row["direction"], row["metric"]): row for row in made.tests().to_dict("records")}
     for direction in made.directions:

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from moon2_lab.alarms import baseline_alarms, query_alarms
+from moon2_lab.reporting.alarms import baseline_alarms, query_alarms
 from moon2_lab.data.catalog import Catalog, Item, Product
 from moon2_lab.config import DIRECTIONS, DataError, UsageError
 from moon2_lab.evaluation.evaluate import answer, ask, encode_side, evaluate
 from moon2_lab.data.images import ImageRef
 from moon2_lab.evaluation.protocol import catalog_queries, gallery_side, label_tasks, pick_products, string_match
 from moon2_lab.evaluation.statistics import holm, p_words, paired_test_tables
-from moon2_lab.tables import against_baselines, score_table
+from moon2_lab.reporting.tables import against_baselines, score_table
 from moon2_lab.data.queries import Lexicon, query_image_ref, search_phrase
 from PIL import Image, ImageDraw
 

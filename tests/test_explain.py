@@ -19,9 +19,9 @@ from moon2_lab.cli import main
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.explain.explainer import Explainer, ExplainerShelf, compare_heatmaps, heatmap, read_side
-from moon2_lab.heatpage import heat_page
+from moon2_lab.reporting.heatmap_page import heat_page
 from moon2_lab.explain.pair_score import mean_cell
-from moon2_lab.stillmap import static_png
+from moon2_lab.reporting.still_heatmap import static_png
 from moon2_lab.data.synthetic.generator import draw_product
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore:attention=bidirectional")]

@@ -14,10 +14,10 @@ from PIL import Image
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.explain.heatmap_data import block, first_method, map_json, maps_json, pair_payload
 from moon2_lab.heatmaps import HeatmapWidget
-from moon2_lab.heatpage import heat_page, inline_json, write_heat_page
-from moon2_lab.mapfigures import layer_head_figure, pair_map_figure, pair_map_plot, plot_png
+from moon2_lab.reporting.heatmap_page import heat_page, inline_json, write_heat_page
+from moon2_lab.reporting.heatmap_figures import layer_head_figure, pair_map_figure, pair_map_plot, plot_png
 from moon2_lab.explain.faith_verdicts import Faith, PairMaps, TokenMap, made_up_pair, made_up_side
-from moon2_lab.stillmap import show_static, static_png
+from moon2_lab.reporting.still_heatmap import show_static, static_png
 
 MEBIBYTE = 2**20
 

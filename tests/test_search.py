@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from bench.demo_load import free_port
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.cli import main
-from moon2_lab.compare import asked_items
+from moon2_lab.reporting.comparison import asked_items
 from moon2_lab.config import DataError, LabError
 from moon2_lab.retrieval.embed import embed_catalog, parts_folder
 from moon2_lab.evaluation.evaluate import answer, ask, evaluate
@@ -62,7 +62,7 @@ def test_search_finds_what_a_matrix_product_finds(moon2, model, stored, drawn_ca
     assert code == 0, err
     hits = json.loads(out)["hits"]
     assert list(hits[0]) == ["product_id", "score", "title"] and len(hits) == 5
-    from moon2_lab.queries import query_item
+    from moon2_lab.reporting.named_queries import query_item
     scores = vectors @ encoder.encode([query_item(query, None)])[0]
     order = np.argsort(-scores, kind="stable")[:5]
     assert [hit["product_id"] for hit in hits] == [catalog[int(place)].product_id for place in order]

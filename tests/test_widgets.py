@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from moon2_lab.config import TrainConfig
-from moon2_lab.sheets import Card, caption_font, card_sheet, cards_html, triplet_cards, wrap
-from moon2_lab.tables import made_up_history
+from moon2_lab.reporting.contact_sheet import Card, caption_font, card_sheet, cards_html, triplet_cards, wrap
+from moon2_lab.reporting.tables import made_up_history
 from moon2_lab.widgets import BatchView, LiveTraining, LiveView
 
 

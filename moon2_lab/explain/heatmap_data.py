@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..config import DataError, UsageError
 from .faith_verdicts import Faith, PairMaps, SideMaps, TokenMap
-from ..tables import PairHeatmap, printable
+from ..reporting.tables import PairHeatmap, printable
 
 # %% ../../nbs/explain/645_heatmap_data.ipynb #9c892e29
 def check_map(

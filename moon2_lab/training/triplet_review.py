@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 from ..config import VIEWS, DataError, UsageError, sha256_hex
 from ..files import read_json, write_json
-from ..tables import printable
+from ..reporting.tables import printable
 from ..data.triplets import Triplet, TripletList
 
 # %% ../../nbs/training/580_triplet_review.ipynb #a7259aab
