@@ -13,7 +13,7 @@ from small import product, tiny
 
 from moon2_lab.data.catalog import Item
 from moon2_lab.config import OBJECTIVES, VIEWS, DataError, UsageError
-from moon2_lab.experts import COLOURS, RoutingWidget, expert_map_figure, ink_on, routing_picture, routing_png, show_routing
+from moon2_lab.widgets.routing import COLOURS, RoutingWidget, expert_map_figure, ink_on, routing_picture, routing_png, show_routing
 from moon2_lab.explain.expert_routing import expert_load, token_routing
 from moon2_lab.reporting.routing_figures import EVEN, RoutingMaps, made_up_routing, routing_maps, routing_payload, training_steps
 from moon2_lab.reporting.tables import made_up_history
@@ -473,7 +473,7 @@ def test_it_lets_go(opened):
 # ---------------------------------------------------------------------------------------------- the widget in JupyterLab
 
 CELL = """
-from moon2_lab.experts import RoutingWidget
+from moon2_lab.widgets.routing import RoutingWidget
 from moon2_lab.reporting.routing_figures import made_up_routing
 
 widget = RoutingWidget(made_up_routing())

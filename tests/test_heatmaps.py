@@ -13,7 +13,7 @@ from PIL import Image
 
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.explain.heatmap_data import block, first_method, map_json, maps_json, pair_payload
-from moon2_lab.heatmaps import HeatmapWidget
+from moon2_lab.widgets.heatmap import HeatmapWidget
 from moon2_lab.reporting.heatmap_page import heat_page, inline_json, write_heat_page
 from moon2_lab.reporting.heatmap_figures import layer_head_figure, pair_map_figure, pair_map_plot, plot_png
 from moon2_lab.explain.faith_verdicts import Faith, PairMaps, TokenMap, made_up_pair, made_up_side
@@ -506,7 +506,7 @@ def test_the_policy_of_the_page_holds(browser, tmp_path):
 CELL = """
 import time
 import numpy as np
-from moon2_lab.heatmaps import HeatmapWidget
+from moon2_lab.widgets.heatmap import HeatmapWidget
 from moon2_lab.explain.faith_verdicts import Faith, TokenMap, made_up_pair
 
 pair = made_up_pair()

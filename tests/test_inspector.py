@@ -13,7 +13,7 @@ from small import picture, product, settings, shop, tiny
 from moon2_lab.data.catalog import ImageRef, Item
 from moon2_lab.config import VIEWS, DataError, LabError, UsageError
 from moon2_lab.objective.sample_filter import FilterLedger
-from moon2_lab.inspector import PAGE, FilterInspector
+from moon2_lab.widgets.triplets import PAGE, FilterInspector
 from moon2_lab.data.triplets import Triplet
 from moon2_lab.training.triplet_review import PHIS, PhiWatch, Verdict, Verdicts, apply_verdicts, inspection_table, phi_over_time, stray_verdicts, triplet_phi
 
@@ -562,7 +562,7 @@ CELL = """
 import numpy as np, pandas as pd
 from PIL import Image
 from moon2_lab.data.catalog import ImageRef, Item, Product
-from moon2_lab.inspector import FilterInspector
+from moon2_lab.widgets.triplets import FilterInspector
 from moon2_lab.data.triplets import Triplet
 
 def one(number):

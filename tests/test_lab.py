@@ -13,7 +13,7 @@ import plotly.io as pio
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.training.trainer import TrainConfig, Trainer
-from moon2_lab.widgets import LiveTraining
+from moon2_lab.widgets.training import LiveTraining
 
 pio.renderers.default = "plotly_mimetype"
 encoder = Moon2Encoder.from_backbone("tiny", num_layers=2, image_size=32, visual_tokens=4)
@@ -144,7 +144,7 @@ def test_the_live_view_after_a_reload(page, tmp_path):
 
 
 WIDGETS = """
-from moon2_lab.experts import RoutingWidget
+from moon2_lab.widgets.routing import RoutingWidget
 from moon2_lab.reporting.routing_figures import made_up_routing
 widget = RoutingWidget(made_up_routing())
 widget

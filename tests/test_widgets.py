@@ -16,7 +16,7 @@ from PIL import Image
 from moon2_lab.config import TrainConfig
 from moon2_lab.reporting.contact_sheet import Card, caption_font, card_sheet, cards_html, triplet_cards, wrap
 from moon2_lab.reporting.tables import made_up_history
-from moon2_lab.widgets import BatchView, LiveTraining, LiveView
+from moon2_lab.widgets.training import BatchView, LiveTraining, LiveView
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_start_in_a_plain_script_trains_to_the_end(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent("""
         from types import SimpleNamespace
-        from moon2_lab.widgets import LiveTraining
+        from moon2_lab.widgets.training import LiveTraining
         class Straw:
             step, max_steps, history, callbacks = 0, 3, [], []
             def __iter__(self): return self

@@ -23,7 +23,7 @@ from ..config import UsageError
 from ..config import progress as progress_bar
 from ..model.encoder import Moon2Encoder
 from .faithfulness import faithfulness, random_gains, redrawn_twin, without_own
-from ..heatmaps import HeatmapWidget
+from ..widgets.heatmap import HeatmapWidget
 from .faith_verdicts import FEW, Faith, PairMaps, SideMaps, TokenMap, correct_for_methods
 from .expert_routing import plain_item, token_routing
 from ..evaluation.statistics import LEVEL
