@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from moon2_lab.demo import main
+from moon2_lab.app.interface import main
 
 ROOT = Path(__file__).resolve().parent.parent
 

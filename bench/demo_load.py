@@ -278,8 +278,8 @@ def some_pictures(catalog, work: Path, count: int = 3) -> list[Path]:
 
 def run(args) -> dict:
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.demo import open_model
-    from moon2_lab.shop import Shop
+    from moon2_lab.app.interface import open_model
+    from moon2_lab.app.service import Shop
 
     with tempfile.TemporaryDirectory() as folder:
         model, path = material(args, work := Path(folder))

@@ -390,11 +390,11 @@ def compare_lines(facts: dict) -> list[str]:  # of Comparison.summary
 def demo(args: argparse.Namespace) -> Outcome:
     "Search a catalogue in the browser, with one model or two; or write that as a folder to be given away."
     if args.export_space:
-        from moon2_lab.space import export_space
+        from moon2_lab.app.hf_space import export_space
 
         folder = export_space(args.model, args.catalog, args.export_space, args.model_b, args.split)
         return Outcome(f"{folder}: start it with python app.py", {"space": str(folder)})
-    from moon2_lab.demo import prepare, serve
+    from moon2_lab.app.interface import prepare, serve
 
     address = serve(prepare(args.model, args.model_b, args.catalog, args.split, device=chosen_device(args)), args.host, args.port, args.share)
     return Outcome(f"{address} was stopped", {"address": address})

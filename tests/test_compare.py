@@ -86,7 +86,7 @@ def test_paired_tests_are_those_of_metrics(made):
 
 def test_every_view_of_a_comparison_says_the_same_p(made):
     "Tab, endpoint, page and terminal: tested among all directions and both k, whatever is shown."
-    from moon2_lab.cards import tested_words
+    from moon2_lab.app.components import tested_words
     from moon2_lab.commands import compare_lines
     from moon2_lab.reporting.comparison_report import difference_cells
 

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bench.demo_load import free_port
-from moon2_lab.cards import thumbnail
+from moon2_lab.app.components import thumbnail
 from moon2_lab.data.catalog import Catalog, ImageRef, Product
 from moon2_lab.config import LabError, UsageError
-from moon2_lab.demo import build_demo, main, prepare, serve, train_tiny
+from moon2_lab.app.interface import build_demo, main, prepare, serve, train_tiny
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.retrieval.filters import field_values, parse_filter
 from moon2_lab.reporting.named_queries import query_item
-from moon2_lab.shop import SearchModel, Shop
+from moon2_lab.app.service import SearchModel, Shop
 from moon2_lab.reporting.tables import made_up_metrics
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -234,7 +234,7 @@ def test_searches_do_not_wait_behind_heatmaps(catalog, encoders):
 
 def test_a_session_holds_no_pixels(demo, picture):
     "What a search leaves in a session is the words and the path of the picture; a click reads it again, and says so when it is gone."
-    from moon2_lab.tabs import asked_again, look_up
+    from moon2_lab.app.tabs import asked_again, look_up
 
     kept = look_up(demo.shop, "black bag", str(picture), "mm", 5, "", "A")[0]
     assert kept["image"] == str(picture) and set(kept) == {"words", "image", "direction", "hits"}
@@ -590,8 +590,8 @@ def test_about_tab(address, browser):
 def test_main_without_a_model(drawn_catalogue, monkeypatch, capsys):
     "No model: tiny is trained for seconds, and the page says so. Wrong folders are one line and exit code 2."
     served = {}
-    monkeypatch.setattr("moon2_lab.demo.serve", lambda demo, *given: served.update(demo=demo, given=given))
-    monkeypatch.setattr("moon2_lab.demo.train_tiny", lambda catalog: train_tiny(catalog, steps=2))
+    monkeypatch.setattr("moon2_lab.app.interface.serve", lambda demo, *given: served.update(demo=demo, given=given))
+    monkeypatch.setattr("moon2_lab.app.interface.train_tiny", lambda catalog: train_tiny(catalog, steps=2))
     assert main(["--catalog", str(drawn_catalogue), "--port", "7999"], model=drawn_catalogue / "no-model") == 0
     assert served["given"] == ("127.0.0.1", 7999, False) and len(served["demo"].shop.catalog) == 80
     assert "No trained model was found" in str(served["demo"].config["components"])

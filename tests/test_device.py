@@ -383,7 +383,7 @@ def test_a_device_without_float64_refuses_it(fake, monkeypatch):
 
 
 def test_the_demo_searches_and_explains_there(fake, monkeypatch, drawn_catalogue, model_folders):
-    from moon2_lab.demo import prepare
+    from moon2_lab.app.interface import prepare
 
     def answers():
         shop_of = prepare(*model_folders, drawn_catalogue, "test").shop

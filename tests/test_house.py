@@ -229,7 +229,7 @@ def test_imports_point_downwards(path):
 
 
 def test_apps_see_the_demo_only():
-    "The launchers are thin: all they know is moon2_lab.demo."
+    "The launchers are thin: all they know is moon2_lab.app.interface."
     for path in sorted((ROOT / "apps").glob("*.py")):
         source = path.read_text(encoding="utf-8")
         assert imports_of(source) <= {"demo"}, f"{named(path)} imports {imports_of(source)}"

@@ -18,8 +18,8 @@ from moon2_lab.data.catalog import Catalog
 from moon2_lab.config import LabError, UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.reporting.named_queries import query_item
-from moon2_lab.shop import SearchModel
-from moon2_lab.space import NOT_SERVED, chosen, export_space, needed_packages
+from moon2_lab.app.service import SearchModel
+from moon2_lab.app.hf_space import NOT_SERVED, chosen, export_space, needed_packages
 from bench.demo_load import serving
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -163,10 +163,10 @@ def test_a_failure_leaves_nothing(home, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("moon2_lab.space.copy_package", full)
+        patch.setattr("moon2_lab.app.hf_space.copy_package", full)
         with pytest.raises(LabError, match="disk is full"):
             export_space(home / "runs" / "first", home / "shop", tmp_path / "space", products=2)
-        patch.setattr("moon2_lab.space.copy_package", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("moon2_lab.app.hf_space.copy_package", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             export_space(home / "runs" / "first", home / "shop", tmp_path / "space", products=2)
     assert not list(tmp_path.iterdir())
