@@ -73,7 +73,7 @@ def measure(folder: Path, products: int, queries: int) -> dict:
     import numpy as np
 
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.cli import main
+    from moon2_lab.cli.main import main
     from moon2_lab.evaluation.evaluate import evaluate
     from moon2_lab.retrieval.embed import embed_catalog
     from moon2_lab.model.encoder import Moon2Encoder

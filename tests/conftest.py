@@ -58,7 +58,7 @@ def drawn_catalogue(tmp_path_factory) -> Path:
 @pytest.fixture
 def moon2(capsys):
     "Run a command in this process: (exit code, stdout, stderr)."
-    from moon2_lab.cli import main
+    from moon2_lab.cli.main import main
 
     def run(*words):
         capsys.readouterr()

@@ -81,7 +81,7 @@ int linkat(int x, const char *a, int y, const char *b, int f) { REAL(linkat); NE
 SERVER = r"""
 import ctypes, errno, json, os, sys, traceback
 os.environ["OMP_NUM_THREADS"] = "1"
-import moon2_lab.cli, moon2_lab.job, moon2_lab.training.trainer, moon2_lab.retrieval.embed, moon2_lab.evaluation.evaluate, moon2_lab.data.importers.importer, moon2_lab.data.synthetic.generator, moon2_lab.augment.pipeline, moon2_lab.augment.consistency, moon2_lab.reporting.run_report
+import moon2_lab.cli.main, moon2_lab.cli.pipeline, moon2_lab.training.trainer, moon2_lab.retrieval.embed, moon2_lab.evaluation.evaluate, moon2_lab.data.importers.importer, moon2_lab.data.synthetic.generator, moon2_lab.augment.pipeline, moon2_lab.augment.consistency, moon2_lab.reporting.run_report
 import accelerate, safetensors.torch, pyarrow.parquet, pandas, sqlite3, PIL.JpegImagePlugin, cv2
 import torch
 torch.set_num_threads(1)
@@ -91,7 +91,7 @@ os.dup2(2, 1)
 warm = sys.argv[1]  # whatever is imported only when it is needed is imported now, once
 os.environ["MOON2_CACHE"] = warm + "/cache"
 for words in json.loads(sys.argv[2]):
-    moon2_lab.cli.main(words)
+    moon2_lab.cli.main.main(words)
 
 class Audit:  # where there is no compiler
     EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
@@ -126,7 +126,7 @@ for line in sys.stdin:
             os.dup2(out, 1), os.dup2(out, 2)
             os.environ["MOON2_CACHE"] = job["cache"]
             lib.fault_arm(job["root"].encode(), job["n"], job["mode"])
-            code = moon2_lab.cli.main(job["words"])
+            code = moon2_lab.cli.main.main(job["words"])
             calls = lib.fault_calls()
             with open(job["log"] + ".calls", "w") as file:
                 file.write(str(calls))

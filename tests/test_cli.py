@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from moon2_lab.cli import main
+from moon2_lab.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--backbone", "tiny", "--set", "num_layers=2", "image_size=32", "visual_tokens=4", "max_steps=6", "save_steps=3", "per_device_train_batch_size=8", "num_threads=1"]
@@ -44,7 +44,7 @@ def test_help_has_an_example(moon2, words):
 
 def test_a_real_process_answers_at_once_and_loads_nothing_heavy():
     "The installed command is this function; --help must not wait for torch."
-    code = "import sys; from moon2_lab.cli import main; code = main(['--help']); sys.exit(code or 90 * any(name in sys.modules for name in ('torch', 'pandas', 'numpy', 'transformers')))"
+    code = "import sys; from moon2_lab.cli.main import main; code = main(['--help']); sys.exit(code or 90 * any(name in sys.modules for name in ('torch', 'pandas', 'numpy', 'transformers')))"
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "moon2 COMMAND --help" in done.stdout
     spent = sum(int(line.split(":")[1].split("|")[0]) for line in done.stderr.splitlines() if line.startswith("import time:") and "[us]" not in line)
@@ -54,7 +54,7 @@ def test_a_real_process_answers_at_once_and_loads_nothing_heavy():
 def test_exit_codes_and_streams_of_a_real_process(drawn_catalogue, tmp_path):
     "As a script sees it."
     def moon2(*words):
-        return subprocess.run([sys.executable, "-c", "import sys; from moon2_lab.cli import main; sys.exit(main())", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-c", "import sys; from moon2_lab.cli.main import main; sys.exit(main())", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
 
     good = moon2("data", "check", drawn_catalogue, "--json")
     assert good.returncode == 0 and json.loads(good.stdout)["products"] == 80 and good.stderr == ""
@@ -255,7 +255,7 @@ def test_a_training_that_the_system_stops_can_be_resumed(drawn_catalogue, tmp_pa
     "Like Ctrl-C: a checkpoint, one line, exit code 130. It was saved by time before, without being asked."
     run = tmp_path / "run"
     words = ["train", "--catalog", str(drawn_catalogue), "--out", str(run), *SMALL[:-3], "max_steps=100000", "save_minutes=0.002", *SMALL[-2:]]
-    code = f"import sys; from moon2_lab.cli import main; sys.exit(main({words!r}))"
+    code = f"import sys; from moon2_lab.cli.main import main; sys.exit(main({words!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 240
     while not list(run.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < end:
@@ -296,7 +296,7 @@ def test_the_main_job_spares_the_old_run_when_the_catalogue_is_wrong(moon2, tmp_
 
 def piped(command):
     "(exit status of moon2, stderr) when its output goes where `command` says."
-    program = f"{sys.executable} -c 'import sys; from moon2_lab.cli import main; sys.exit(main())'"
+    program = f"{sys.executable} -c 'import sys; from moon2_lab.cli.main import main; sys.exit(main())'"
     done = subprocess.run(["bash", "-c", command.replace("moon2", program) + "; exit ${PIPESTATUS[0]}"], cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stderr
 

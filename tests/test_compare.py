@@ -87,7 +87,7 @@ def test_paired_tests_are_those_of_metrics(made):
 def test_every_view_of_a_comparison_says_the_same_p(made):
     "Tab, endpoint, page and terminal: tested among all directions and both k, whatever is shown."
     from moon2_lab.app.components import tested_words
-    from moon2_lab.commands import compare_lines
+    from moon2_lab.cli.commands import compare_lines
     from moon2_lab.reporting.comparison_report import difference_cells
 
     facts, page = made.summary(), {(row["direction"], row["metric"]): row for row in made.tests().to_dict("records")}
@@ -501,7 +501,7 @@ def test_without_script_the_numbers_stand(browser, page_path, made):
 
 def test_the_command_writes_the_page(drawn_catalogue, tmp_path, capsys):
     "`moon2 compare A B`: page, one JSON object, the names of the runs; a model against itself wins and loses nothing."
-    from moon2_lab.cli import main
+    from moon2_lab.cli.main import main
     for name, seed in (("before", 0), ("after", 1)):
         tiny(seed=seed).save_pretrained(tmp_path / name / "model")
     words = ["--catalog", str(drawn_catalogue), "--split", "all", "--limit", "30", "--explain", "1", "--json"]

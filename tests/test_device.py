@@ -13,7 +13,7 @@ import torch
 from fake_device import counted
 from moon2_lab import backbone, core, encoder, losses, moe, outputs, recorder, train
 from moon2_lab.data.catalog import Item
-from moon2_lab.cli import main
+from moon2_lab.cli.main import main
 from moon2_lab.config import UsageError
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.evaluation.evaluate import evaluate

@@ -527,7 +527,7 @@ def test_fashion_counts(data_root):
 
 def test_queries_that_are_the_title_are_counted_everywhere(tmp_path):
     "One run of Chinese is one word, so the phrase is the title: said in metrics.json, in the score lines and on the report."
-    from moon2_lab.job import score_lines
+    from moon2_lab.cli.pipeline import score_lines
 
     names = "红蓝绿黑白黄粉灰"
     products = [Product(f"p{n:02}", f"{names[n % 8]}色棉衬衫第{n}号" if n < 24 else f"red cotton shirt no {n} new", split="test") for n in range(30)]
@@ -540,7 +540,7 @@ def test_queries_that_are_the_title_are_counted_everywhere(tmp_path):
 
 
 def test_large_keys_are_named_in_metrics_score_lines_and_alarms():
-    from moon2_lab.job import score_lines
+    from moon2_lab.cli.pipeline import score_lines
 
     shared = picture("grey", 3)
     products = [Product(f"p{n:02}", f"{COLOURS[n % 5]} {KINDS[n % 4]} no {n}", refs=(shared if n % 2 else picture(COLOURS[n % 5], 1 + n % 15),), split="test") for n in range(40)]
@@ -575,7 +575,7 @@ def test_a_drawn_catalogue_carries_the_version_of_its_generator(tmp_path):
 def test_cut_texts_are_counted_in_metrics_score_lines_and_alarms():
     "A title of 30 words where 8 tokens are read."
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.job import score_lines
+    from moon2_lab.cli.pipeline import score_lines
 
     products = [Product(f"p{n}", f"mug no {n} " + "very " * (26 if n < 3 else 1), split="test") for n in range(6)]
     metrics = evaluate(Moon2Encoder.from_backbone("tiny", num_layers=1, max_text_tokens=8), Catalog.from_products(products), resamples=0, baselines=False)
@@ -587,7 +587,7 @@ def test_cut_texts_are_counted_in_metrics_score_lines_and_alarms():
 
 def test_a_direction_without_any_right_answer_is_not_scored():
     "Half of the products have words only, the others a picture only: no title's own picture is among those that are searched."
-    from moon2_lab.job import score_lines
+    from moon2_lab.cli.pipeline import score_lines
     from small import product, tiny
 
     catalog = Catalog.from_products([product(number, **({"title": None} if number % 2 else {"refs": ()})) for number in range(20)])
@@ -596,7 +596,7 @@ def test_a_direction_without_any_right_answer_is_not_scored():
 
 
 def test_pictures_have_no_words_to_be_equal_to():
-    from moon2_lab.job import score_lines
+    from moon2_lab.cli.pipeline import score_lines
     from small import product, tiny
 
     metrics = evaluate(tiny(), Catalog.from_products([product(number) for number in range(20)]), split="all", resamples=0, baselines=False, labels=False)
@@ -604,7 +604,7 @@ def test_pictures_have_no_words_to_be_equal_to():
 
 
 def test_a_gallery_of_ten_products_or_less_is_said_to_measure_nothing_at_ten():
-    from moon2_lab.job import score_lines
+    from moon2_lab.cli.pipeline import score_lines
     from small import product, tiny
 
     few, more = (score_lines(evaluate(tiny(), Catalog.from_products([product(number) for number in range(count)]), split="all", resamples=0, baselines=False, labels=False)) for count in (10, 11))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from moon2_lab.explain.attribution import METHODS, attribute_side, fitting_methods, upsample
 from moon2_lab.explain.pair_pieces import Cancelled, Case, EmbedScore, by_gradient, by_ig, by_occlusion, by_shapley, run_case
 from moon2_lab.data.catalog import ImageRef, Item
-from moon2_lab.cli import main
+from moon2_lab.cli.main import main
 from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.explain.explainer import Explainer, ExplainerShelf, compare_heatmaps, heatmap, read_side

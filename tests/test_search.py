@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from bench.demo_load import free_port
 from moon2_lab.data.catalog import Catalog
-from moon2_lab.cli import main
+from moon2_lab.cli.main import main
 from moon2_lab.reporting.comparison import asked_items
 from moon2_lab.config import DataError, LabError
 from moon2_lab.retrieval.embed import embed_catalog, parts_folder
@@ -128,7 +128,7 @@ def test_what_goes_wrong_is_one_line(moon2, model, stored, drawn_catalogue, tmp_
 
 def test_a_killed_run_goes_on(model, drawn_catalogue, tmp_path):
     "kill -9 between two pieces, at a random one; then --resume gives the file of a run that was never stopped, byte for byte."
-    words = [sys.executable, "-m", "moon2_lab.cli"] if (ROOT / "moon2_lab" / "__main__.py").exists() else [sys.executable, "-c", "import sys; from moon2_lab.cli import main; sys.exit(main())"]
+    words = [sys.executable, "-m", "moon2_lab.cli.main"] if (ROOT / "moon2_lab" / "__main__.py").exists() else [sys.executable, "-c", "import sys; from moon2_lab.cli.main import main; sys.exit(main())"]
     options = ["embed", str(model), "--catalog", str(drawn_catalogue), "--piece", "8"]
     whole, out = tmp_path / "whole.parquet", tmp_path / "killed.parquet"
     assert main([*options, "--out", str(whole)]) == 0

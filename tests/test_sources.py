@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moon2_lab import fetch, rows, sources
 from moon2_lab.data.catalog import Catalog
-from moon2_lab.cli import main
+from moon2_lab.cli.main import main
 from moon2_lab.config import DataError, UsageError
 from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.data.importers.download import Fetcher

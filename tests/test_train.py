@@ -22,7 +22,7 @@ from moon2_lab.training.checkpoint import load_checkpoint, load_tensors, newest_
 from moon2_lab.config import OBJECTIVES, VIEWS, DataError, DriftError, LabError, TrainConfig, UsageError
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective.sample_filter import Moon2Objective
-from moon2_lab.job import KeepWithin
+from moon2_lab.cli.pipeline import KeepWithin
 from moon2_lab.objective.contrastive import TripletKeys, TripletRouting, TripletViews, inter_product_loss, objective_routing
 from moon2_lab.files import read_json
 from moon2_lab.training.trainer import PHASES, Trainer, lay_out
@@ -393,7 +393,7 @@ def test_a_job_that_must_end_in_time_lets_its_steps_give_way(catalog):
     def steps_taken(spent_before, step=1.0, score=3.0, asked=5, points=8):
         trainer = Trainer(tiny(), catalog, settings(max_steps=0, max_minutes=asked, eval_points=points))
         clock = [1000.0]
-        with mock.patch("moon2_lab.job.time.monotonic", lambda: clock[0]):
+        with mock.patch("moon2_lab.cli.pipeline.time.monotonic", lambda: clock[0]):
             keeper = KeepWithin(trainer, 1, 1000.0 - spent_before)
             trainer.max_steps = int(60 * trainer.config.max_minutes / step)
             while trainer.step < trainer.max_steps:

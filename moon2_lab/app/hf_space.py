@@ -27,7 +27,7 @@ from ..files import read_json, whole_folder, write_checksums, write_json, write_
 from .interface import catalogue_of, open_model, scores_of, shown_part
 from ..model.encoder import Moon2Encoder
 from ..data.images import bare, fit
-from ..job import model_name
+from ..cli.pipeline import model_name
 
 # %% ../../nbs/app/875_hf_space.ipynb #a4c8aa53
 def chosen(

@@ -31,7 +31,7 @@ from ..config import DIRECTIONS, VIEWS, LabError, TrainConfig, UsageError, cache
 from ..files import read_json
 from ..model.encoder import Moon2Encoder
 from .guards import Guard, Limits, Lines, host_names, line_refusal, security_headers
-from ..job import model_folder, model_name
+from ..cli.pipeline import model_folder, model_name
 from ..reporting.named_queries import MAX_LETTERS
 from .service import MAX_HITS, Shop
 from .tabs import COMPARES, EXPLAINS, QUIET, VIEW_LABELS, PictureFile, about_tab, compare_tab, connect_compare, connect_heatmap, connect_search, heatmap_tab, method_choices, search_tab, title_of, told
