@@ -81,7 +81,9 @@ int linkat(int x, const char *a, int y, const char *b, int f) { REAL(linkat); NE
 SERVER = r"""
 import ctypes, errno, json, os, sys, traceback
 os.environ["OMP_NUM_THREADS"] = "1"
-import moon2_lab.cli.main, moon2_lab.cli.pipeline, moon2_lab.training.trainer, moon2_lab.retrieval.embed, moon2_lab.evaluation.evaluate, moon2_lab.data.importers.importer, moon2_lab.data.synthetic.generator, moon2_lab.augment.pipeline, moon2_lab.augment.consistency, moon2_lab.reporting.run_report
+import moon2_lab.cli.main, moon2_lab.cli.pipeline, moon2_lab.training.trainer, moon2_lab.retrieval.embed
+import moon2_lab.data.importers.importer, moon2_lab.data.synthetic.generator, moon2_lab.augment.pipeline
+import moon2_lab.augment.consistency, moon2_lab.evaluation.evaluate, moon2_lab.reporting.run_report
 import accelerate, safetensors.torch, pyarrow.parquet, pandas, sqlite3, PIL.JpegImagePlugin, cv2
 import torch
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from moon2_lab import backbone
+from moon2_lab.model import backbone
 from moon2_lab.model.backbone import FeatureStore
 from moon2_lab.data.catalog import Catalog, ImageRef, Item
 from moon2_lab.config import DataError, LabError

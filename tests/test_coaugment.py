@@ -62,19 +62,19 @@ def test_a_killed_run_continues_to_the_same_files(drawn, tmp_path):
     code = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT / 'tests')!r})
-from moon2_lab import coaugment
+from moon2_lab.augment import pipeline
 from test_coaugment import brightness
-whole, made = coaugment.expand_pictures, []
+whole, made = pipeline.expand_pictures, []
 def slow(*given):
     made.append(1)
     if len(made) > 12:
         print("half", flush=True)
         time.sleep(30)
     return whole(*given)
-coaugment.expand_pictures = slow
-parts = coaugment.in_parts
-coaugment.in_parts = lambda *given, **more: parts(*given, **more | {{"size": 5}})
-coaugment.augment_catalog({str(drawn)!r}, {str(tmp_path / 'out')!r}, coaugment.Recipe(scorer=brightness), workers=1)
+pipeline.expand_pictures = slow
+parts = pipeline.in_parts
+pipeline.in_parts = lambda *given, **more: parts(*given, **more | {{"size": 5}})
+pipeline.augment_catalog({str(drawn)!r}, {str(tmp_path / 'out')!r}, pipeline.Recipe(scorer=brightness), workers=1)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline().strip() == "half"

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 from fake_device import counted
-from moon2_lab import backbone, core, encoder, losses, moe, outputs, recorder, train
+from moon2_lab import config, files
+from moon2_lab.explain import attention_recorder
+from moon2_lab.model import backbone, encoder, moe
+from moon2_lab.objective import contrastive
+from moon2_lab.training import trainer as trainer_module
 from moon2_lab.data.catalog import Item
 from moon2_lab.cli.main import main
 from moon2_lab.config import UsageError
@@ -28,13 +32,13 @@ def fake(monkeypatch, tmp_path):
     "The fake device as the fastest there is, and a cache of one's own: vision features are made anew."
     monkeypatch.setenv("MOON2_CACHE", str(tmp_path / "cache"))
     device = fake_device.start()
-    monkeypatch.setattr(core, "device_counts", lambda: {"fake": 1, "cpu": 1})
+    monkeypatch.setattr(config, "device_counts", lambda: {"fake": 1, "cpu": 1})
     return device
 
 
 def without_device(monkeypatch):
     "The machine as it is, with a cache that knows nothing."
-    monkeypatch.setattr(core, "device_counts", lambda: {"cpu": 1})
+    monkeypatch.setattr(config, "device_counts", lambda: {"cpu": 1})
     monkeypatch.setenv("MOON2_CACHE", os.environ["MOON2_CACHE"] + "-cpu")
 
 
@@ -68,12 +72,12 @@ def test_what_a_gpu_is_waited_for_is_counted(fake, wait, act):
 
 
 def test_a_device_that_is_not_there_is_one_line_that_names_what_is(monkeypatch):
-    monkeypatch.setattr(core, "device_counts", lambda: {"cuda": 2, "cpu": 1})
-    assert (core.pick_device("auto"), core.pick_device("cuda:1")) == (torch.device("cuda"), torch.device("cuda:1"))
+    monkeypatch.setattr(config, "device_counts", lambda: {"cuda": 2, "cpu": 1})
+    assert (config.pick_device("auto"), config.pick_device("cuda:1")) == (torch.device("cuda"), torch.device("cuda:1"))
     for wrong in ("cuda:2", "mps", "gpu", "cuda:x"):
         with pytest.raises(UsageError, match=f"no device '{wrong}'.*there is cuda:0 to cuda:1, cpu"):
             try:
-                core.pick_device(wrong)
+                config.pick_device(wrong)
             except UsageError as error:
                 raise UsageError(str(error)) from error
 
@@ -96,7 +100,7 @@ def test_every_command_refuses_it_before_anything_is_read(words, tmp_path, capsy
 def test_the_setting_is_the_same_thing(monkeypatch, tmp_path, capsys):
     (tmp_path / "settings.ini").write_text("[lab]\ndevice = mps\n")
     monkeypatch.setenv("MOON2_SETTINGS", str(tmp_path / "settings.ini"))
-    monkeypatch.setattr(core, "device_counts", lambda: {"cpu": 1})
+    monkeypatch.setattr(config, "device_counts", lambda: {"cpu": 1})
     tiny().save_pretrained(tmp_path / "model")
     assert main(["eval", str(tmp_path / "model"), "--catalog", "none"]) == 2
     assert "no device 'mps'" in capsys.readouterr().err
@@ -110,10 +114,10 @@ def test_kernel_and_dtype_are_measured_after_moving_and_kept_under_the_devices_n
     monkeypatch.setattr(encoder, "pick_dtype", lambda device: seen.append(("dtype", device.type)) or torch.bfloat16)
     monkeypatch.setattr(encoder, "faster_kernel", lambda block, tokens, dtype: seen.append(("kernel", block.gate_up_proj.device.type, dtype)) or ("grouped", {}))
     model = tiny()
-    choices = train.choose_numerics(model, settings(device="auto"))
+    choices = trainer_module.choose_numerics(model, settings(device="auto"))
     assert (choices.device, choices.dtype, choices.expert_kernel) == ("fake", "bfloat16", "grouped")
     assert seen == [("dtype", "fake"), ("kernel", "fake", torch.bfloat16)]
-    known = outputs.read_json(core.cache_dir("probes") / "answers.json")
+    known = files.read_json(config.cache_dir("probes") / "answers.json")
     assert sorted(key.split(" torch-")[1].split(" ", 1)[1].split(" 4x")[0] for key in known) == ["dtype fake", "experts fake bfloat16"]
     placed = tiny().place("auto")  # a model that is loaded is asked about in the same way
     assert (placed.compute_dtype, {block.kernel for block in placed.moe_blocks}) == (torch.bfloat16, {"grouped"})
@@ -151,8 +155,8 @@ def test_a_busy_machine_does_not_choose_the_kernel(monkeypatch):
 
 def test_every_module_is_imported_without_fcntl(root):
     "As on Windows."
-    names = [path.stem for path in sorted((root / "moon2_lab").glob("*.py")) if path.stem != "__init__"]
-    code = "import importlib, sys; sys.modules['fcntl'] = None\nfor name in sys.argv[1:]: importlib.import_module(f'moon2_lab.{name}')"
+    names = [".".join(path.relative_to(root).with_suffix("").parts) for path in sorted((root / "moon2_lab").rglob("*.py")) if path.stem != "__init__"]
+    code = "import importlib, sys; sys.modules['fcntl'] = None\nfor name in sys.argv[1:]: importlib.import_module(name)"
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -208,7 +212,7 @@ def test_a_step_waits_for_the_device_a_few_times(fake, kernel):
 
 def test_the_masks_of_a_batch_are_computed_once(fake, monkeypatch):
     made = []
-    for module in (losses, sys.modules["moon2_lab.objective.sample_filter"]):
+    for module in (contrastive, sys.modules["moon2_lab.objective.sample_filter"]):
         monkeypatch.setattr(module, "candidate_masks", lambda *a, _make=module.candidate_masks, **k: made.append(1) or _make(*a, **k))
     trainer = Trainer(tiny(), shop(40), settings(device="auto"))
     now = SimpleNamespace(batch=trainer.current_batch(), seconds=0.0)
@@ -220,11 +224,11 @@ def test_the_masks_of_a_batch_are_computed_once(fake, monkeypatch):
 LEFT_BEHIND = {
     "pooling": (encoder, "pool_index", lambda rows, view, device=None: _pool_index(rows, view)),
     "packing": (encoder, "Packing", lambda lengths, causal=True, device=None: _packing(lengths, causal)),
-    "keys": (train, "lay_out", lambda *a, **k: _stuck(*_lay_out(*a, **k))),
+    "keys": (trainer_module, "lay_out", lambda *a, **k: _stuck(*_lay_out(*a, **k))),
     "features": (backbone.Backbone, "vision_tokens", lambda self, features: self.connector(features.cpu().to(self.connector[1].weight.dtype))),
-    "masks": (losses, "_or_true", lambda mask, size, device: torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).cpu()),
+    "masks": (contrastive, "_or_true", lambda mask, size, device: torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).cpu()),
 }
-_pool_index, _packing, _lay_out = encoder.pool_index, encoder.Packing, train.lay_out
+_pool_index, _packing, _lay_out = encoder.pool_index, encoder.Packing, trainer_module.lay_out
 
 
 class Stuck(torch.Tensor):
@@ -356,7 +360,7 @@ def test_every_command_runs_its_model_there_and_says_what_it_says_on_the_cpu(fak
 @pytest.mark.parametrize("double", [True, False], ids=["float64", "no float64"])
 def test_every_kind_of_heatmap(fake, monkeypatch, double, methods):
     "Also where the device has no float64, as mps has none."
-    from moon2_lab import attention
+    from moon2_lab.explain import attention
     from moon2_lab.explain.explainer import Explainer
 
     query, item = Item("red box", picture(0), "q"), Item("a box", picture(1), "p")
@@ -364,7 +368,7 @@ def test_every_kind_of_heatmap(fake, monkeypatch, double, methods):
     expected = Explainer(tiny(**small), query, item, "model", redrawn=False, trials=0).maps(methods)
     if not double:
         monkeypatch.setattr(fake_device, "no_double", [True])
-        for module in (recorder, attention):
+        for module in (attention_recorder, attention):
             monkeypatch.setattr(module, "widest", lambda device: torch.float32)
     with counted():
         found = Explainer(tiny(**small).place("auto"), query, item, "model", redrawn=False, trials=0).maps(methods)
@@ -379,7 +383,7 @@ def test_a_device_without_float64_refuses_it(fake, monkeypatch):
     "The other test would fail if something were left in float64."
     monkeypatch.setattr(fake_device, "no_double", [True])
     with pytest.raises(TypeError, match="float64"):
-        recorder.row_mean(torch.tensor([0, 1], device=fake), 3)
+        attention_recorder.row_mean(torch.tensor([0, 1], device=fake), 3)
 
 
 def test_the_demo_searches_and_explains_there(fake, monkeypatch, drawn_catalogue, model_folders):
@@ -387,7 +391,7 @@ def test_the_demo_searches_and_explains_there(fake, monkeypatch, drawn_catalogue
 
     def answers():
         shop_of = prepare(*model_folders, drawn_catalogue, "test").shop
-        assert {model.encoder.backbone.device.type for model in shop_of.models.values()} == {core.pick_device().type}
+        assert {model.encoder.backbone.device.type for model in shop_of.models.values()} == {config.pick_device().type}
         hits = shop_of.search("red bag", None)
         return hits, shop_of.heatmap("red bag", None, next(iter(hits.values()))[0]["product_id"])
 

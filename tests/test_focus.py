@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from small import product, tiny
 
-from moon2_lab import focus
+from moon2_lab.explain import content_focus
 from moon2_lab.explain.attention import AttentionRows, side_tokens
 from moon2_lab.data.catalog import Catalog, ImageRef
 from moon2_lab.config import DataError, UsageError
@@ -34,7 +34,7 @@ def known_attention(monkeypatch, weigh):
         sides = [side_tokens(encoder, item, view) for item in items]
         return [AttentionRows(side, np.broadcast_to(weigh(side).astype(np.float32), (2, 2, 1, len(side))), [0, 1], [0, 1]) for side in sides]
 
-    monkeypatch.setattr(focus, "attention_of", attention_of)
+    monkeypatch.setattr(content_focus, "attention_of", attention_of)
 
 
 def values(table, part, view, layer="mean"):

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from moon2_lab import train as train_module
+from moon2_lab.training import trainer as trainer_module
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.training.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
 from moon2_lab.config import OBJECTIVES, VIEWS, DataError, DriftError, LabError, TrainConfig, UsageError
@@ -1012,8 +1012,8 @@ def on_meta(choices):
 def test_a_second_trainer_has_a_device_of_its_own(catalog, monkeypatch):
     "accelerate keeps the first device of a process; the encoder stands where its own config says."
     first_one = Trainer(tiny(), catalog, settings())
-    real = train_module.choose_numerics
-    monkeypatch.setattr(train_module, "choose_numerics", lambda *args, **options: on_meta(real(*args, **options)))
+    real = trainer_module.choose_numerics
+    monkeypatch.setattr(trainer_module, "choose_numerics", lambda *args, **options: on_meta(real(*args, **options)))
     second = Trainer(tiny(), catalog, settings())
     assert {p.device.type for p in second.model.parameters()} == {"meta"} == {p.device.type for g in second.optimizer.param_groups for p in g["params"]}
     assert {p.device.type for p in first_one.model.parameters()} == {"cpu"} and len(first_one.train()) == 6

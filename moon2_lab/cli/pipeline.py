@@ -63,15 +63,16 @@ def drawn_catalogue(
     noise: float = 0.1,  # share of triplets that are spoilt, and labelled
 ) -> Path:
     "The folder of a drawn catalogue, made on first use."
-    from moon2_lab import drawing, surfaces, synth, triplets
+    from moon2_lab.data import triplets
+    from moon2_lab.data.synthetic import generator, materials, shapes
 
-    code = "".join(inspect.getsource(module) for module in (drawing, surfaces, synth, triplets))
-    name = f"v{synth.GENERATOR_VERSION}-{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+    code = "".join(inspect.getsource(module) for module in (shapes, materials, generator, triplets))
+    name = f"v{generator.GENERATOR_VERSION}-{hashlib.sha256(code.encode()).hexdigest()[:8]}"
     folder = cache_dir("catalogues", name) / f"drawn-{products}-seed-{seed}-noise-{noise:g}"
     started, new = time.perf_counter(), not folder.exists()
     if new:
         log.info(f"drawing {products:,} products and their pictures, once: half a minute or so; they stay in {folder}")
-    synth.make_catalog(folder, products=products, seed=seed, noise=noise)
+    generator.make_catalog(folder, products=products, seed=seed, noise=noise)
     if new:
         log.info(f"drew {products:,} products in {time.perf_counter() - started:.0f} s")
     return folder
