@@ -101,8 +101,8 @@ def told(name: str, found: dict) -> str:
 @contextlib.contextmanager
 def own_cache(backbone: str) -> Iterator[Path]:
     "A cache folder for random features; fetched model parts and examined pictures are taken from the user's, measured choices are not."
-    from moon2_lab.model.backbone import mini_assets
     from moon2_lab.config import cache_dir
+    from moon2_lab.model.backbone import mini_assets
 
     if backbone == "mini":
         mini_assets()
@@ -119,8 +119,10 @@ def own_cache(backbone: str) -> Iterator[Path]:
 
 def catalogue(args, products: int):
     "The catalogue of --catalog, or invented products: drawn titles and attributes, three pictures each that exist by key only."
-    from moon2_lab.data.catalog import Catalog, ImageRef, Product
     from moon2_lab.config import sha256_hex
+    from moon2_lab.data.catalog import Catalog
+    from moon2_lab.data.images import ImageRef
+    from moon2_lab.data.products import Product
     from moon2_lab.data.synthetic.generator import describe, make_title
 
     if args.catalog:
@@ -178,8 +180,8 @@ def choose_kernel(encoder, tokens: int, dtype: torch.dtype) -> str:
 def one_batch(args, encoder, triplets: int) -> list:
     "The items of one batch of training triplets (queries, positives, negatives), with their features stored."
     from moon2_lab.data.queries import Lexicon
-    from moon2_lab.training.trainer import lay_out
     from moon2_lab.data.triplets import TripletSampler, build_triplets
+    from moon2_lab.training.trainer import lay_out
 
     catalog = catalogue(args, products=max(200, 8 * triplets))
     train = catalog.split("train")

@@ -255,8 +255,8 @@ def measure(app: App, shop, clients: int, searches: int, pictures: Sequence[Path
 
 def material(args, work: Path) -> tuple[Path, Path]:
     "Folders of the model and the catalogue: those named, else made now."
-    from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
     from moon2_lab.data.synthetic.generator import make_catalog
+    from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 
     model, catalog = args.model, args.catalog
     if not catalog:
@@ -277,9 +277,9 @@ def some_pictures(catalog, work: Path, count: int = 3) -> list[Path]:
 
 
 def run(args) -> dict:
-    from moon2_lab.data.catalog import Catalog
     from moon2_lab.app.interface import open_model
     from moon2_lab.app.service import Shop
+    from moon2_lab.data.catalog import Catalog
 
     with tempfile.TemporaryDirectory() as folder:
         model, path = material(args, work := Path(folder))

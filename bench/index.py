@@ -145,9 +145,9 @@ def filtered(rows: np.ndarray, queries: np.ndarray, folder: Path, batch: int = 5
     "A row for each share of the products that a filter keeps; None: without a filter."
     import pyarrow.parquet as pq
 
+    from moon2_lab.data.products import Product
     from moon2_lab.retrieval.filters import milvus_filter
     from moon2_lab.retrieval.milvus import VectorStore, index_vectors
-    from moon2_lab.data.products import Product
     from moon2_lab.retrieval.vectors import VectorBlock, payload_of, vector_schema, vector_table
 
     drawn, queries = np.random.default_rng(1).random(len(rows)), queries[:batch]

@@ -72,13 +72,13 @@ def measure(folder: Path, products: int, queries: int) -> dict:
     "All phases for one size, in this process."
     import numpy as np
 
-    from moon2_lab.data.catalog import Catalog
     from moon2_lab.cli.main import main
-    from moon2_lab.evaluation.evaluate import evaluate
-    from moon2_lab.retrieval.embed import embed_catalog
-    from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.evaluation.ranking import ranks_chunked
+    from moon2_lab.data.catalog import Catalog
     from moon2_lab.data.triplets import TripletSampler, build_triplets
+    from moon2_lab.evaluation.evaluate import evaluate
+    from moon2_lab.evaluation.ranking import ranks_chunked
+    from moon2_lab.model.encoder import Moon2Encoder
+    from moon2_lab.retrieval.embed import embed_catalog
 
     found: dict = {}
     with open(os.devnull, "w") as nowhere:

@@ -7,7 +7,7 @@ __all__ = ['FULL', 'DAY', 'LOCK', 'KINDS', 'EXCHANGE', 'HERE', 'SUMS', 'disk_is_
            'new_temporary', 'atomic_path', 'sync', 'umask', 'locked', 'plain', 'json_text', 'write_json', 'read_json',
            'write_parquet', 'require_kind', 'try_file', 'try_folder', 'NotSaved', 'is_rubbish', 'holds_nothing',
            'require_new', 'clear_rubbish', 'lock_file', 'Hold', 'held', 'require_free', 'exchange', 'whole_folder',
-           'copy_whole', 'file_sha256', 'write_checksums', 'require_checksums']
+           'copy_whole', 'file_sha256', 'write_checksums', 'require_checksums', 'model_folder', 'model_name']
 
 # %% ../nbs/020_files.ipynb #2ecb1d3d
 import contextlib
@@ -610,3 +610,20 @@ def require_checksums(
             what = "the file is cut, damaged, or of another save: its SHA-256 is not the one that was noted"
             raise DataError(what, where=str(folder / name), advice=advice)
     return True
+
+# %% ../nbs/020_files.ipynb #ac31ae0c
+def model_folder(
+    path: str | Path,  # a folder of save_pretrained, or a run folder that holds model/
+) -> Path:
+    "The folder with config.json; `UsageError` when there is none."
+    found = next((folder for folder in (Path(path), Path(path) / "model") if (folder / "config.json").is_file()), None)
+    if found is None:
+        what = "no model in this folder" if Path(path).is_dir() else "no such folder"
+        raise UsageError(what, where=str(path), advice="give a run folder, or the folder that save_pretrained wrote")
+    return found
+
+
+def model_name(path: str | Path) -> str:
+    "The name of the run that a model or run folder is of."
+    folder = Path(path).resolve()
+    return folder.parent.name if folder.name == "model" else folder.name

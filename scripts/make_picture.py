@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from moon2_lab.data.synthetic.generator import describe, draw_product
 from moon2_lab.files import read_json
 from moon2_lab.reporting.run_figures import score_figure
-from moon2_lab.data.synthetic.generator import describe, draw_product
 from moon2_lab.reporting.tables import score_table
 
 IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"

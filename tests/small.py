@@ -3,11 +3,13 @@ import dataclasses
 import os
 
 import pytest
-from moon2_lab.data.catalog import Catalog, ImageRef, Product
 from moon2_lab.config import LabError, TrainConfig
-from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.data.catalog import Catalog
+from moon2_lab.data.images import ImageRef
+from moon2_lab.data.products import Product
 from moon2_lab.data.queries import Lexicon
 from moon2_lab.data.triplets import build_triplets
+from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from PIL import Image, ImageDraw
 
 USERS_CACHE = os.environ.get("MOON2_CACHE")  # before a test file takes a cache of its own

@@ -5,14 +5,15 @@ import torch
 from PIL import Image
 from small import pretrained
 
-from moon2_lab.explain.attribution import attribute_side, make_case
-from moon2_lab.data.catalog import ImageRef, Item
 from moon2_lab.config import LabError
-from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.data.images import ImageRef
+from moon2_lab.data.products import Item
+from moon2_lab.data.synthetic.generator import draw_product
+from moon2_lab.explain.attribution import attribute_side, make_case
 from moon2_lab.explain.explainer import Explainer
 from moon2_lab.explain.heatmap_data import page_heatmap
+from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.reporting.html import heat_pictures, heat_words
-from moon2_lab.data.synthetic.generator import draw_product
 
 pytestmark = [pytest.mark.filterwarnings("ignore:attention=bidirectional"), pytest.mark.usefixtures("own_cache")]
 

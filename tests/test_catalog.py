@@ -24,11 +24,11 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 import moon2_lab.data.images as images_module
-from moon2_lab.data.catalog import Catalog, ImageRef, Item, Product, decode_image, key_words, large_keys, product_keys
 from moon2_lab.config import DataError, LabError
-from moon2_lab.data.images import ImageFolder, examine
+from moon2_lab.data.catalog import Catalog, key_words, large_keys, product_keys
+from moon2_lab.data.images import ImageFolder, ImageRef, decode_image, examine
+from moon2_lab.data.products import Item, Product, Quarantine, read_records
 from moon2_lab.reporting.html import picture_uri
-from moon2_lab.data.products import Quarantine, read_records
 from moon2_lab.reporting.named_queries import query_item
 
 DATA = os.environ.get("MOON2_DATA")

@@ -16,10 +16,13 @@ from PIL import Image
 
 pytest.importorskip("cv2")
 
-from moon2_lab.data.catalog import Catalog
-from moon2_lab.augment.pipeline import STATE, Recipe, augment_catalog, evaluation_hash, expand_pictures, real_pairs, score_pairs, unseen_products
+from moon2_lab.augment.llm_client import NO_ANSWER
+from moon2_lab.augment.pipeline import (
+    Recipe, STATE, augment_catalog, evaluation_hash, expand_pictures, real_pairs, score_pairs, unseen_products,
+)
+from moon2_lab.augment.title_enrichment import Enriched
 from moon2_lab.config import DataError, LabError, UsageError
-from moon2_lab.augment.title_enrichment import NO_ANSWER, Enriched
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import AUGMENTED
 from moon2_lab.data.synthetic.generator import make_catalog
 

@@ -21,14 +21,16 @@ from PIL import Image
 
 from bench.demo_load import free_port
 from moon2_lab.app.components import thumbnail
-from moon2_lab.data.catalog import Catalog, ImageRef, Product
-from moon2_lab.config import LabError, UsageError
 from moon2_lab.app.interface import build_demo, main, prepare, serve, train_tiny
-from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.retrieval.filters import field_values, parse_filter
-from moon2_lab.reporting.named_queries import query_item
 from moon2_lab.app.service import SearchModel, Shop
+from moon2_lab.config import LabError, UsageError
+from moon2_lab.data.catalog import Catalog
+from moon2_lab.data.images import ImageRef
+from moon2_lab.data.products import Product
+from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.reporting.named_queries import query_item
 from moon2_lab.reporting.tables import made_up_metrics
+from moon2_lab.retrieval.filters import field_values, parse_filter
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 NASTY = Product("nasty-1", "Zebra <img src=x onerror=\"document.title='hacked'\"> & Söhne 'bag'", category_l1="O'Neill & <b>Sons</b>", attributes={"colour": "zebra|black", "neck type": "<script>"})

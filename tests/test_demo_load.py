@@ -19,9 +19,9 @@ from PIL import Image
 pytest.importorskip("gradio")
 
 from bench.demo_load import App, Client, app_words, ask, expected_answers, is_right, make_questions, measure, memory, peak_memory, picture_data, serving, some_pictures
+from moon2_lab.app.service import Shop
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.app.service import Shop
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 REQUESTS, SECRET = 500, "the-secret-of-the-shop"

@@ -12,15 +12,15 @@ import pytest
 import torch
 from fake_device import counted
 from moon2_lab import config, files
-from moon2_lab.explain import attention_recorder
-from moon2_lab.model import backbone, encoder, moe
-from moon2_lab.objective import contrastive
-from moon2_lab.training import trainer as trainer_module
-from moon2_lab.data.catalog import Item
 from moon2_lab.cli.main import main
 from moon2_lab.config import UsageError
-from moon2_lab.model.encoder import Moon2Encoder
+from moon2_lab.data.products import Item
 from moon2_lab.evaluation.evaluate import evaluate
+from moon2_lab.explain import attention_recorder
+from moon2_lab.model import backbone, encoder, moe
+from moon2_lab.model.encoder import Moon2Encoder
+from moon2_lab.objective import contrastive
+from moon2_lab.training import trainer as trainer_module
 from moon2_lab.training.trainer import PHASES, Trainer
 from small import picture, settings, shop, tiny
 

@@ -11,12 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moon2_lab.augment.llm_client import Answer, ChatClient, Question
-from moon2_lab.config import DataError, UsageError, sha256_hex
-from moon2_lab.augment.title_enrichment import EnrichRequest, MllmEnricher, ModelEnricher, RulesEnricher, ServerEnricher, enrich_request, fill_prompt, load_prompt, make_enricher, unsupported
 from moon2_lab.augment.entities import AttributeLexicon, Entity
-from moon2_lab.data.images import ImageRef
+from moon2_lab.augment.llm_client import Answer, ChatClient, Question
 from moon2_lab.augment.local_llm import LocalModel
+from moon2_lab.augment.title_enrichment import (
+    EnrichRequest, MllmEnricher, ModelEnricher, RulesEnricher, ServerEnricher, enrich_request, fill_prompt, load_prompt,
+    make_enricher, unsupported,
+)
+from moon2_lab.config import DataError, UsageError, sha256_hex
+from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
 from moon2_lab.data.queries import words
 from PIL import Image

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moon2_lab.augment.entities import (
+    AttributeLexicon, Entity, drop_repeats, drop_talk, find_entities, is_denied, role_of, single_values, stands_in,
+)
 from moon2_lab.data.catalog import Catalog
-from moon2_lab.augment.entities import AttributeLexicon, Entity, drop_repeats, drop_talk, find_entities, is_denied, role_of, single_values, stands_in
 from moon2_lab.data.products import Product
 from moon2_lab.data.queries import words
 

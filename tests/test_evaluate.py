@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from moon2_lab.reporting.alarms import baseline_alarms, query_alarms
-from moon2_lab.data.catalog import Catalog, Item, Product
 from moon2_lab.config import DIRECTIONS, DataError, UsageError
-from moon2_lab.evaluation.evaluate import answer, ask, encode_side, evaluate
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
+from moon2_lab.data.products import Item, Product
+from moon2_lab.data.queries import Lexicon, query_image_ref, search_phrase
+from moon2_lab.evaluation.evaluate import answer, ask, encode_side, evaluate
 from moon2_lab.evaluation.protocol import catalog_queries, gallery_side, label_tasks, pick_products, string_match
 from moon2_lab.evaluation.statistics import holm, p_words, paired_test_tables
+from moon2_lab.reporting.alarms import baseline_alarms, query_alarms
 from moon2_lab.reporting.tables import against_baselines, score_table
-from moon2_lab.data.queries import Lexicon, query_image_ref, search_phrase
 from PIL import Image, ImageDraw
 
 COLOURS, KINDS, BRANDS = ("red", "green", "blue", "orange", "purple"), ("Mug", "Lamp", "Chair", "Vase"), ("Alba", "Borg", "Cura")
@@ -574,8 +575,8 @@ def test_a_drawn_catalogue_carries_the_version_of_its_generator(tmp_path):
 
 def test_cut_texts_are_counted_in_metrics_score_lines_and_alarms():
     "A title of 30 words where 8 tokens are read."
-    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.cli.pipeline import score_lines
+    from moon2_lab.model.encoder import Moon2Encoder
 
     products = [Product(f"p{n}", f"mug no {n} " + "very " * (26 if n < 3 else 1), split="test") for n in range(6)]
     metrics = evaluate(Moon2Encoder.from_backbone("tiny", num_layers=1, max_text_tokens=8), Catalog.from_products(products), resamples=0, baselines=False)

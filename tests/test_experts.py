@@ -11,12 +11,16 @@ from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_not
 from PIL import Image
 from small import product, tiny
 
-from moon2_lab.data.catalog import Item
-from moon2_lab.config import OBJECTIVES, VIEWS, DataError, UsageError
-from moon2_lab.widgets.routing import COLOURS, RoutingWidget, expert_map_figure, ink_on, routing_picture, routing_png, show_routing
+from moon2_lab.config import DataError, OBJECTIVES, UsageError, VIEWS
+from moon2_lab.data.products import Item
 from moon2_lab.explain.expert_routing import expert_load, token_routing
-from moon2_lab.reporting.routing_figures import EVEN, RoutingMaps, made_up_routing, routing_maps, routing_payload, training_steps
+from moon2_lab.reporting.routing_figures import (
+    EVEN, RoutingMaps, made_up_routing, routing_maps, routing_payload, training_steps,
+)
 from moon2_lab.reporting.tables import made_up_history
+from moon2_lab.widgets.routing import (
+    COLOURS, RoutingWidget, expert_map_figure, ink_on, routing_picture, routing_png, show_routing,
+)
 
 MEBIBYTE = 2**20
 HOSTILE = "<script>window.pwned=1</script> <img/src=x/onerror=window.pwned=2> 红色杯子 😀 \u202egnol &amp; $x_2$"
@@ -473,8 +477,8 @@ def test_it_lets_go(opened):
 # ---------------------------------------------------------------------------------------------- the widget in JupyterLab
 
 CELL = """
-from moon2_lab.widgets.routing import RoutingWidget
 from moon2_lab.reporting.routing_figures import made_up_routing
+from moon2_lab.widgets.routing import RoutingWidget
 
 widget = RoutingWidget(made_up_routing())
 widget

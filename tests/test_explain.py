@@ -12,17 +12,21 @@ from PIL import Image
 from small import pretrained, shop
 from torch.nn import functional as F
 
-from moon2_lab.explain.attribution import METHODS, attribute_side, fitting_methods, upsample
-from moon2_lab.explain.pair_pieces import Cancelled, Case, EmbedScore, by_gradient, by_ig, by_occlusion, by_shapley, run_case
-from moon2_lab.data.catalog import ImageRef, Item
 from moon2_lab.cli.main import main
 from moon2_lab.config import DataError, LabError, UsageError
-from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.explain.explainer import Explainer, ExplainerShelf, compare_heatmaps, heatmap, read_side
-from moon2_lab.reporting.heatmap_page import heat_page
-from moon2_lab.explain.pair_score import mean_cell
-from moon2_lab.reporting.still_heatmap import static_png
+from moon2_lab.data.images import ImageRef
+from moon2_lab.data.products import Item
 from moon2_lab.data.synthetic.generator import draw_product
+from moon2_lab.explain.attribution import METHODS, attribute_side, fitting_methods, upsample
+from moon2_lab.explain.explainer import Explainer, ExplainerShelf, read_side
+from moon2_lab.explain.pair_pieces import (
+    Cancelled, Case, EmbedScore, by_gradient, by_ig, by_occlusion, by_shapley, run_case,
+)
+from moon2_lab.explain.pair_score import mean_cell
+from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.reporting.heatmap_page import heat_page
+from moon2_lab.reporting.still_heatmap import static_png
+from moon2_lab.widgets.heatmap import compare_heatmaps, heatmap
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore:attention=bidirectional")]
 QUICK = ["gradient", "attention", "rollout", "attention_gradient"]
@@ -330,9 +334,9 @@ def test_a_script_that_ends_while_maps_are_computed_ends_well(tmp_path):
     "The process tells the thread to stop and waits for it; a thread inside native code would abort it (exit 134)."
     script = tmp_path / "show.py"
     script.write_text(textwrap.dedent("""
-        from moon2_lab.data.catalog import Item
+        from moon2_lab.data.products import Item
         from moon2_lab.model.encoder import Moon2Encoder
-        from moon2_lab.explain.explainer import heatmap
+        from moon2_lab.widgets.heatmap import heatmap
 
         widget = heatmap(Moon2Encoder.from_backbone("tiny", seed=0), Item("a red mug", None), Item("a very red mug with a handle", None), trials=2000)
         print("still at work:", widget._thread.is_alive())

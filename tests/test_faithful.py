@@ -8,12 +8,15 @@ import torch
 from small import picture, product, tiny
 from torch import nn
 
-from moon2_lab.explain.attribution import make_case
-from moon2_lab.explain.pair_pieces import Cancelled, piece_of_tokens, run_case
 from moon2_lab.config import DataError, UsageError
-from moon2_lab.explain.faithfulness import areas, ask_rows, faith_row, faith_table, faithfulness, gains, kept_pieces, mixed_rows, order_of, random_gains, redrawn_twin
-from moon2_lab.explain.faith_verdicts import Faith, correct_for_methods
 from moon2_lab.evaluation.statistics import bootstrap_ci
+from moon2_lab.explain.attribution import make_case
+from moon2_lab.explain.faith_verdicts import Faith, correct_for_methods
+from moon2_lab.explain.faithfulness import (
+    areas, ask_rows, faith_row, faith_table, faithfulness, gains, kept_pieces, mixed_rows, order_of, random_gains,
+    redrawn_twin,
+)
+from moon2_lab.explain.pair_pieces import Cancelled, piece_of_tokens, run_case
 
 pytestmark = [pytest.mark.usefixtures("own_cache")]
 

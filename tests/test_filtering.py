@@ -11,12 +11,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moon2_lab.config import OBJECTIVES, VIEWS, TrainConfig, UsageError
+from moon2_lab.config import OBJECTIVES, TrainConfig, UsageError, VIEWS
 from moon2_lab.files import read_json
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective.sample_filter import FilterLedger, Moon2Objective, batch_masks, filter_weights, loss_receipt, margin_schedule, phi_quantiles, reliability, triplet_reliability
-from moon2_lab.objective.contrastive import OMEGA_MODES, TripletKeys, TripletRouting, TripletViews, fits_dim, inter_product_loss, load_balance_loss, truncated
+from moon2_lab.objective.contrastive import (
+    OMEGA_MODES, TripletKeys, TripletRouting, TripletViews, fits_dim, inter_product_loss, load_balance_loss, truncated,
+)
 from moon2_lab.objective.recipes import DenseObjective, UnalignedObjective
+from moon2_lab.objective.sample_filter import (
+    FilterLedger, Moon2Objective, batch_masks, filter_weights, loss_receipt, margin_schedule, phi_quantiles,
+    reliability, triplet_reliability,
+)
 from moon2_lab.training.trainer import Trainer
 from small import settings as small_run
 from small import shop, tiny

@@ -8,11 +8,14 @@ import torch
 from PIL import Image
 from small import product, tiny
 
+from moon2_lab.config import DataError, UsageError
+from moon2_lab.data.catalog import Catalog
+from moon2_lab.data.images import ImageRef
 from moon2_lab.explain import content_focus
 from moon2_lab.explain.attention import AttentionRows, side_tokens
-from moon2_lab.data.catalog import Catalog, ImageRef
-from moon2_lab.config import DataError, UsageError
-from moon2_lab.explain.content_focus import compare_focus, content_tokens, even_attention, focus_table, left_out_counts, subject_cells
+from moon2_lab.explain.content_focus import (
+    compare_focus, content_tokens, even_attention, focus_table, left_out_counts, subject_cells,
+)
 from moon2_lab.reporting.focus_figure import focus_figure
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore:attention=bidirectional")]

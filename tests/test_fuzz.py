@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from small import TINY
 
-from moon2_lab.data.catalog import Catalog
 from moon2_lab.config import LabError, TrainConfig, lab_settings, parse_value
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.files import SUMS
 
 pytestmark = pytest.mark.slow
@@ -234,9 +234,9 @@ def test_filters():
 
 
 def test_vector_files(tmp_path):
-    from moon2_lab.retrieval.embed import embed_catalog
-    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.data.synthetic.generator import make_catalog
+    from moon2_lab.model.encoder import Moon2Encoder
+    from moon2_lab.retrieval.embed import embed_catalog
     from moon2_lab.retrieval.vectors import VectorFile
 
     catalog = Catalog.load(make_catalog(tmp_path / "shop", products=12, image_size=64))

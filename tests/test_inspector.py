@@ -10,12 +10,15 @@ import pytest
 from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_notebook, outside, run_cell, settle, until
 from small import picture, product, settings, shop, tiny
 
-from moon2_lab.data.catalog import ImageRef, Item
-from moon2_lab.config import VIEWS, DataError, LabError, UsageError
-from moon2_lab.objective.sample_filter import FilterLedger
-from moon2_lab.widgets.triplets import PAGE, FilterInspector
+from moon2_lab.config import DataError, LabError, UsageError, VIEWS
+from moon2_lab.data.images import ImageRef
+from moon2_lab.data.products import Item
 from moon2_lab.data.triplets import Triplet
-from moon2_lab.training.triplet_review import PHIS, PhiWatch, Verdict, Verdicts, apply_verdicts, inspection_table, phi_over_time, stray_verdicts, triplet_phi
+from moon2_lab.objective.sample_filter import FilterLedger
+from moon2_lab.training.triplet_review import (
+    PHIS, PhiWatch, Verdict, Verdicts, apply_verdicts, inspection_table, phi_over_time, stray_verdicts, triplet_phi,
+)
+from moon2_lab.widgets.triplets import FilterInspector, PAGE
 
 MEBIBYTE = 2**20
 HOSTILE = "<script>window.pwned=1</script> <img/src=x onerror=window.pwned=2> \u202egnol 红色杯子 😀 $x_2$ &amp; </title>"
@@ -561,9 +564,10 @@ def test_unusual_triplets_in_the_page(opened):
 CELL = """
 import numpy as np, pandas as pd
 from PIL import Image
-from moon2_lab.data.catalog import ImageRef, Item, Product
-from moon2_lab.widgets.triplets import FilterInspector
+from moon2_lab.data.images import ImageRef
+from moon2_lab.data.products import Item, Product
 from moon2_lab.data.triplets import Triplet
+from moon2_lab.widgets.triplets import FilterInspector
 
 def one(number):
     picture = ImageRef.from_pil(Image.new("RGB", (64, 64), (number * 8 % 255, 90, 160)))

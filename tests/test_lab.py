@@ -10,9 +10,10 @@ from browsing import jupyter_lab, keep_screenshot, open_notebook, run_cell, unti
 pytestmark = pytest.mark.slow
 SETUP = """
 import plotly.io as pio
+from moon2_lab.config import TrainConfig
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.training.trainer import TrainConfig, Trainer
+from moon2_lab.training.trainer import Trainer
 from moon2_lab.widgets.training import LiveTraining
 
 pio.renderers.default = "plotly_mimetype"
@@ -144,8 +145,8 @@ def test_the_live_view_after_a_reload(page, tmp_path):
 
 
 WIDGETS = """
-from moon2_lab.widgets.routing import RoutingWidget
 from moon2_lab.reporting.routing_figures import made_up_routing
+from moon2_lab.widgets.routing import RoutingWidget
 widget = RoutingWidget(made_up_routing())
 widget
 """

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from moon2_lab.data.catalog import Catalog
 from moon2_lab.config import UsageError
+from moon2_lab.data.catalog import Catalog
+from moon2_lab.data.queries import Lexicon
+from moon2_lab.data.triplets import build_triplets, category_path
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective.sample_filter import batch_masks
 from moon2_lab.training.label_noise import FilterWatch, auc, filter_auc, inject_noise, triplet_gaps
-from moon2_lab.data.queries import Lexicon
 from moon2_lab.training.trainer import Trainer, lay_out
-from moon2_lab.data.triplets import build_triplets, category_path
 from small import product, settings, shop, tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")

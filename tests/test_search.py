@@ -18,15 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.demo_load import free_port
-from moon2_lab.data.catalog import Catalog
 from moon2_lab.cli.main import main
-from moon2_lab.reporting.comparison import asked_items
 from moon2_lab.config import DataError, LabError
-from moon2_lab.retrieval.embed import embed_catalog, parts_folder
+from moon2_lab.data.catalog import Catalog
+from moon2_lab.data.products import Product
 from moon2_lab.evaluation.evaluate import answer, ask, evaluate
+from moon2_lab.reporting.comparison import asked_items
+from moon2_lab.retrieval.embed import embed_catalog, parts_folder
 from moon2_lab.retrieval.filters import field_values, parse_filter
 from moon2_lab.retrieval.milvus import VectorStore, connect, disconnect, index_vectors
-from moon2_lab.data.products import Product
 from moon2_lab.retrieval.vectors import StoredForm, VectorBlock, VectorFile, payload_of, vector_schema, vector_table
 from small import shop, tiny
 

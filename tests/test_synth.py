@@ -11,13 +11,17 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from moon2_lab.data.catalog import Catalog, Product
 from moon2_lab.config import LabError, UsageError
-from moon2_lab.data.synthetic.shapes import KINDS
-from moon2_lab.evaluation.ranking import bm25
-from moon2_lab.data.synthetic.generator import COLOURS, FILLERS, GENERATOR_VERSION, SHARES, SHELVES, STATED, SYNONYMS, describe, drawn_from, family_splits, make_catalog, make_title
+from moon2_lab.data.catalog import Catalog
+from moon2_lab.data.products import Product
 from moon2_lab.data.queries import Lexicon, fold, search_phrase, words
+from moon2_lab.data.synthetic.generator import (
+    COLOURS, FILLERS, GENERATOR_VERSION, SHARES, SHELVES, STATED, SYNONYMS, describe, drawn_from, family_splits,
+    make_catalog, make_title,
+)
+from moon2_lab.data.synthetic.shapes import KINDS
 from moon2_lab.data.triplets import TripletSampler, build_triplets
+from moon2_lab.evaluation.ranking import bm25
 
 
 @pytest.fixture(scope="module")

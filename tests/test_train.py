@@ -16,15 +16,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from moon2_lab.training import trainer as trainer_module
-from moon2_lab.data.catalog import Catalog
-from moon2_lab.training.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
-from moon2_lab.config import OBJECTIVES, VIEWS, DataError, DriftError, LabError, TrainConfig, UsageError
-from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective.sample_filter import Moon2Objective
 from moon2_lab.cli.pipeline import KeepWithin
-from moon2_lab.objective.contrastive import TripletKeys, TripletRouting, TripletViews, inter_product_loss, objective_routing
+from moon2_lab.config import DataError, DriftError, LabError, OBJECTIVES, TrainConfig, UsageError, VIEWS
+from moon2_lab.data.catalog import Catalog
 from moon2_lab.files import read_json
+from moon2_lab.model.encoder import Moon2Encoder
+from moon2_lab.objective.contrastive import (
+    TripletKeys, TripletRouting, TripletViews, inter_product_loss, objective_routing,
+)
+from moon2_lab.objective.sample_filter import Moon2Objective
+from moon2_lab.training import trainer as trainer_module
+from moon2_lab.training.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
 from moon2_lab.training.trainer import PHASES, Trainer, lay_out
 from small import product, settings, shop, tiny
 

@@ -59,9 +59,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[])
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from moon2_lab.data.catalog import Catalog
     from moon2_lab.augment.pipeline import evaluation_hash
     from moon2_lab.config import TrainConfig
+    from moon2_lab.data.catalog import Catalog
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -19,11 +19,11 @@ def chosen_products(catalog, count: int):
 
 def make_trainer(catalog, part, config, objective=None):
     "A trainer on fresh triplets of `part` with `config.noise` put in, its vision features ready."
+    from moon2_lab.data.queries import Lexicon
+    from moon2_lab.data.triplets import build_triplets
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.training.label_noise import inject_noise
-    from moon2_lab.data.queries import Lexicon
     from moon2_lab.training.trainer import Trainer
-    from moon2_lab.data.triplets import build_triplets
 
     lexicon = Lexicon(catalog)
     clean = build_triplets(part, lexicon, config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)

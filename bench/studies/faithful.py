@@ -20,8 +20,8 @@ SHOWN = ["method", "pairs", "gain", *(f"{name}{end}" for name in COMPARED for en
 
 def chosen_pairs(catalog, split: str, count: int) -> tuple[list[tuple], int]:
     "(product, query, item) of the first products in hash order that have all views, and how many before them have not."
-    from moon2_lab.evaluation.protocol import catalog_queries, hash_order
     from moon2_lab.data.queries import Lexicon
+    from moon2_lab.evaluation.protocol import catalog_queries, hash_order
 
     products = sorted(catalog.split(split), key=lambda product: hash_order(product.product_id))
     queries = catalog_queries(products, Lexicon(catalog))
@@ -43,8 +43,8 @@ def open_rows(out: Path, about: dict) -> list[dict]:
 def pair_rows(encoder, twin, product, query, item, methods: list[str], about: dict) -> list[dict]:
     "Rows of one pair: its rows of vectors, the frozen copies and the random maps are made once."
     from moon2_lab.explain.attribution import METHODS, make_case
-    from moon2_lab.explain.pair_pieces import run_case
     from moon2_lab.explain.faithfulness import faith_row, faithfulness, random_gains
+    from moon2_lab.explain.pair_pieces import run_case
 
     settings = {name: about[name] for name in ("steps", "most_steps", "samples", "seed")}
     free, held, theirs = make_case(encoder, item, query, routing="free", **settings), make_case(encoder, item, query, **settings), make_case(twin, item, query, **settings)
@@ -81,11 +81,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     import torch
 
-    from moon2_lab.data.catalog import Catalog
     from moon2_lab.config import LabError
+    from moon2_lab.data.catalog import Catalog
+    from moon2_lab.explain.faithfulness import faith_table, redrawn_twin
     from moon2_lab.files import write_json, write_parquet
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.explain.faithfulness import faith_table, redrawn_twin
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -16,8 +16,8 @@ from common import chosen_products, make_trainer
 
 def train_arm(catalog, part, arm: str, config, steps_file: Path, folder: Path) -> None:
     "Train one arm, unless its model is there."
-    from moon2_lab.objective.sample_filter import Moon2Objective
     from moon2_lab.objective.recipes import UnalignedObjective
+    from moon2_lab.objective.sample_filter import Moon2Objective
 
     if (folder / "config.json").is_file():
         return
@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[])
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from moon2_lab.data.catalog import Catalog
     from moon2_lab.config import TrainConfig
+    from moon2_lab.data.catalog import Catalog
     from moon2_lab.model.encoder import Moon2Encoder
 
     out = Path(args.out)

@@ -16,16 +16,17 @@ from urllib.parse import urlencode
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..model.backbone import square
-from ..data.catalog import ImageRef, Product
-from ..reporting.comparison import KINDS
 from ..config import DIRECTIONS, LabError
-from ..retrieval.filters import COLUMNS
-from ..reporting.heatmap_page import heat_page
-from ..explain.faith_verdicts import PairMaps
-from ..reporting.html import Safe, foreign, join, percent, picture, picture_uri, score, table, tag, text
+from ..data.images import ImageRef
+from ..data.products import Product
 from ..evaluation.statistics import p_words
+from ..explain.faith_verdicts import PairMaps
+from ..model.backbone import square
+from ..reporting.comparison import KINDS
+from ..reporting.heatmap_page import heat_page
+from ..reporting.html import Safe, foreign, join, percent, picture, picture_uri, score, table, tag, text
 from ..reporting.tables import BASELINE_WORDS, DIRECTION_WORDS, against_baselines, number, score_table, section
+from ..retrieval.filters import COLUMNS
 
 # %% ../../nbs/app/855_components.ipynb #cf828e1a
 @functools.lru_cache(maxsize=512)  # 100 MB

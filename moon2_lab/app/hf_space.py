@@ -21,13 +21,13 @@ from typing import Any
 
 import pandas as pd
 
-from ..data.catalog import Catalog, Product
-from ..config import LabError, UsageError, progress, sha256_hex
-from ..files import read_json, whole_folder, write_checksums, write_json, write_parquet
 from .interface import catalogue_of, open_model, scores_of, shown_part
-from ..model.encoder import Moon2Encoder
+from ..config import LabError, UsageError, progress, sha256_hex
+from ..data.catalog import Catalog
 from ..data.images import bare, fit
-from ..cli.pipeline import model_name
+from ..data.products import Product
+from ..files import model_name, read_json, whole_folder, write_checksums, write_json, write_parquet
+from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/app/875_hf_space.ipynb #a4c8aa53
 def chosen(
@@ -135,8 +135,8 @@ def licence_file(
 APP = '''"""Product search in the browser, made with moon2_lab (its source is in this folder). Start it with: python app.py"""
 from pathlib import Path
 
-from moon2_lab.data.catalog import Catalog
 from moon2_lab.app.interface import build_demo, launch_options, open_model, scores_of
+from moon2_lab.data.catalog import Catalog
 
 HERE = Path(__file__).resolve().parent
 folders = [HERE / name for name in ("model", "model_b") if (HERE / name).is_dir()]

@@ -26,15 +26,17 @@ from gradio.route_utils import FnIndexInferError
 from gradio.routes import ORJSONResponse
 
 from .components import header_html
-from ..data.catalog import Catalog
-from ..config import DIRECTIONS, VIEWS, LabError, TrainConfig, UsageError, cache_dir, static_text
-from ..files import read_json
-from ..model.encoder import Moon2Encoder
 from .guards import Guard, Limits, Lines, host_names, line_refusal, security_headers
-from ..cli.pipeline import model_folder, model_name
-from ..reporting.named_queries import MAX_LETTERS
 from .service import MAX_HITS, Shop
-from .tabs import COMPARES, EXPLAINS, QUIET, VIEW_LABELS, PictureFile, about_tab, compare_tab, connect_compare, connect_heatmap, connect_search, heatmap_tab, method_choices, search_tab, title_of, told
+from moon2_lab.app.tabs import (
+    COMPARES, EXPLAINS, PictureFile, QUIET, VIEW_LABELS, about_tab, compare_tab, connect_compare, connect_heatmap,
+    connect_search, heatmap_tab, method_choices, search_tab, title_of, told,
+)
+from ..config import DIRECTIONS, LabError, TrainConfig, UsageError, VIEWS, cache_dir, static_text
+from ..data.catalog import Catalog
+from ..files import model_folder, model_name, read_json
+from ..model.encoder import Moon2Encoder
+from ..reporting.named_queries import MAX_LETTERS
 from ..training.trainer import Trainer
 
 # %% ../../nbs/app/870_interface.ipynb #0dafed35

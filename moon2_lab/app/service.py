@@ -20,19 +20,20 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+from ..config import UsageError, VIEWS, cache_dir, sha256_hex
+from ..data.catalog import Catalog
+from ..data.products import Item, Product
+from ..data.queries import Lexicon, search_phrase
+from ..evaluation.evaluate import answer, ask
 from ..explain.attention import evaluating
-from ..data.catalog import Catalog, Item, Product
-from ..reporting.comparison import Comparison, compare_tables
-from ..config import VIEWS, UsageError, cache_dir, sha256_hex
+from ..explain.explainer import ExplainerShelf
+from ..explain.faith_verdicts import PairMaps, TokenMap
+from ..explain.heatmap_data import trust_facts
 from ..files import atomic_path
 from ..model.encoder import Moon2Encoder
-from ..evaluation.evaluate import answer, ask
-from ..explain.explainer import ExplainerShelf
-from ..retrieval.filters import FacetTable, field_values, fold_value
-from ..explain.heatmap_data import trust_facts
-from ..explain.faith_verdicts import PairMaps, TokenMap
+from ..reporting.comparison import Comparison, compare_tables
 from ..reporting.named_queries import named_query, query_note, read_upload
-from ..data.queries import Lexicon, search_phrase
+from ..retrieval.filters import FacetTable, field_values, fold_value
 
 # %% ../../nbs/app/860_service.ipynb #06f6bb37
 def gallery_vectors(

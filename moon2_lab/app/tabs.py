@@ -20,17 +20,19 @@ from pathlib import Path
 
 import gradio as gr
 
-from ..explain.attribution import fitting_methods
-from .components import about_html, agreement_html, compare_html, experts_html, gallery_value, heat_html, product_html, shared_places
-from ..data.catalog import Item
-from ..reporting.comparison import asked_items, category_paths
-from ..config import DIRECTIONS, VIEWS, LabError, UsageError
-from ..explain.heatmap_data import NAMES
-from ..reporting.html import Safe, tag
+from moon2_lab.app.components import (
+    about_html, agreement_html, compare_html, experts_html, gallery_value, heat_html, product_html, shared_places,
+)
+from .service import COMPARED, Found, MAX_HITS, Shop
+from ..config import DIRECTIONS, LabError, UsageError, VIEWS, printable
+from ..data.products import Item
 from ..evaluation.protocol import LEVELS
+from ..explain.attribution import fitting_methods
+from ..explain.heatmap_data import NAMES
+from ..reporting.comparison import asked_items, category_paths
+from ..reporting.html import Safe, tag
 from ..reporting.named_queries import MAX_LETTERS, matches, named_item, pick_product, query_note, read_upload
-from .service import COMPARED, MAX_HITS, Found, Shop
-from ..reporting.tables import DIRECTION_WORDS, printable
+from ..reporting.tables import DIRECTION_WORDS
 
 # %% ../../nbs/app/865_tabs.ipynb #c34abb64
 VIEW_LABELS = [("title + picture", "mm"), ("title", "t"), ("picture", "i")]

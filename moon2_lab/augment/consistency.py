@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from ..config import LabError, UsageError, pick_device
-from ..files import read_json
-from ..model.encoder import Moon2Encoder
 from ..data.images import ImageRef
 from ..data.products import Item
+from ..files import read_json
+from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/augment/485_consistency.ipynb #b414649f
 class EncoderScorer:

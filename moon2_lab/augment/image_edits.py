@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from .image_transforms import RETOUCHES
 from .llm_client import Busy, Refused, pause, retry_after
+from .subject_mask import Subject
 from ..config import DataError, LabError, UsageError, pick_device, static_text
 from ..data.images import decode_image
-from .image_transforms import RETOUCHES
-from .subject_mask import Subject
 
 # %% ../../nbs/augment/480_image_edits.ipynb #c3502f8b
 KINDS = ("background", "viewpoint", "detail")

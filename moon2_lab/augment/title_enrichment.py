@@ -20,14 +20,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Protocol
 
-from .llm_client import NO_ANSWER, NOT_ASKED, Answer, ChatClient, Question, bad_form
-from ..config import LabError, UsageError, sha256_hex
 from moon2_lab.augment.entities import (
-    LEVELS, LITTLE_WORDS, NAMED_VALUES, PIECE, SAYS_NOTHING, AttributeLexicon, Entity, category_values, drop_repeats, drop_talk, find_entities, folded, is_denied, is_said,
-    is_unsegmented, role_of, said_words, scripts, single_values, stands_in, stem,
+    AttributeLexicon, Entity, LEVELS, LITTLE_WORDS, NAMED_VALUES, PIECE, SAYS_NOTHING, category_values, drop_repeats,
+    drop_talk, find_entities, folded, is_denied, is_said, is_unsegmented, role_of, said_words, scripts, single_values,
+    stands_in, stem,
 )
-from ..data.images import ImageRef
+from .llm_client import Answer, ChatClient, NOT_ASKED, NO_ANSWER, Question, bad_form
 from .local_llm import LocalModel
+from ..config import LabError, UsageError, sha256_hex
+from ..data.images import ImageRef
 from ..data.products import Product
 from ..data.queries import words
 

@@ -104,8 +104,8 @@ def data_check(args: argparse.Namespace) -> Outcome:
 
 def title_tokens(catalog) -> dict | None:
     "What the limit on tokens takes away from the titles, with the backbone of the settings; None where its tokenizer is not on this machine."
-    from moon2_lab.model.backbone import count_cut, local_tokenizer
     from moon2_lab.config import TrainConfig
+    from moon2_lab.model.backbone import count_cut, local_tokenizer
 
     config = TrainConfig()
     tokenizer = local_tokenizer(config.backbone)
@@ -116,8 +116,8 @@ def check_lines(
     facts: dict,  # of Catalog.summary
 ) -> list[str]:
     "A summary for a reader."
-    from moon2_lab.reporting.alarms import cut_words
     from moon2_lab.data.catalog import key_words
+    from moon2_lab.reporting.alarms import cut_words
 
     lines = [f"{facts['products']:,} of {facts['records']:,} records usable: {facts['with_title']:,} with a title, {facts['with_image']:,} with a picture, {facts['with_both']:,} with both"]
     without = facts["products"] - facts["with_image"]
@@ -160,8 +160,8 @@ def data_import(args: argparse.Namespace) -> Outcome:
 # %% ../../nbs/cli/910_commands.ipynb #98770576
 def data_augment(args: argparse.Namespace) -> Outcome:
     "Co-augment the train split of a catalogue into a new folder."
-    from moon2_lab.config import TrainConfig
     from moon2_lab.cli.pipeline import SCORER_MINUTES, augment_lines, augment_run
+    from moon2_lab.config import TrainConfig
     from moon2_lab.files import try_folder
 
     kinds = tuple(kind.strip() for kind in args.kinds.split(",") if kind.strip() not in ("", "none"))
@@ -175,8 +175,8 @@ def data_augment(args: argparse.Namespace) -> Outcome:
 # %% ../../nbs/cli/910_commands.ipynb #e51890f0
 def train(args: argparse.Namespace) -> Outcome:
     "Train an encoder into a run folder."
-    from moon2_lab.config import TrainConfig, pick_device
     from moon2_lab.cli.pipeline import build_trainer, load_catalogue, plan_lines, resumed_config, train_run
+    from moon2_lab.config import TrainConfig, pick_device
     from moon2_lab.files import require_free, require_new, try_folder
 
     if not args.resume:
@@ -197,10 +197,10 @@ def train(args: argparse.Namespace) -> Outcome:
 # %% ../../nbs/cli/910_commands.ipynb #e5bbb8d5
 def evaluate(args: argparse.Namespace) -> Outcome:
     "Score a model under a protocol."
+    from moon2_lab.cli.pipeline import evaluate_model, score_lines
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.evaluation.evaluate import try_scores
-    from moon2_lab.cli.pipeline import evaluate_model, model_folder, score_lines
-    from moon2_lab.files import NotSaved
+    from moon2_lab.files import NotSaved, model_folder
 
     model_folder(args.model)  # a wrong name, or device, is told before the catalogue is read
     device = chosen_device(args)
@@ -216,9 +216,9 @@ def evaluate(args: argparse.Namespace) -> Outcome:
 
 def report(args: argparse.Namespace) -> Outcome:
     "Write the page about a run; score it first, if that was not done."
+    from moon2_lab.cli.pipeline import report_run
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.cli.pipeline import model_folder, report_run
-    from moon2_lab.files import try_file
+    from moon2_lab.files import model_folder, try_file
 
     model_folder(args.run_folder)
     device = chosen_device(args)
@@ -229,8 +229,8 @@ def report(args: argparse.Namespace) -> Outcome:
 
 def run(args: argparse.Namespace) -> Outcome:
     "The main job: train, evaluate, report."
-    from moon2_lab.config import TrainConfig, pick_device
     from moon2_lab.cli.pipeline import job_settings, job_within, main_job, score_lines
+    from moon2_lab.config import TrainConfig, pick_device
     from moon2_lab.files import NotSaved
 
     typed = typed_settings(args)
@@ -255,11 +255,10 @@ def what_next(
 def heatmap(args: argparse.Namespace) -> Outcome:
     "Show which words and which parts of the pictures made a score, as one page."
     from moon2_lab.data.catalog import Catalog
+    from moon2_lab.explain.explainer import Explainer, TRIALS
+    from moon2_lab.files import model_folder, try_file
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.explain.explainer import TRIALS, Explainer
     from moon2_lab.reporting.heatmap_page import page_file, write_heat_page
-    from moon2_lab.cli.pipeline import model_folder
-    from moon2_lab.files import try_file
     from moon2_lab.reporting.named_queries import named_item, named_query, query_note
 
     folder, methods = model_folder(args.model), list(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
@@ -301,10 +300,9 @@ def heat_lines(pair, page: str) -> list[str]:
 def embed(args: argparse.Namespace) -> Outcome:
     "Embed a catalogue into one file of vectors."
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.retrieval.embed import embed_catalog
+    from moon2_lab.files import model_folder, try_file
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.cli.pipeline import model_folder
-    from moon2_lab.files import try_file
+    from moon2_lab.retrieval.embed import embed_catalog
 
     folder, device = model_folder(args.model), chosen_device(args)
     try_file(args.out, "file of vectors")
@@ -330,10 +328,10 @@ def index(args: argparse.Namespace) -> Outcome:
 
 def search(args: argparse.Namespace) -> Outcome:
     "Search a store by words, by a picture, or by both."
+    from moon2_lab.files import model_folder
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.retrieval.milvus import VectorStore
-    from moon2_lab.cli.pipeline import model_folder
     from moon2_lab.reporting.named_queries import query_item
+    from moon2_lab.retrieval.milvus import VectorStore
 
     folder, device, query = model_folder(args.model), chosen_device(args), query_item(args.text, args.image)
     with VectorStore(args.uri, args.view) as store:
@@ -347,13 +345,12 @@ def search(args: argparse.Namespace) -> Outcome:
 def compare(args: argparse.Namespace) -> Outcome:
     "Compare two models on the same queries: won, lost, moved, as one page."
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.reporting.comparison_heatmaps import explain_changes
-    from moon2_lab.reporting.comparison import compare_encoders
-    from moon2_lab.reporting.comparison_report import write_diff_page
+    from moon2_lab.files import model_folder, try_file
     from moon2_lab.model.encoder import Moon2Encoder
+    from moon2_lab.reporting.comparison import compare_encoders
+    from moon2_lab.reporting.comparison_heatmaps import explain_changes
+    from moon2_lab.reporting.comparison_report import write_diff_page
     from moon2_lab.reporting.heatmap_page import page_file
-    from moon2_lab.cli.pipeline import model_folder
-    from moon2_lab.files import try_file
 
     folders = [model_folder(args.model_a), model_folder(args.model_b)]
     device = chosen_device(args)
@@ -369,7 +366,7 @@ def compare(args: argparse.Namespace) -> Outcome:
 
 def run_names(*models: str) -> tuple[str, ...]:
     "The names of the runs; the paths as given where names are alike."
-    from moon2_lab.cli.pipeline import model_name
+    from moon2_lab.files import model_name
 
     names = tuple(map(model_name, models))
     return names if len(set(names)) == len(names) else models

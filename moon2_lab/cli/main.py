@@ -19,7 +19,10 @@ import shlex
 import sys
 import traceback
 
-from .commands import Outcome, compare, data_augment, data_check, data_import, data_synth, demo, embed, evaluate, heatmap, index, report, run, search, train
+from moon2_lab.cli.commands import (
+    Outcome, compare, data_augment, data_check, data_import, data_synth, demo, embed, evaluate, heatmap, index, report,
+    run, search, train,
+)
 
 # %% ../../nbs/cli/920_main.ipynb #3cdaf0ce
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")  # all control characters but tab and line feed, and those that turn the direction of writing

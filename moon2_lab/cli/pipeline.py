@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'RUN_FILES', 'SPARED', 'SCORER_MINUTES', 'DENSE', 'MINUTES', 'WHOLE_MINUTES', 'VALID_POINTS', 'VALID_PRODUCTS',
            'require_movable', 'move_aside', 'drawn_catalogue', 'load_catalogue', 'valid_scorer', 'build_trainer',
-           'plan_lines', 'resumed_config', 'StepLines', 'KeepWithin', 'train_run', 'model_folder', 'model_name',
-           'evaluate_model', 'score_lines', 'pick_queries', 'asked_items', 'query_hits', 'explain_match', 'report_run',
-           'stored_scores', 'run_facts', 'own_scorer', 'augment_run', 'augment_lines', 'dense_run', 'main_job',
-           'job_settings', 'job_minutes', 'job_within']
+           'plan_lines', 'resumed_config', 'StepLines', 'KeepWithin', 'train_run', 'evaluate_model', 'score_lines',
+           'pick_queries', 'asked_items', 'query_hits', 'explain_match', 'report_run', 'stored_scores', 'run_facts',
+           'own_scorer', 'augment_run', 'augment_lines', 'dense_run', 'main_job', 'job_settings', 'job_minutes',
+           'job_within']
 
 # %% ../../nbs/cli/900_pipeline.ipynb #1ebfbbe5
 import hashlib
@@ -19,7 +19,9 @@ import time
 from pathlib import Path
 
 from ..config import DIRECTIONS, LabError, TrainConfig, UsageError, cache_dir, sha256_hex
-from ..files import NotSaved, held, holds_nothing, read_json, require_free, require_new, try_file, try_folder, whole_folder
+from moon2_lab.files import (
+    NotSaved, held, holds_nothing, model_folder, read_json, require_free, require_new, try_file, try_folder, whole_folder,
+)
 
 # %% ../../nbs/cli/900_pipeline.ipynb #30cc2ba8
 log = logging.getLogger("moon2_lab")
@@ -224,23 +226,6 @@ def train_run(
     return trainer
 
 # %% ../../nbs/cli/900_pipeline.ipynb #7deb629e
-def model_folder(
-    path: str | Path,  # a folder of save_pretrained, or a run folder that holds model/
-) -> Path:
-    "The folder with config.json; `UsageError` when there is none."
-    found = next((folder for folder in (Path(path), Path(path) / "model") if (folder / "config.json").is_file()), None)
-    if found is None:
-        what = "no model in this folder" if Path(path).is_dir() else "no such folder"
-        raise UsageError(what, where=str(path), advice="give a run folder, or the folder that save_pretrained wrote")
-    return found
-
-
-def model_name(path: str | Path) -> str:
-    "The name of the run that a model or run folder is of."
-    folder = Path(path).resolve()
-    return folder.parent.name if folder.name == "model" else folder.name
-
-
 def evaluate_model(
     model: str | Path,  # model or run folder
     catalog,  # Catalog
@@ -250,8 +235,8 @@ def evaluate_model(
     **options,  # of moon2_lab.evaluation.evaluate.evaluate
 ) -> dict:
     "Load a model and score it; the dictionary of metrics.json."
-    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.evaluation.evaluate import evaluate
+    from moon2_lab.model.encoder import Moon2Encoder
 
     folder = model_folder(model)
     return evaluate(Moon2Encoder.from_pretrained(folder, device), catalog, split=split, out=out, **options)
@@ -261,8 +246,8 @@ def score_lines(
     metrics: dict,  # of metrics.json
 ) -> str:
     "One line per direction: R@1, R@10 with its interval, the best trivial baseline, the verdict."
-    from moon2_lab.reporting.alarms import cut_words
     from moon2_lab.data.catalog import key_words
+    from moon2_lab.reporting.alarms import cut_words
     from moon2_lab.reporting.tables import against_baselines, score_table
 
     scores = score_table(metrics)
@@ -322,7 +307,7 @@ def query_hits(
 
 def _with_hits(catalog, row, item, hits: int):
     "One row of per_query.parquet with its words and pictures."
-    from moon2_lab.reporting.run_report import Hit, QueryHits
+    from moon2_lab.reporting.html import Hit, QueryHits
 
     view, right = row.direction.split("->")[0], set(row.hit_ids)
     products = [catalog.get(name) for name in row.top_ids[:hits]]
@@ -338,9 +323,9 @@ def explain_match(
     device="auto",
 ):
     "The heatmap of one query's right product; None where no product has words and a picture."
-    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.explain.explainer import Explainer
     from moon2_lab.explain.heatmap_data import page_heatmap
+    from moon2_lab.model.encoder import Moon2Encoder
 
     for row in pick_queries(per_query, 10).itertuples():
         query, product = asked[row.direction, row.query_id], catalog.get(row.hit_ids[0]) if len(row.hit_ids) else None
@@ -407,8 +392,8 @@ def own_scorer(
     config: TrainConfig | None = None,
 ):
     "A scorer trained on the train split of this catalogue, kept in the cache."
-    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.augment.consistency import EncoderScorer
+    from moon2_lab.model.encoder import Moon2Encoder
 
     config = config or TrainConfig(max_minutes=SCORER_MINUTES)
     name = sha256_hex(repr(config).encode())[:8]
@@ -429,8 +414,8 @@ def augment_run(
     **options,  # of Recipe
 ) -> dict:
     "Co-augment the train split into a new folder; the summary."
-    from moon2_lab.augment.pipeline import Recipe, augment_catalog
     from moon2_lab.augment.consistency import load_scorer
+    from moon2_lab.augment.pipeline import Recipe, augment_catalog
 
     if limit is not None and limit < 1:
         raise UsageError(f"limit={limit}", where="limit", advice="at least 1, or none for all products")

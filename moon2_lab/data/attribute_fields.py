@@ -11,22 +11,8 @@ from typing import Any
 
 # %% ../../nbs/data/105_attribute_fields.ipynb #04fa1ca3
 from moon2_lab.data.text_fields import (
-    accounted,
-    EMPTY_WORDS,
-    MAX_DEPTH,
-    SIDE_KEYS,
-    VALUE_KEYS,
-    Reading,
-    describe_form,
-    first_language,
-    is_empty,
-    measure_text,
-    parse_packed,
-    plain_text,
-    plain_value,
-    read_text_cell,
-    shortened,
-    some_names,
+    EMPTY_WORDS, MAX_DEPTH, Reading, SIDE_KEYS, VALUE_KEYS, accounted, describe_form, first_language, is_empty,
+    measure_text, parse_packed, plain_text, plain_value, read_text_cell, shortened, some_names,
 )
 
 # %% ../../nbs/data/105_attribute_fields.ipynb #89b7ad02

@@ -21,34 +21,14 @@ import pandas as pd
 
 # %% ../../nbs/data/130_catalog.ipynb #df9dfcbf
 from ..config import DataError, sha256_hex
-from .text_fields import Reading, is_empty, parse_packed, read_id_cell, read_text_cell
 from moon2_lab.data.images import (
-    MAX_PIXELS,
-    MAX_SIDE,
-    ImageFacts,
-    ImageFolder,
-    ImageRef,
-    decode_image,
-    examine_all,
-    is_scaled_copy,
-    pixel_sha256,
+    ImageFacts, ImageFolder, ImageRef, MAX_PIXELS, MAX_SIDE, decode_image, examine_all, is_scaled_copy, pixel_sha256,
 )
 from moon2_lab.data.products import (
-    AUGMENTED,
-    AUGMENTED_COLUMNS,
-    TABLE,
-    TEXT_FIELDS,
-    Item,
-    Product,
-    Quarantine,
-    iter_rows,
-    keep_reading,
-    read_augmentation,
-    read_cell,
-    read_records,
-    read_rows,
-    reason_classes,
+    AUGMENTED, AUGMENTED_COLUMNS, Item, Product, Quarantine, TABLE, TEXT_FIELDS, iter_rows, keep_reading,
+    read_augmentation, read_cell, read_records, read_rows, reason_classes,
 )
+from .text_fields import Reading, is_empty, parse_packed, read_id_cell, read_text_cell
 
 _all_ = ["ImageRef", "Item", "Product", "Quarantine", "decode_image"]  # also to be had from here
 

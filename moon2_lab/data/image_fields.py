@@ -17,15 +17,7 @@ from urllib.parse import unquote
 
 # %% ../../nbs/data/110_image_fields.ipynb #24f23f45
 from moon2_lab.data.text_fields import (
-    accounted,
-    EMPTY_WORDS,
-    MAX_DEPTH,
-    Reading,
-    describe_form,
-    is_empty,
-    parse_packed,
-    plain_value,
-    read_text_cell,
+    EMPTY_WORDS, MAX_DEPTH, Reading, accounted, describe_form, is_empty, parse_packed, plain_value, read_text_cell,
     scalar_text,
 )
 

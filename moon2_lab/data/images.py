@@ -36,8 +36,8 @@ from PIL import Image
 
 # %% ../../nbs/data/115_images.ipynb #a0cf299d
 from ..config import DataError, LabError, cache_dir, progress, sha256_hex, usable_cores
-from ..files import write_parquet
 from .image_fields import is_url
+from ..files import write_parquet
 
 # %% ../../nbs/data/115_images.ipynb #696b22e5
 MAX_SIDE = 1024  # longest side of a picture handed out, in pixels

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 # %% ../../nbs/data/140_queries.ipynb #30351d4f
-from .catalog import Catalog, folded_title
 from ..config import DataError
+from .catalog import Catalog, folded_title
 from .images import ImageRef
 from .products import Product
 

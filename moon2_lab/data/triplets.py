@@ -20,10 +20,12 @@ from itertools import chain
 
 import numpy as np
 
-from .batching import Bin, Unit, count_left, mend
-from .catalog import Catalog, ImageRef, Item, Product
 from ..config import DataError, UsageError, sha256_hex
-from .queries import NAMING, Lexicon, query_image_ref, search_phrase
+from .batching import Bin, Unit, count_left, mend
+from .catalog import Catalog
+from .images import ImageRef
+from .products import Item, Product
+from .queries import Lexicon, NAMING, query_image_ref, search_phrase
 
 # %% ../../nbs/data/160_triplets.ipynb #b4aa7b4b
 @dataclass(frozen=True)

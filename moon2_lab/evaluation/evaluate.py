@@ -25,19 +25,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 # %% ../../nbs/evaluation/430_evaluate.ipynb #a00a9c39
-from ..data.catalog import Catalog, Item, Product, large_keys
-from ..config import VIEWS, DataError, LabError, UsageError
-from moon2_lab.evaluation.ranking import (
-    RARE, Ranks, average_precision_at, bm25, classification_scores, expected_hit_at, hit_at, nearest_class, normalised, precision_at, rank_scores, ranks_chunked,
-)
-from ..files import NotSaved, atomic_path, file_sha256, held, json_text, sync, try_file
+from ..config import DataError, LabError, UsageError, VIEWS
+from ..data.catalog import Catalog, large_keys
+from ..data.products import Item, Product
+from ..data.queries import Lexicon
+from ..data.synthetic.generator import drawn_from
 from moon2_lab.evaluation.protocol import (
-    Direction, LabelTask, Side, catalog_queries, equal_titles, folded_words, gallery_side, label_tasks, pick_products, plan_directions, query_image_counts,
-    read_gallery, string_match, triplet_queries, unseen_queries,
+    Direction, LabelTask, Side, catalog_queries, equal_titles, folded_words, gallery_side, label_tasks, pick_products,
+    plan_directions, query_image_counts, read_gallery, string_match, triplet_queries, unseen_queries,
+)
+from moon2_lab.evaluation.ranking import (
+    RARE, Ranks, average_precision_at, bm25, classification_scores, expected_hit_at, hit_at, nearest_class, normalised,
+    precision_at, rank_scores, ranks_chunked,
 )
 from .statistics import judged, paired_test, with_interval
-from ..data.synthetic.generator import drawn_from
-from ..data.queries import Lexicon
+from ..files import NotSaved, atomic_path, file_sha256, held, json_text, sync, try_file
 
 # %% ../../nbs/evaluation/430_evaluate.ipynb #b0e7d87a
 def checked_vectors(

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 # %% ../../nbs/evaluation/410_protocol.ipynb #6fddab4b
-from ..data.catalog import Catalog, Item, Product, folded_title
 from ..config import DIRECTIONS, DataError, UsageError
+from ..data.catalog import Catalog, folded_title
+from ..data.products import Item, Product
 from ..data.queries import Lexicon, fold, query_image_ref, search_phrase, uses_photo_view, words
 
 # %% ../../nbs/evaluation/410_protocol.ipynb #926b13ca

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.catalog import Item
-from ..config import VIEWS, DataError, UsageError
-from ..model.encoder import Moon2Encoder
 from ..augment.entities import UNSEGMENTED
+from ..config import DataError, UsageError, VIEWS
+from ..data.products import Item
+from moon2_lab.explain.attention_recorder import (
+    HeadInputs, attention_layers, record_attention, refuse_more, row_mean, sees_causally, tap_attention, widest,
+)
 from .pair_score import RowScore, merge_words, word_spans, words_of_tokens
-from .attention_recorder import HeadInputs, attention_layers, record_attention, refuse_more, row_mean, sees_causally, tap_attention, widest
+from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/explain/615_attention.ipynb #00a4de7f
 _all_ = ["record_attention"]  # also to be had from here

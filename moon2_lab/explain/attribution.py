@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .pair_pieces import SETTINGS, Case, by_gradient, by_ig, by_occlusion, by_shapley, close_enough, give_up, piece_of_tokens, run_case
-from ..data.catalog import Item
 from ..config import DataError, LabError, UsageError
-from ..model.encoder import Moon2Encoder
+from ..data.products import Item
 from .faith_verdicts import TokenMap
+from moon2_lab.explain.pair_pieces import (
+    Case, SETTINGS, by_gradient, by_ig, by_occlusion, by_shapley, close_enough, give_up, piece_of_tokens, run_case,
+)
 from .pair_score import hold_experts, row_score
+from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/explain/625_attribution.ipynb #308d9710
 def parks_on_a_cell(case: Case) -> bool:
@@ -89,7 +91,7 @@ METHODS = {method.name: method for method in (
 
 def shows_attention(encoder: Moon2Encoder) -> bool:
     "Whether the attention of this encoder can be recomputed."
-    from moon2_lab.explain.attention import attention_layers
+    from moon2_lab.explain.attention_recorder import attention_layers
 
     try:
         return bool(attention_layers(encoder.backbone.decoder))

@@ -16,17 +16,18 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..augment.entities import is_unsegmented
+from ..augment.subject_mask import border_pixels
+from ..config import DataError, UsageError, progress
+from ..data.catalog import Catalog
+from ..data.products import Product
+from ..data.queries import WORD, fold, own_words
+from ..evaluation.protocol import pick_products
+from ..evaluation.statistics import bootstrap_ci, paired_test
 from .attention import AttentionRows, SideTokens, attention_of
 from .attribution import check_eyes
 from ..model.backbone import square
-from ..data.catalog import Catalog, Product
-from ..config import DataError, UsageError, progress
 from ..model.encoder import Moon2Encoder
-from ..augment.entities import is_unsegmented
-from ..evaluation.protocol import pick_products
-from ..evaluation.statistics import bootstrap_ci, paired_test
-from ..augment.subject_mask import border_pixels
-from ..data.queries import WORD, fold, own_words
 
 # %% ../../nbs/explain/640_content_focus.ipynb #1bafe982
 def content_tokens(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..config import DataError, UsageError, VIEWS
+from ..data.products import Item
 from .attention import SideTokens, evaluating, side_tokens
-from ..data.catalog import Item
-from ..config import VIEWS, DataError, UsageError
 from ..model.encoder import Moon2Encoder, pool_index
 from ..model.moe import LayerRouting
 

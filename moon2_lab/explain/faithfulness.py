@@ -17,12 +17,12 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .pair_pieces import give_up
 from ..config import DataError, UsageError
-from ..model.encoder import Moon2Encoder
-from .faith_verdicts import FEW, Faith
-from .pair_score import frozen_twin
 from ..evaluation.statistics import LEVEL, bootstrap_ci, holm
+from .faith_verdicts import FEW, Faith
+from .pair_pieces import give_up
+from .pair_score import frozen_twin
+from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/explain/630_faithfulness.ipynb #d2b69bf2
 def mixed_rows(

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['NAMES', 'LIMITS', 'check_map', 'check_side', 'faith_line', 'trust_words', 'trust_facts', 'map_json', 'averaged',
            'block', 'small_jpeg', 'words_json', 'side_json', 'remarks', 'pair_payload', 'maps_json', 'first_method',
-           'page_heatmap']
+           'PairHeatmap', 'page_heatmap']
 
 # %% ../../nbs/explain/645_heatmap_data.ipynb #a78e146f
 import io
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from ..config import DataError, UsageError
+from ..config import DataError, UsageError, printable
 from .faith_verdicts import Faith, PairMaps, SideMaps, TokenMap
-from ..reporting.tables import PairHeatmap, printable
 
 # %% ../../nbs/explain/645_heatmap_data.ipynb #9c892e29
 def check_map(
@@ -190,6 +190,17 @@ def first_method(maps: PairMaps) -> str:
     if maps.item.pooled is None and maps.query.pooled is None:
         raise UsageError("no map to show", where="maps", advice="make one first; see moon2_lab.explain.explainer")
     return "attention"
+
+# %% ../../nbs/explain/645_heatmap_data.ipynb #78f4668b
+@dataclass
+class PairHeatmap:
+    "Which words and which parts of the picture made a score."
+    words: list[tuple[str, float]]  # the item's title, word by word
+    image: Image.Image | None  # the item's picture, as the model sees it
+    cells: np.ndarray | None  # (rows, columns) scores over the picture
+    score: float  # the similarity that is explained
+    method: str = ""  # how the numbers were made
+    note: str = ""  # what to keep in mind when reading them
 
 # %% ../../nbs/explain/645_heatmap_data.ipynb #72adc5d0
 def page_heatmap(

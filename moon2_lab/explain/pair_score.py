@@ -18,11 +18,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from ..model.backbone import Packing
-from ..data.catalog import ImageRef, Item
-from ..config import DataError
-from ..model.encoder import Moon2Encoder
 from ..augment.entities import is_unsegmented
+from ..config import DataError
+from ..data.images import ImageRef
+from ..data.products import Item
+from ..model.backbone import Packing
+from ..model.encoder import Moon2Encoder
 from ..model.moe import LayerRouting, MoEFeedForward, mix_experts, route
 
 # %% ../../nbs/explain/605_pair_score.ipynb #c7745c97

@@ -28,8 +28,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from ..data.catalog import ImageRef
 from ..config import DataError, EncoderConfig, LabError, cache_dir, progress, sha256_hex
+from ..data.images import ImageRef
 from ..files import locked, require_checksums, whole_folder, write_checksums
 
 # %% ../../nbs/model/320_backbone.ipynb #94b31346

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import OBJECTIVES, VIEWS, UsageError
+from ..config import OBJECTIVES, UsageError, VIEWS
 
 # %% ../../nbs/objective/500_contrastive.ipynb #d9d4b74f
 def contrastive_loss(

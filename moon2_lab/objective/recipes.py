@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ..data.catalog import Product
-from .sample_filter import Moon2Objective
-from .contrastive import TripletKeys, TripletRouting, TripletViews, inter_product_loss, load_balance_loss, objective_samples
+from ..data.products import Product
 from ..data.triplets import Triplet
+from moon2_lab.objective.contrastive import (
+    TripletKeys, TripletRouting, TripletViews, inter_product_loss, load_balance_loss, objective_samples,
+)
+from .sample_filter import Moon2Objective
 
 # %% ../../nbs/objective/540_recipes.ipynb #c12aa898
 DENSE_TERMS = (("t", "mm"), ("i", "mm"), ("i", "t"), ("t", "i"))  # (query view, item view)

@@ -15,24 +15,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..config import OBJECTIVES, VIEWS, TrainConfig
+from ..config import OBJECTIVES, TrainConfig, VIEWS
 from moon2_lab.objective.contrastive import (
-    CandidateMasks,
-    TripletKeys,
-    TripletRouting,
-    TripletViews,
-    at_least_float32,
-    balance_loss,
-    candidate_masks,
-    collective_support,
-    inter_product_loss,
-    intra_product_loss,
-    load_balance_loss,
-    objective_routing,
-    objective_samples,
-    objective_weights,
-    preference,
-    sparsity_loss,
+    CandidateMasks, TripletKeys, TripletRouting, TripletViews, at_least_float32, balance_loss, candidate_masks,
+    collective_support, inter_product_loss, intra_product_loss, load_balance_loss, objective_routing, objective_samples,
+    objective_weights, preference, sparsity_loss,
 )
 
 # %% ../../nbs/objective/520_sample_filter.ipynb #fb8f714d

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..config import DIRECTIONS, printable
 from ..data.catalog import key_words
-from ..config import DIRECTIONS
-from .tables import BASELINE_WORDS, DIRECTION_WORDS, METRICS, VIEW_WORDS, against_baselines, columns_like, label_table, last_load, objective_series, printable, score_table, section
+from moon2_lab.reporting.tables import (
+    BASELINE_WORDS, DIRECTION_WORDS, METRICS, VIEW_WORDS, against_baselines, columns_like, label_table, last_load,
+    objective_series, score_table, section,
+)
 
 # %% ../../nbs/reporting/754_alarms.ipynb #5f61f652
 @dataclass(frozen=True)

@@ -17,15 +17,16 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..data.catalog import Catalog, ImageRef, Item, Product
-from ..config import DIRECTIONS, VIEWS, DataError, UsageError
-from ..files import plain
+from ..config import DIRECTIONS, DataError, UsageError, VIEWS, printable
+from ..data.catalog import Catalog
+from ..data.images import ImageRef
+from ..data.products import Item, Product
 from ..evaluation.evaluate import Question, answer, ask, query_items
-from ..retrieval.filters import field_values, fold_value, parse_filter
-from .html import drawn_shape
 from ..evaluation.protocol import LEVELS
 from ..evaluation.statistics import judged, paired_test, with_interval
-from .tables import printable
+from ..files import plain
+from .html import drawn_shape
+from ..retrieval.filters import field_values, fold_value, parse_filter
 
 # %% ../../nbs/reporting/770_comparison.ipynb #3f28b0da
 NEEDED = ("query_id", "direction", "rank", "hit_ids", "top_ids", "top_scores")

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
+from ..config import LabError, printable, progress
+from ..data.products import Item, Product
 from ..explain.attention import evaluating
-from ..data.catalog import Item, Product
-from .comparison import Comparison, asked_items
-from ..config import LabError, progress
-from ..model.encoder import Moon2Encoder
-from ..explain.explainer import TRIALS, Explainer
+from ..explain.explainer import Explainer, TRIALS
 from ..explain.heatmap_data import NAMES, trust_words
-from .tables import printable
+from ..model.encoder import Moon2Encoder
+from .comparison import Comparison, asked_items
 
 # %% ../../nbs/reporting/774_comparison_heatmaps.ipynb #1f0f7f61
 def explain_hit(

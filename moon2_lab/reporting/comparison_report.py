@@ -11,16 +11,17 @@ __all__ = ['HOW', 'Pictures', 'Shelf', 'list_entry', 'row_entry', 'why_entry', '
 import math
 from pathlib import Path
 
-from ..data.catalog import ImageRef, Product
-from .comparison import KINDS, Comparison, asked_items, product_facts
-from ..config import DIRECTIONS, UsageError, progress, static_text
-from ..files import plain
-from .run_figures import heat_overlay
-from .heatmap_page import fingerprint, inline_json, write_page
-from .html import Safe, foreign, join, picture_uri, score, table, tag, text
+from ..config import DIRECTIONS, UsageError, printable, progress, static_text
+from ..data.images import ImageRef
+from ..data.products import Product
 from ..evaluation.protocol import LEVELS
 from ..evaluation.statistics import p_words
-from .tables import DIRECTION_WORDS, printable
+from ..files import plain
+from .comparison import Comparison, KINDS, asked_items, product_facts
+from .heatmap_page import fingerprint, inline_json, write_page
+from .html import Safe, foreign, join, picture_uri, score, table, tag, text
+from .run_figures import heat_overlay
+from .tables import DIRECTION_WORDS
 
 # %% ../../nbs/reporting/784_comparison_report.ipynb #3ebd06dd
 class Pictures:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import UsageError
-from .run_figures import GRID, INK, fitted
+from ..config import UsageError, printable
 from .html import QueryHits
-from .tables import DIRECTION_WORDS, printable
+from .run_figures import GRID, INK, fitted
+from .tables import DIRECTION_WORDS
 
 # %% ../../nbs/reporting/768_contact_sheet.ipynb #2c39a17d
 FRAMES = {"query": "#1f5fa8", "right": "#1b7a4d", "wrong": "#b3263a", "": None}

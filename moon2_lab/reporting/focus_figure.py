@@ -10,9 +10,8 @@ import html
 
 import pandas as pd
 
-from ..config import DataError
+from ..config import DataError, printable
 from .heatmap_figures import in_theme, theme_of
-from .tables import printable
 
 # %% ../../nbs/reporting/766_focus_figure.ipynb #fc51200c
 SIGNS, SHADES = ("circle", "square", "triangle-up", "cross", "star"), ("against", "for", "share")

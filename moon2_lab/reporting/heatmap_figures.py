@@ -15,11 +15,10 @@ import textwrap
 
 import numpy as np
 
-from ..config import DataError, UsageError
-from .run_figures import AGAINST, FOR, blank_figure, fitted, strengths
-from ..explain.heatmap_data import NAMES, check_map, faith_line, trust_words
+from ..config import DataError, UsageError, printable
 from ..explain.faith_verdicts import Faith, PairMaps, SideMaps, TokenMap
-from .tables import printable
+from ..explain.heatmap_data import NAMES, check_map, faith_line, trust_words
+from .run_figures import AGAINST, FOR, blank_figure, fitted, strengths
 
 # %% ../../nbs/reporting/760_heatmap_figures.ipynb #f70fcf88
 THEMES = {

@@ -13,11 +13,10 @@ import html
 import json
 from pathlib import Path
 
-from ..config import UsageError, static_text
-from ..files import atomic_path
-from ..explain.heatmap_data import first_method, maps_json, pair_payload
+from ..config import UsageError, printable, static_text
 from ..explain.faith_verdicts import PairMaps
-from .tables import printable
+from ..explain.heatmap_data import first_method, maps_json, pair_payload
+from ..files import atomic_path
 
 # %% ../../nbs/reporting/782_heatmap_page.ipynb #c19b0862
 def inline_json(value) -> str:

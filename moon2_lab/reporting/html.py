@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..config import static_text
+from ..config import printable, static_text
+from ..explain.heatmap_data import PairHeatmap
 from .run_figures import fitted, fitted_size, heat_overlay, word_html
-from .tables import DIRECTION_WORDS, PairHeatmap, number, printable
+from .tables import DIRECTION_WORDS, number
 
 # %% ../../nbs/reporting/757_html.ipynb #7d72cee1
 class Safe(str):

@@ -17,15 +17,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..data.catalog import Catalog, ImageRef, Item, Product, decode_image
-from .comparison import matching_attributes
-from ..config import DataError, UsageError
-from ..retrieval.filters import nearest_names
-from ..data.images import MAX_SIDE, TURNS, bare, fit, open_image, orientation, to_rgb
-from .tables import printable
-from ..data.queries import Lexicon, fold
-from ..data.queries import words as words_of
+from ..config import DataError, UsageError, printable
+from ..data.catalog import Catalog
+from ..data.images import ImageRef, MAX_SIDE, TURNS, bare, decode_image, fit, open_image, orientation, to_rgb
+from ..data.products import Item, Product
+from ..data.queries import Lexicon, fold, words as words_of
 from ..data.triplets import make_query
+from .comparison import matching_attributes
+from ..retrieval.filters import nearest_names
 
 # %% ../../nbs/reporting/772_named_queries.ipynb #de5f8207
 MAX_LETTERS = 2000  # of a query

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from .alarms import weight_alarms
-from ..config import OBJECTIVES, VIEWS, DataError, UsageError
-from ..files import plain
-from ..explain.heatmap_data import check_side, side_json
+from ..config import DataError, OBJECTIVES, UsageError, VIEWS, printable
 from ..explain.faith_verdicts import SideMaps, made_up_side
-from .tables import OBJECTIVE_WORDS, VIEW_WORDS, columns_like, load_series, made_up_history, objective_series, printable
+from ..explain.heatmap_data import check_side, side_json
+from ..files import plain
+from .alarms import weight_alarms
+from moon2_lab.reporting.tables import (
+    OBJECTIVE_WORDS, VIEW_WORDS, columns_like, load_series, made_up_history, objective_series,
+)
 
 # %% ../../nbs/reporting/764_routing_figures.ipynb #cd46c309
 @dataclass

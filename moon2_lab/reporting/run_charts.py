@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 
 from .html import Safe, foreign, join, percent, table, tag, text
-from .tables import VIEW_WORDS, columns_like, last_load, load_series, objective_series, preference_matrix, thin
+from moon2_lab.reporting.tables import (
+    VIEW_WORDS, columns_like, last_load, load_series, objective_series, preference_matrix, thin,
+)
 
 # %% ../../nbs/reporting/758_run_charts.ipynb #1781bf60
 def heat_table(

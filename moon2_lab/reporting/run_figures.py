@@ -16,8 +16,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from ..config import DIRECTIONS, LabError
-from .tables import BASELINE_WORDS, VIEW_WORDS, columns_like, load_series, objective_series, printable, score_table, thin
+from ..config import DIRECTIONS, LabError, printable
+from moon2_lab.reporting.tables import (
+    BASELINE_WORDS, VIEW_WORDS, columns_like, load_series, objective_series, score_table, thin,
+)
 
 # %% ../../nbs/reporting/756_run_figures.ipynb #ee9653b5
 INK, GRID = "#1c2430", "#dfe3ea"

@@ -16,14 +16,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from .alarms import alarms
-from .run_charts import expert_drawings, filter_drawings, forest, forest_legend, training_drawings
-from ..config import DIRECTIONS, VIEWS, LabError
+from ..config import DIRECTIONS, LabError, VIEWS, printable
+from ..explain.heatmap_data import PairHeatmap
 from ..files import atomic_path
-from .html import Hit, QueryHits, Safe, foreign, heat_pictures, heat_words, join, page, percent, query_card, score, section, table, tag
+from .alarms import alarms
+from moon2_lab.reporting.html import (
+    Hit, QueryHits, Safe, foreign, heat_pictures, heat_words, join, page, percent, query_card, score, section, table,
+    tag,
+)
+from .run_charts import expert_drawings, filter_drawings, forest, forest_legend, training_drawings
 from moon2_lab.reporting.tables import (
-    BASELINE_WORDS, DIRECTION_WORDS, METRICS, OBJECTIVE_WORDS, PAPER_RESULTS, VIEW_WORDS, PairHeatmap, against_baselines, beside_paper, estimate, label_table, number, objective_series,
-    printable, score_table,
+    BASELINE_WORDS, DIRECTION_WORDS, METRICS, OBJECTIVE_WORDS, PAPER_RESULTS, VIEW_WORDS, against_baselines,
+    beside_paper, estimate, label_table, number, objective_series, score_table,
 )
 
 _all_ = ["Hit", "QueryHits", "PairHeatmap"]  # what a caller fills in, to be had from here

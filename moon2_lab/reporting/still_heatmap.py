@@ -12,11 +12,10 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import UsageError
-from .run_figures import AGAINST, FOR, fitted, strengths
-from ..explain.heatmap_data import NAMES, check_map, first_method, trust_words
+from ..config import UsageError, printable
 from ..explain.faith_verdicts import PairMaps, SideMaps, TokenMap
-from .tables import printable
+from ..explain.heatmap_data import NAMES, check_map, first_method, trust_words
+from .run_figures import AGAINST, FOR, fitted, strengths
 
 # %% ../../nbs/reporting/762_still_heatmap.ipynb #4c26608f
 SHARE, DARK_SHARE, DARK_AGAINST = (128, 48, 152), (190, 105, 215), (64, 132, 235)

@@ -17,12 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..data.catalog import Catalog, Product
-from ..config import VIEWS, DataError, UsageError, progress
+from ..config import DataError, UsageError, VIEWS, progress
+from ..data.catalog import Catalog
+from ..data.products import Product
 from ..files import atomic_path, clear_rubbish, held, holds_nothing, read_json, try_file, write_json
 from ..model.encoder import Moon2Encoder
 from ..objective.contrastive import fits_dim
-from .vectors import DTYPES, VectorBlock, VectorFile, length_kept, neighbours_kept, payload_of, shortened, vector_schema, vector_table
+from moon2_lab.retrieval.vectors import (
+    DTYPES, VectorBlock, VectorFile, length_kept, neighbours_kept, payload_of, shortened, vector_schema, vector_table,
+)
 
 # %% ../../nbs/retrieval/710_embed.ipynb #c06b7b17
 log = logging.getLogger(__name__)

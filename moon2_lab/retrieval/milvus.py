@@ -29,10 +29,10 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from ..config import VIEWS, DataError, LabError, UsageError
+from ..config import DataError, LabError, UsageError, VIEWS
+from ..data.products import Product
 from ..files import disk_is_full, held, holds_nothing, try_file, unwritable, whole_folder
 from .filters import facets, field_values, milvus_filter
-from ..data.products import Product
 from .vectors import PAYLOAD, VectorBlock, VectorFile, shortened
 
 # %% ../../nbs/retrieval/715_milvus.ipynb #b60be6d5

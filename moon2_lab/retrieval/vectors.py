@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
-from ..data.catalog import Product
-from ..config import VIEWS, DataError, LabError, UsageError
+from ..config import DataError, LabError, UsageError, VIEWS
+from ..data.products import Product
 from ..evaluation.ranking import normalised
 
 # %% ../../nbs/retrieval/705_vectors.ipynb #f4a1145b

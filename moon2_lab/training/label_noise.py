@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 
 from ..config import VIEWS, sha256_hex
-from ..model.encoder import Moon2Encoder
 from ..data.products import Item, Product
-from ..evaluation.statistics import key_draws
 from ..data.queries import Lexicon
 from ..data.triplets import NegativeFinder, Triplet, TripletList, category_path, make_query, spoil
+from ..evaluation.statistics import key_draws
+from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/training/560_label_noise.ipynb #d4f65c79
 def random_positive(

@@ -17,12 +17,12 @@ import numpy as np
 import traitlets
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import OBJECTIVES, UsageError, static_text
-from ..reporting.run_figures import fitted
+from ..config import OBJECTIVES, UsageError, printable, static_text
 from ..reporting.heatmap_figures import in_theme, pale, theme_of, word_names
 from ..reporting.routing_figures import RoutingMaps, routing_payload
+from ..reporting.run_figures import fitted
 from ..reporting.still_heatmap import INK, SHARE, SOFT, WIDTH, small_png, write_lines
-from ..reporting.tables import VIEW_WORDS, printable
+from ..reporting.tables import VIEW_WORDS
 
 # %% ../../nbs/widgets/810_routing.ipynb #df80248d
 COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66), (140, 140, 140))

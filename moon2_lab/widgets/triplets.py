@@ -19,11 +19,10 @@ import traitlets
 from fastcore.basics import patch
 from PIL import Image
 
-from ..config import VIEWS, UsageError, static_text
+from ..config import UsageError, VIEWS, printable, static_text
+from ..data.triplets import Triplet
 from ..explain.heatmap_data import small_jpeg
 from ..reporting.contact_sheet import Card, card_sheet, jpeg
-from ..reporting.tables import printable
-from ..data.triplets import Triplet
 from ..training.triplet_review import KINDS, PHIS, Verdicts, inspection_table, next_weight, phi_over_time
 
 # %% ../../nbs/widgets/815_triplets.ipynb #0ff1ea65

@@ -24,40 +24,26 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ..catalog import TRIPLET_COLUMNS, folded_title
-from ..text_fields import is_empty
 from ...config import DataError, LabError, UsageError, progress, sha256_hex
-from .encodings import given_encoding
+from ..catalog import TRIPLET_COLUMNS, folded_title
+from ..images import ImageFolder, MAX_PIXELS, examine_all
 from .download import Fetcher
-from ..images import MAX_PIXELS, ImageFolder, examine_all
-from .intake import GALLERY, Desk, Settings, hash_split, merge_products, read_lists, write_judged, write_queries
+from .encodings import given_encoding
+from .image_store import Finder, PLAIN, Pictures, Store, check_place
+from moon2_lab.data.importers.intake import (
+    Desk, GALLERY, Settings, hash_split, merge_products, read_lists, write_judged, write_queries,
+)
+from moon2_lab.data.importers.readers import (
+    DataFile, Row, checked_delimiter, columns_of, data_files, ending_of, open_data, read_json_items, read_rows_of,
+)
 from moon2_lab.data.importers.schemas import (
-    LAYOUTS,
-    SPLITS,
-    ColumnMap,
-    Layout,
-    ProductDraft,
-    TripletDraft,
-    map_columns,
-    read_label_lines,
-    read_row,
+    ColumnMap, LAYOUTS, Layout, ProductDraft, SPLITS, TripletDraft, map_columns, read_label_lines, read_row,
     split_in_name,
 )
-from ...files import LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json
 from .table_parts import Parts, open_ledger
 from ..products import QUARANTINE_COLUMNS, TEXT_FIELDS
-from moon2_lab.data.importers.readers import (
-    DataFile,
-    Row,
-    checked_delimiter,
-    columns_of,
-    data_files,
-    ending_of,
-    open_data,
-    read_json_items,
-    read_rows_of,
-)
-from .image_store import PLAIN, Finder, Pictures, Store, check_place
+from ..text_fields import is_empty
+from ...files import LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json
 
 # %% ../../../nbs/data/importers/235_importer.ipynb #7f707805
 @dataclass

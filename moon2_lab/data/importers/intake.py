@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..text_fields import clean
 from ...config import DataError
-from ...files import atomic_path, read_json
+from .image_store import Pictures
 from .schemas import LAYOUTS, ProductDraft, TripletDraft, joined_product, merge_drafts
 from .table_parts import Parts
-from .image_store import Pictures
+from ..text_fields import clean
+from ...files import atomic_path, read_json
 
 # %% ../../../nbs/data/importers/230_intake.ipynb #078cfcdc
 def hash_split(product_id: str) -> str:

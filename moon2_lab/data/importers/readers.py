@@ -28,7 +28,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...config import DataError, UsageError
-from .encodings import HEAD, UTF8, TextForm, decode_line, open_bytes, open_text, read_head, text_form
+from moon2_lab.data.importers.encodings import (
+    HEAD, TextForm, UTF8, decode_line, open_bytes, open_text, read_head, text_form,
+)
 
 # %% ../../../nbs/data/importers/205_readers.ipynb #b3283956
 MAX_LINE = 64 * 2**20  # bytes; a longer line or object is set aside unread

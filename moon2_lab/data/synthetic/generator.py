@@ -22,11 +22,11 @@ import pandas as pd
 from PIL import Image
 
 from ...config import DataError, UsageError, progress
-from ...files import holds_nothing, read_json, whole_folder, write_json, write_parquet
-from .shapes import KINDS, MARKS, draw_look
 from ..products import Item, Product
-from .materials import BACKDROPS, PALE, Look, Shot, photo
-from ..triplets import WRITTEN_NOISE, NegativeFinder, Triplet, propose, spoil
+from .materials import BACKDROPS, Look, PALE, Shot, photo
+from .shapes import KINDS, MARKS, draw_look
+from ..triplets import NegativeFinder, Triplet, WRITTEN_NOISE, propose, spoil
+from ...files import holds_nothing, read_json, whole_folder, write_json, write_parquet
 
 # %% ../../../nbs/data/synthetic/260_generator.ipynb #1676e39b
 @dataclass(frozen=True)

@@ -16,7 +16,10 @@ import numpy as np
 from PIL import Image
 
 from ...config import UsageError
-from .materials import DARK, GOLD, MATERIALS, PALE, PATTERNS, STEEL, TAN, Look, Points, Sheet, arc, box, flip, mirror, oval, smooth, tinted
+from moon2_lab.data.synthetic.materials import (
+    DARK, GOLD, Look, MATERIALS, PALE, PATTERNS, Points, STEEL, Sheet, TAN, arc, box, flip, mirror, oval, smooth,
+    tinted,
+)
 
 # %% ../../../nbs/data/synthetic/255_shapes.ipynb #b563bf3e
 @dataclass(frozen=True)
