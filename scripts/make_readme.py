@@ -25,7 +25,9 @@ def heading(path):
 def map_of_notebooks():
     "A table of the numbered notebooks in reading order, then the lessons."
     rows = ["| notebook | what it is |", "|---|---|"]
-    for path in [*sorted(SOURCE.parent.glob("[0-9]*.ipynb")), *sorted((SOURCE.parent / "lessons").glob("*.ipynb"))]:
+    lessons = sorted((SOURCE.parent / "lessons").glob("*.ipynb"))
+    numbered = {path for path in SOURCE.parent.rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in path.parts}
+    for path in [*sorted(numbered - set(lessons), key=lambda path: path.name), *lessons]:
         rows.append(f"| [{path.relative_to(SOURCE.parent).with_suffix('').as_posix()}]({path.relative_to(SOURCE.parent).as_posix()}) | {heading(path)[1] or heading(path)[0]} |")
     return "\n".join(rows)
 

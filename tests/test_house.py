@@ -16,7 +16,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moon2_lab"
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-MODULE_NOTEBOOKS = [path for path in NOTEBOOKS if path.parent.name == "nbs" and path.name[0].isdigit()]
+MODULE_NOTEBOOKS = [path for path in NOTEBOOKS if path.name[0].isdigit() and "lessons" not in path.parts]
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py")) if path.stem not in {"__init__", "_modidx"}}
+sys.path.insert(0, str(ROOT / "scripts"))
+from measure_house import imported_modules, room_of  # noqa: E402
+from rooms import ROOMS  # noqa: E402
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -35,6 +40,11 @@ def cells(path, kind):
 def named(path):
     "A test id that a reader recognises."
     return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path):
+    "The dotted name of the module that a notebook must export, from where it lies."
+    return ".".join([*path.relative_to(ROOT / "nbs").parent.parts, path.stem.split("_", 1)[1]])
 
 
 # ---------------------------------------------------------------------------------------------- project files
@@ -96,7 +106,7 @@ def test_every_import_is_a_declared_dependency():
     declared = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in PROJECT["project"]["dependencies"]}
     optional = {"tensorboard", "trackio", "wandb", "cv2", "diffusers"}
     names = set()
-    for path in PACKAGE.glob("*.py"):
+    for path in MODULES.values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names |= {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
             names |= {node.module.split(".")[0]} if isinstance(node, ast.ImportFrom) and not node.level else set()
@@ -160,7 +170,7 @@ def test_module_notebook_has_the_form_of_the_house(path):
     assert notebook["cells"][0]["cell_type"] == "markdown" and re.match(r"# \S.*\n+> \S", first), "starts with '# name' and '> subtitle'"
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     code = cells(path, "code")
-    assert re.fullmatch(r"#\|\s*default_exp (\w+)\s*", code[0]) and code[0].split()[-1] == path.stem.split("_", 1)[1]
+    assert re.fullmatch(r"#\|\s*default_exp ([\w.]+)\s*", code[0]) and code[0].split()[-1] == module_of(path)
     assert len(notebook["cells"]) <= 60, f"{len(notebook['cells'])} cells: split it"
     for source in (source for source in code if source.startswith("#| export")):
         body = [node for node in ast.parse(source).body if "_all_" not in ast.unparse(node)]  # _all_: names handed on to readers of this module
@@ -172,38 +182,32 @@ def test_module_notebook_has_the_form_of_the_house(path):
 
 
 def test_no_two_notebooks_export_one_module():
-    "They would overwrite each other in silence. And every module has its notebook."
+    "They would overwrite each other in silence. And every module has its notebook, and every notebook a number of its own."
     names = [cells(path, "code")[0].split()[-1] for path in MODULE_NOTEBOOKS]
     twice = {name for name in names if names.count(name) > 1}
     assert not twice, f"exported twice: {twice}"
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "_modidx"}
-    assert modules == set(names), f"without notebook: {modules - set(names)}; not exported: {set(names) - modules}"
+    assert set(MODULES) == set(names), f"without notebook: {set(MODULES) - set(names)}; not exported: {set(names) - set(MODULES)}"
+    numbers = [path.name.split("_")[0] for path in MODULE_NOTEBOOKS]
+    assert len(numbers) == len(set(numbers)) and all(len(number) == 3 for number in numbers), sorted(n for n in numbers if numbers.count(n) > 1)
 
 
 # ---------------------------------------------------------------------------------------------- imports
 
-NUMBER = {path.stem.split("_", 1)[1]: int(path.stem.split("_", 1)[0]) for path in MODULE_NOTEBOOKS}
+NUMBER = {module_of(path): int(path.stem.split("_", 1)[0]) for path in MODULE_NOTEBOOKS}
 SEES_ONLY = {  # tighter than the order of the numbers: what sees arrays must not learn about models
-    "losses": {"core"},
-    "filtering": {"core", "losses"},
-    "statistics": {"core"},
-    "metrics": {"core", "statistics"},
-    "tables": {"core", "statistics"},
-    "figures": {"core", "tables"},
-    "widgets": {"core", "tables", "figures"},
+    "objective.contrastive": {"config"},
+    "objective.sample_filter": {"config", "objective.contrastive"},
+    "evaluation.statistics": {"config"},
+    "evaluation.ranking": {"config", "evaluation.statistics"},
+    "reporting.tables": {"config", "evaluation.statistics"},
+    "reporting.run_figures": {"config", "reporting.tables"},
+    "widgets.training": {"config", "reporting.tables", "reporting.run_figures"},
 }
 
 
-def imports_of(source):
+def imports_of(source, name="-"):
     "Modules of this package that a piece of Python imports, wherever in it."
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("moon2_lab.")}
-        elif isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "moon2_lab"):
-            inside = (node.module or "").split(".")[0 if node.level else 1 :]
-            found |= {inside[0]} if inside and inside[0] else {alias.name for alias in node.names if alias.name in NUMBER}
-    return found
+    return imported_modules(ast.parse(source), name, set(MODULES))
 
 
 def without_magics(source):
@@ -211,20 +215,32 @@ def without_magics(source):
     return "\n".join("pass" if re.match(r"\s*[%!]", line) else line for line in source.splitlines())
 
 
+def test_rooms_are_the_folders():
+    "scripts/rooms.py lists every sub-package in reading order, and the numbers of the notebooks follow it."
+    assert {room_of(name) for name in MODULES} == set(ROOMS)
+    spans = {room: sorted(NUMBER[name] for name in MODULES if room_of(name) == room) for room in ROOMS}
+    ends = [number for room in ROOMS for number in (spans[room][0], spans[room][-1])]
+    assert ends == sorted(ends), spans
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_room_imports_from_rooms_above_it(name):
+    "Lazily, too; so there is no cycle between rooms."
+    here = ROOMS.index(room_of(name))
+    lower = {other for other in imports_of(MODULES[name].read_text(encoding="utf-8"), name) if ROOMS.index(room_of(other)) > here}
+    assert not lower, f"{name} imports from rooms below it: {lower}"
+
+
 @pytest.mark.parametrize("path", MODULE_NOTEBOOKS, ids=named)
 def test_imports_point_downwards(path):
-    "A notebook, and the module made from it, imports lower-numbered modules only; so there can be no cycle."
-    name = path.stem.split("_", 1)[1]
-    module = PACKAGE / f"{name}.py"
-    used = imports_of(module.read_text(encoding="utf-8")) if module.exists() else set()
-    for source in cells(path, "code"):
-        used |= imports_of(without_magics(source))
-    used.discard(name)
-    unknown = used - set(NUMBER)
-    assert not unknown, f"{name} imports {unknown}, which no notebook exports"
-    upwards = {other for other in used if NUMBER[other] >= NUMBER[name]}
-    assert not upwards, f"{name} ({NUMBER[name]}) imports upwards: { {other: NUMBER[other] for other in upwards} }"
-    exported = imports_of(module.read_text(encoding="utf-8")) if module.exists() else set()
+    "A module imports lower-numbered modules only; so there can be no cycle. Its notebook may also draw: with what `reporting` has."
+    name = module_of(path)
+    exported = imports_of(MODULES[name].read_text(encoding="utf-8"), name) - {name}
+    upwards = {other: NUMBER[other] for other in exported if NUMBER[other] >= NUMBER[name]}
+    assert not upwards, f"{name} ({NUMBER[name]}) imports upwards: {upwards}"
+    shown = {other for source in cells(path, "code") for other in imports_of(without_magics(source))} - {name}
+    upwards = {other: NUMBER[other] for other in shown if NUMBER[other] >= NUMBER[name] and room_of(other) != "reporting"}
+    assert not upwards, f"the notebook of {name} ({NUMBER[name]}) imports upwards: {upwards}"
     assert name not in SEES_ONLY or exported <= SEES_ONLY[name], f"{name} may see {SEES_ONLY[name]}, but imports {exported - SEES_ONLY[name]}"
 
 
@@ -232,27 +248,34 @@ def test_apps_see_the_demo_only():
     "The launchers are thin: all they know is moon2_lab.app.interface."
     for path in sorted((ROOT / "apps").glob("*.py")):
         source = path.read_text(encoding="utf-8")
-        assert imports_of(source) <= {"demo"}, f"{named(path)} imports {imports_of(source)}"
+        assert imports_of(source) <= {"app.interface"}, f"{named(path)} imports {imports_of(source)}"
         assert len(source.splitlines()) < 40, f"{named(path)} is no launcher any more"
 
 
 TORCH_FREE = (  # useful without a model
-    "core", "chat", "localmodel", "fetch", "cells", "encodings", "attribute_cells", "picture_cells", "rows", "layouts", "images", "store", "parts", "intake", "sources", "catalog", "text",
-    "batching", "triplets", "surfaces", "drawing", "synth", "retouch", "subjects", "editors", "entities", "enrichers", "protocol", "metrics",
-    "evaluate", "filters", "vectors", "index", "tables", "alarms", "figures", "page", "charts", "report", "compare", "diffpage", "commands", "cli",
+    "config", "augment.llm_client", "augment.local_llm", "data.importers.download", "data.text_fields",
+    "data.importers.encodings", "data.attribute_fields", "data.image_fields", "data.importers.readers",
+    "data.importers.schemas", "data.images", "data.importers.image_store", "data.importers.table_parts",
+    "data.importers.intake", "data.importers.importer", "data.catalog", "data.queries", "data.batching",
+    "data.triplets", "data.synthetic.materials", "data.synthetic.shapes", "data.synthetic.generator",
+    "augment.image_transforms", "augment.subject_mask", "augment.image_edits", "augment.entities",
+    "augment.title_enrichment", "evaluation.protocol", "evaluation.ranking", "evaluation.evaluate",
+    "retrieval.filters", "retrieval.vectors", "retrieval.milvus", "reporting.tables", "reporting.alarms",
+    "reporting.run_figures", "reporting.html", "reporting.run_charts", "reporting.run_report", "reporting.comparison",
+    "reporting.comparison_report", "cli.commands", "cli.main",
 )
 HEAVY = ("torch", "transformers", "peft", "accelerate", "captum", "gradio", "plotly", "matplotlib", "sklearn", "ipywidgets", "anywidget", "nbdev", "IPython", "cv2", "diffusers", "pymilvus", "milvus_lite", "faiss")
 MAY_IMPORT = {  # heavy packages, and the modules that may import them when they are imported themselves
-    "transformers": {"backbone"},
+    "transformers": {"model.backbone"},
     "peft": set(),
     "accelerate": set(),
     "captum": set(),
-    "gradio": {"demo", "tabs"},
-    "plotly": {"widgets"},
+    "gradio": {"app.interface", "app.tabs"},
+    "plotly": {"widgets.training"},
     "matplotlib": set(),
     "sklearn": set(),
-    "ipywidgets": {"widgets"},
-    "anywidget": {"widgets", "heatmaps", "experts", "inspector"},
+    "ipywidgets": {"widgets.training"},
+    "anywidget": {"widgets.training", "widgets.heatmap", "widgets.routing", "widgets.triplets"},
     "nbdev": set(),
     "IPython": set(),
     "cv2": set(),
@@ -280,11 +303,11 @@ def test_light_modules_load_nothing_heavy():
 
 def test_heavy_packages_are_imported_where_they_are_needed():
     "At the top of a module only by the module that is about them; elsewhere inside the function that uses them."
-    for path in sorted(PACKAGE.glob("*.py")):
+    for module, path in MODULES.items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for package in {name.split(".")[0] for name in names} & set(MAY_IMPORT):
-                assert path.stem in MAY_IMPORT[package], f"{path.name} imports {package} at its top; import it in the function that uses it"
+                assert module in MAY_IMPORT[package], f"{module} imports {package} at its top; import it in the function that uses it"
 
 
 # ---------------------------------------------------------------------------------------------- what must not be there
