@@ -101,7 +101,7 @@ def told(name: str, found: dict) -> str:
 @contextlib.contextmanager
 def own_cache(backbone: str) -> Iterator[Path]:
     "A cache folder for random features; fetched model parts and examined pictures are taken from the user's, measured choices are not."
-    from moon2_lab.config import cache_dir
+    from moon2_lab.files import cache_dir
     from moon2_lab.model.backbone import mini_assets
 
     if backbone == "mini":
@@ -119,11 +119,11 @@ def own_cache(backbone: str) -> Iterator[Path]:
 
 def catalogue(args, products: int):
     "The catalogue of --catalog, or invented products: drawn titles and attributes, three pictures each that exist by key only."
-    from moon2_lab.config import sha256_hex
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.data.images import ImageRef
     from moon2_lab.data.products import Product
     from moon2_lab.data.synthetic.generator import describe, make_title
+    from moon2_lab.files import sha256_hex
 
     if args.catalog:
         return Catalog.load(args.catalog)

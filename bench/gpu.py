@@ -16,8 +16,10 @@ import time
 import numpy as np
 import torch
 from common import TINY, catalogue, finish, give_features, options, own_cache, spread, start
-from moon2_lab.config import TrainConfig, UsageError, device_name, pick_device
+from moon2_lab.config import TrainConfig
+from moon2_lab.errors import UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.runtime import device_name, pick_device
 from moon2_lab.training.trainer import Trainer
 
 

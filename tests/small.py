@@ -3,12 +3,13 @@ import dataclasses
 import os
 
 import pytest
-from moon2_lab.config import LabError, TrainConfig
+from moon2_lab.config import TrainConfig
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
 from moon2_lab.data.queries import Lexicon
 from moon2_lab.data.triplets import build_triplets
+from moon2_lab.errors import LabError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from PIL import Image, ImageDraw
 

@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
+from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attention import (
     attention_gradient, attention_of, probe_attention, remove_probes, rollout, side_tokens, without_first,
     word_attention,

@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 from small import pretrained
 
-from moon2_lab.config import LabError
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.data.synthetic.generator import draw_product
+from moon2_lab.errors import LabError
 from moon2_lab.explain.attribution import attribute_side, make_case
 from moon2_lab.explain.explainer import Explainer
 from moon2_lab.explain.heatmap_data import page_heatmap

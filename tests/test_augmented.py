@@ -4,10 +4,10 @@ import json
 
 import pandas as pd
 import pytest
-from moon2_lab.config import DataError
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import AUGMENTED, AUGMENTED_COLUMNS
 from moon2_lab.data.synthetic.generator import make_catalog
+from moon2_lab.errors import DataError
 from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.files import write_parquet
 from moon2_lab.training.trainer import Trainer

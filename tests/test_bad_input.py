@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from moon2_lab.config import DataError, LabError
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.data.queries import Lexicon, search_phrase
+from moon2_lab.errors import DataError, LabError
 from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.files import write_json, write_parquet
 from moon2_lab.model import backbone

@@ -24,10 +24,10 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 import moon2_lab.data.images as images_module
-from moon2_lab.config import DataError, LabError
 from moon2_lab.data.catalog import Catalog, key_words, large_keys, product_keys
 from moon2_lab.data.images import ImageFolder, ImageRef, decode_image, examine
 from moon2_lab.data.products import Item, Product, Quarantine, read_records
+from moon2_lab.errors import DataError, LabError
 from moon2_lab.reporting.html import picture_uri
 from moon2_lab.reporting.named_queries import query_item
 

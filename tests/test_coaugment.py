@@ -21,10 +21,10 @@ from moon2_lab.augment.pipeline import (
     Recipe, STATE, augment_catalog, evaluation_hash, expand_pictures, real_pairs, score_pairs, unseen_products,
 )
 from moon2_lab.augment.title_enrichment import Enriched
-from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import AUGMENTED
 from moon2_lab.data.synthetic.generator import make_catalog
+from moon2_lab.errors import DataError, LabError, UsageError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 ROOT = Path(__file__).resolve().parent.parent

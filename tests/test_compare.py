@@ -13,10 +13,11 @@ from browsing import contrast, keep_screenshot, settle, until
 from PIL import Image
 from small import product, shop, tiny
 
-from moon2_lab.config import DIRECTIONS, DataError, UsageError
+from moon2_lab.config import DIRECTIONS
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
+from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.evaluate import answer, ask
 from moon2_lab.evaluation.statistics import holm, p_words, paired_test_tables
 from moon2_lab.reporting.comparison import (

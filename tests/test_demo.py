@@ -23,10 +23,10 @@ from bench.demo_load import free_port
 from moon2_lab.app.components import thumbnail
 from moon2_lab.app.interface import build_demo, main, prepare, serve, train_tiny
 from moon2_lab.app.service import SearchModel, Shop
-from moon2_lab.config import LabError, UsageError
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
+from moon2_lab.errors import LabError, UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.reporting.named_queries import query_item
 from moon2_lab.reporting.tables import made_up_metrics

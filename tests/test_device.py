@@ -13,8 +13,8 @@ import torch
 from fake_device import counted
 from moon2_lab import config, files
 from moon2_lab.cli.main import main
-from moon2_lab.config import UsageError
 from moon2_lab.data.products import Item
+from moon2_lab.errors import UsageError
 from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.explain import attention_recorder
 from moon2_lab.model import backbone, encoder, moe

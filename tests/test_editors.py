@@ -23,10 +23,10 @@ from moon2_lab.augment.image_edits import (
 from moon2_lab.augment.image_transforms import MAX_SHIFT, load_cv2, mean_lab
 from moon2_lab.augment.llm_client import Refused
 from moon2_lab.augment.subject_mask import GrabCut, Subject
-from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.data.synthetic.generator import describe
 from moon2_lab.data.synthetic.materials import Shot, photo
 from moon2_lab.data.synthetic.shapes import KINDS as DRAWN, draw_look
+from moon2_lab.errors import DataError, LabError, UsageError
 
 
 def subject_of(number, size=160):

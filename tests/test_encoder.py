@@ -8,8 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from moon2_lab.config import DataError, LabError, OBJECTIVES, VIEWS
+from moon2_lab.config import OBJECTIVES, VIEWS
 from moon2_lab.data.products import Item
+from moon2_lab.errors import DataError, LabError
 from moon2_lab.model.backbone import FeatureStore, Packing
 from moon2_lab.model.encoder import ItemViews, LayerGates, Moon2Encoder, perturb_experts
 from moon2_lab.model.moe import KERNELS, LayerRouting, MoEFeedForward, mix_experts

@@ -18,10 +18,11 @@ from moon2_lab.augment.title_enrichment import (
     EnrichRequest, MllmEnricher, ModelEnricher, RulesEnricher, ServerEnricher, enrich_request, fill_prompt, load_prompt,
     make_enricher, unsupported,
 )
-from moon2_lab.config import DataError, UsageError, sha256_hex
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
 from moon2_lab.data.queries import words
+from moon2_lab.errors import DataError, UsageError
+from moon2_lab.files import sha256_hex
 from PIL import Image
 
 COLOURS, MATERIALS, BRANDS, KINDS = ("red", "blue", "dark blue", "green"), ("cotton", "leather", "oak"), ("Velmora", "Casa Tilde", "Tindra"), ("Bags", "Shirts", "Tea Pots")

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from moon2_lab.config import DIRECTIONS, DataError, UsageError
+from moon2_lab.config import DIRECTIONS
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item, Product
 from moon2_lab.data.queries import Lexicon, query_image_ref, search_phrase
+from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.evaluate import answer, ask, encode_side, evaluate
 from moon2_lab.evaluation.protocol import catalog_queries, gallery_side, label_tasks, pick_products, string_match
 from moon2_lab.evaluation.statistics import holm, p_words, paired_test_tables

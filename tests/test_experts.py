@@ -11,8 +11,9 @@ from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_not
 from PIL import Image
 from small import product, tiny
 
-from moon2_lab.config import DataError, OBJECTIVES, UsageError, VIEWS
+from moon2_lab.config import OBJECTIVES, VIEWS
 from moon2_lab.data.products import Item
+from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain.expert_routing import expert_load, token_routing
 from moon2_lab.reporting.routing_figures import (
     EVEN, RoutingMaps, made_up_routing, routing_maps, routing_payload, training_steps,

@@ -13,10 +13,10 @@ from small import pretrained, shop
 from torch.nn import functional as F
 
 from moon2_lab.cli.main import main
-from moon2_lab.config import DataError, LabError, UsageError
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.data.synthetic.generator import draw_product
+from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attribution import METHODS, attribute_side, fitting_methods, upsample
 from moon2_lab.explain.explainer import Explainer, ExplainerShelf, read_side
 from moon2_lab.explain.pair_pieces import (

@@ -8,7 +8,7 @@ import torch
 from small import picture, product, tiny
 from torch import nn
 
-from moon2_lab.config import DataError, UsageError
+from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.statistics import bootstrap_ci
 from moon2_lab.explain.attribution import make_case
 from moon2_lab.explain.faith_verdicts import Faith, correct_for_methods

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moon2_lab.config import OBJECTIVES, TrainConfig, UsageError, VIEWS
+from moon2_lab.config import OBJECTIVES, TrainConfig, VIEWS
+from moon2_lab.errors import UsageError
 from moon2_lab.files import read_json
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective.contrastive import (

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from small import product, tiny
 
-from moon2_lab.config import DataError, UsageError
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
+from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain import content_focus
 from moon2_lab.explain.attention import AttentionRows, side_tokens
 from moon2_lab.explain.content_focus import (

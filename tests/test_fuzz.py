@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from small import TINY
 
-from moon2_lab.config import LabError, TrainConfig, lab_settings, parse_value
+from moon2_lab.config import TrainConfig, lab_settings, parse_value
 from moon2_lab.data.catalog import Catalog
+from moon2_lab.errors import LabError
 from moon2_lab.files import SUMS
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_notebook, outside, run_cell, settle, until
 from PIL import Image
 
-from moon2_lab.config import DataError, LabError, UsageError
+from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.faith_verdicts import Faith, PairMaps, TokenMap, made_up_pair, made_up_side
 from moon2_lab.explain.heatmap_data import block, first_method, map_json, maps_json, pair_payload
 from moon2_lab.reporting.heatmap_figures import layer_head_figure, pair_map_figure, pair_map_plot, plot_png

@@ -10,10 +10,11 @@ import pytest
 from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_notebook, outside, run_cell, settle, until
 from small import picture, product, settings, shop, tiny
 
-from moon2_lab.config import DataError, LabError, UsageError, VIEWS
+from moon2_lab.config import VIEWS
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.data.triplets import Triplet
+from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.objective.sample_filter import FilterLedger
 from moon2_lab.training.triplet_review import (
     PHIS, PhiWatch, Verdict, Verdicts, apply_verdicts, inspection_table, phi_over_time, stray_verdicts, triplet_phi,

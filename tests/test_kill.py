@@ -109,7 +109,7 @@ def command(name, faults, work) -> Command:
 
 def stored(uri, vectors) -> list | None:
     "What a search in the store finds; None where it says that there is nothing, or not all."
-    from moon2_lab.config import LabError
+    from moon2_lab.errors import LabError
     from moon2_lab.retrieval.milvus import VectorStore
     from moon2_lab.retrieval.vectors import VectorFile
 

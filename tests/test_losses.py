@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moon2_lab.config import LabError, OBJECTIVES
+from moon2_lab.config import OBJECTIVES
+from moon2_lab.errors import LabError
 from moon2_lab.objective.contrastive import (
     OMEGA_MODES, balance_alarm, balance_loss, balance_target, candidate_masks, collective_support, contrastive_loss,
     fits_dim, inter_product_loss, intra_product_loss, load_balance_loss, objective_weights, preference, prefix_loss,

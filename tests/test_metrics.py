@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from moon2_lab.config import DataError, LabError, UsageError
+from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.evaluation.ranking import (
     average_precision_at, bm25, classification_scores, dot_rows, expected_hit_at, hit_at, ndcg_at, nearest_class,
     precision_at, rank_scores, ranks_chunked, recall_at, recall_share_at,

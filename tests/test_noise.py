@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from moon2_lab.config import UsageError
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.queries import Lexicon
 from moon2_lab.data.triplets import build_triplets, category_path
+from moon2_lab.errors import UsageError
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective.sample_filter import batch_masks
 from moon2_lab.training.label_noise import FilterWatch, auc, filter_auc, inject_noise, triplet_gaps

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moon2_lab.config import DIRECTIONS, LabError
+from moon2_lab.config import DIRECTIONS
+from moon2_lab.errors import LabError
 from moon2_lab.explain.heatmap_data import PairHeatmap
 from moon2_lab.reporting.html import drawn_shape, made_up_query
 from moon2_lab.reporting.run_report import write_report

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from bench.demo_load import free_port
 from moon2_lab.cli.main import main
-from moon2_lab.config import DataError, LabError
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import Product
+from moon2_lab.errors import DataError, LabError
 from moon2_lab.evaluation.evaluate import answer, ask, evaluate
 from moon2_lab.reporting.comparison import asked_items
 from moon2_lab.retrieval.embed import embed_catalog, parts_folder

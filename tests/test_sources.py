@@ -26,13 +26,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moon2_lab.cli.main import main
-from moon2_lab.config import DataError, UsageError
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import decode_image
 from moon2_lab.data.importers import download, importer, readers
 from moon2_lab.data.importers.download import Fetcher
 from moon2_lab.data.importers.importer import import_catalog
 from moon2_lab.data.importers.schemas import LAYOUTS
+from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.evaluate import evaluate
 from PIL import Image, ImageDraw
 

@@ -16,8 +16,8 @@ pytest.importorskip("gradio")
 
 from moon2_lab.app.hf_space import NOT_SERVED, chosen, export_space, needed_packages
 from moon2_lab.app.service import SearchModel
-from moon2_lab.config import LabError, UsageError
 from moon2_lab.data.catalog import Catalog
+from moon2_lab.errors import LabError, UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.reporting.named_queries import query_item
 from bench.demo_load import serving

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moon2_lab.config import DataError, UsageError
+from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.statistics import (
     bootstrap_ci, difference_interval, holm, judged, key_sums, p_words, paired_test, paired_test_tables, percentile_ci,
     resampled_totals, share_interval, student_quantile, with_interval,

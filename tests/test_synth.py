@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from moon2_lab.config import LabError, UsageError
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import Product
 from moon2_lab.data.queries import Lexicon, fold, search_phrase, words
@@ -21,6 +20,7 @@ from moon2_lab.data.synthetic.generator import (
 )
 from moon2_lab.data.synthetic.shapes import KINDS
 from moon2_lab.data.triplets import TripletSampler, build_triplets
+from moon2_lab.errors import LabError, UsageError
 from moon2_lab.evaluation.ranking import bm25
 
 

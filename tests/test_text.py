@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance
 
-from moon2_lab.config import DataError
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
 from moon2_lab.data.queries import (
     Lexicon, fold, own_words, photo_settings, photo_view, query_image_ref, search_phrase, words,
 )
+from moon2_lab.errors import DataError
 
 DATA = os.environ.get("MOON2_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="MOON2_DATA is not set")

@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 import torch
 from moon2_lab.cli.pipeline import KeepWithin
-from moon2_lab.config import DataError, DriftError, LabError, OBJECTIVES, TrainConfig, UsageError, VIEWS
+from moon2_lab.config import OBJECTIVES, TrainConfig, VIEWS
 from moon2_lab.data.catalog import Catalog
+from moon2_lab.errors import DataError, DriftError, LabError, UsageError
 from moon2_lab.files import read_json
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective.contrastive import (

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from moon2_lab.config import DataError, UsageError
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
@@ -19,6 +18,7 @@ from moon2_lab.data.triplets import (
     NegativeFinder, TripletSampler, WRITTEN_NOISE, build_triplets, image_refs, mutual_partners, spoil,
     triplets_from_products,
 )
+from moon2_lab.errors import DataError, UsageError
 
 COLOURS, KINDS = ("red", "blue", "green"), ("Mugs", "Bowls", "Chairs", "Lamps")
 

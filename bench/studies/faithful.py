@@ -81,8 +81,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     import torch
 
-    from moon2_lab.config import LabError
     from moon2_lab.data.catalog import Catalog
+    from moon2_lab.errors import LabError
     from moon2_lab.explain.faithfulness import faith_table, redrawn_twin
     from moon2_lab.files import write_json, write_parquet
     from moon2_lab.model.encoder import Moon2Encoder

@@ -16,9 +16,10 @@ from urllib.parse import urlencode
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..config import DIRECTIONS, LabError
+from ..config import DIRECTIONS
 from ..data.images import ImageRef
 from ..data.products import Product
+from ..errors import LabError
 from ..evaluation.statistics import p_words
 from ..explain.faith_verdicts import PairMaps
 from ..model.backbone import square

@@ -22,12 +22,13 @@ from typing import Any
 import pandas as pd
 
 from .interface import catalogue_of, open_model, scores_of, shown_part
-from ..config import LabError, UsageError, progress, sha256_hex
 from ..data.catalog import Catalog
 from ..data.images import bare, fit
 from ..data.products import Product
-from ..files import model_name, read_json, whole_folder, write_checksums, write_json, write_parquet
+from ..errors import LabError, UsageError
+from ..files import model_name, read_json, sha256_hex, whole_folder, write_checksums, write_json, write_parquet
 from ..model.encoder import Moon2Encoder
+from ..runtime import progress
 
 # %% ../../nbs/app/875_hf_space.ipynb #a4c8aa53
 def chosen(

@@ -32,9 +32,10 @@ from moon2_lab.app.tabs import (
     COMPARES, EXPLAINS, PictureFile, QUIET, VIEW_LABELS, about_tab, compare_tab, connect_compare, connect_heatmap,
     connect_search, heatmap_tab, method_choices, search_tab, title_of, told,
 )
-from ..config import DIRECTIONS, LabError, TrainConfig, UsageError, VIEWS, cache_dir, static_text
+from ..config import DIRECTIONS, TrainConfig, VIEWS
 from ..data.catalog import Catalog
-from ..files import model_folder, model_name, read_json
+from ..errors import LabError, UsageError
+from ..files import cache_dir, model_folder, model_name, read_json, static_text
 from ..model.encoder import Moon2Encoder
 from ..reporting.named_queries import MAX_LETTERS
 from ..training.trainer import Trainer

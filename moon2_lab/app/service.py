@@ -20,16 +20,17 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..config import UsageError, VIEWS, cache_dir, sha256_hex
+from ..config import VIEWS
 from ..data.catalog import Catalog
 from ..data.products import Item, Product
 from ..data.queries import Lexicon, search_phrase
+from ..errors import UsageError
 from ..evaluation.evaluate import answer, ask
 from ..explain.attention import evaluating
 from ..explain.explainer import ExplainerShelf
 from ..explain.faith_verdicts import PairMaps, TokenMap
 from ..explain.heatmap_data import trust_facts
-from ..files import atomic_path
+from ..files import atomic_path, cache_dir, sha256_hex
 from ..model.encoder import Moon2Encoder
 from ..reporting.comparison import Comparison, compare_tables
 from ..reporting.named_queries import named_query, query_note, read_upload

@@ -24,8 +24,9 @@ from moon2_lab.app.components import (
     about_html, agreement_html, compare_html, experts_html, gallery_value, heat_html, product_html, shared_places,
 )
 from .service import COMPARED, Found, MAX_HITS, Shop
-from ..config import DIRECTIONS, LabError, UsageError, VIEWS, printable
+from ..config import DIRECTIONS, VIEWS
 from ..data.products import Item
+from ..errors import LabError, UsageError, printable
 from ..evaluation.protocol import LEVELS
 from ..explain.attribution import fitting_methods
 from ..explain.heatmap_data import NAMES

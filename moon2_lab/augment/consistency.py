@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import LabError, UsageError, pick_device
 from ..data.images import ImageRef
 from ..data.products import Item
+from ..errors import LabError, UsageError
 from ..files import read_json
 from ..model.encoder import Moon2Encoder
+from ..runtime import pick_device
 
 # %% ../../nbs/augment/485_consistency.ipynb #b414649f
 class EncoderScorer:

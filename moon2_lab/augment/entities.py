@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..config import UsageError
 from ..data.products import Product
 from ..data.queries import NAMING, fold, words
+from ..errors import UsageError
 
 # %% ../../nbs/augment/450_entities.ipynb #a0b6e61f
 @dataclass(frozen=True)

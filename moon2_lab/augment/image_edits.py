@@ -25,8 +25,10 @@ from PIL import Image
 from .image_transforms import RETOUCHES
 from .llm_client import Busy, Refused, pause, retry_after
 from .subject_mask import Subject
-from ..config import DataError, LabError, UsageError, pick_device, static_text
 from ..data.images import decode_image
+from ..errors import DataError, LabError, UsageError
+from ..files import static_text
+from ..runtime import pick_device
 
 # %% ../../nbs/augment/480_image_edits.ipynb #c3502f8b
 KINDS = ("background", "viewpoint", "detail")

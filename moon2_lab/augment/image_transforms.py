@@ -12,8 +12,8 @@ import math
 
 import numpy as np
 
-from ..config import LabError
 from ..data.synthetic.materials import BACKDROPS, MATERIALS, grid
+from ..errors import LabError
 
 # %% ../../nbs/augment/470_image_transforms.ipynb #ef554fbe
 def load_cv2():

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from fastcore.basics import patch
 
-from ..config import LabError, UsageError
+from ..errors import LabError, UsageError
 
 # %% ../../nbs/augment/455_llm_client.ipynb #537f27e4
 def picture_url(

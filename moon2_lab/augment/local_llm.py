@@ -14,7 +14,8 @@ from itertools import islice
 from fastcore.basics import patch
 
 from .llm_client import Answer, NO_ANSWER, Question, make_question
-from ..config import LabError, UsageError, pick_device, pick_dtype
+from ..errors import LabError, UsageError
+from ..runtime import pick_device, pick_dtype
 
 # %% ../../nbs/augment/460_local_llm.ipynb #50764de0
 @dataclass

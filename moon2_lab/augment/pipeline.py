@@ -30,14 +30,15 @@ from .image_edits import KINDS, make_editor
 from .llm_client import NOT_ASKED, NO_ANSWER
 from .subject_mask import GrabCut
 from .title_enrichment import enrich_request, make_enricher
-from ..config import DataError, LabError, UsageError, progress, usable_cores
 from ..data.catalog import Catalog, examine_paths
 from ..data.images import ImageFolder, ImageRef
 from ..data.products import AUGMENTED, AUGMENTED_COLUMNS, Product, TABLE
+from ..errors import DataError, LabError, UsageError
 from moon2_lab.files import (
     atomic_path, clear_rubbish, copy_whole, file_sha256, held, plain, read_json, require_new, try_folder, write_json,
     write_parquet,
 )
+from ..runtime import progress, usable_cores
 
 # %% ../../nbs/augment/490_pipeline.ipynb #2912d264
 @dataclass

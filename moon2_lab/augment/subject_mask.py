@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from .image_transforms import load_cv2, to_lab
-from ..config import DataError, UsageError
 from ..data.images import to_rgb
+from ..errors import DataError, UsageError
 
 # %% ../../nbs/augment/475_subject_mask.ipynb #4cb898f7
 @dataclass

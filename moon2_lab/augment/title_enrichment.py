@@ -27,10 +27,11 @@ from moon2_lab.augment.entities import (
 )
 from .llm_client import Answer, ChatClient, NOT_ASKED, NO_ANSWER, Question, bad_form
 from .local_llm import LocalModel
-from ..config import LabError, UsageError, sha256_hex
 from ..data.images import ImageRef
 from ..data.products import Product
 from ..data.queries import words
+from ..errors import LabError, UsageError
+from ..files import sha256_hex
 
 # %% ../../nbs/augment/465_title_enrichment.ipynb #25ab55a6
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def written(
     write: Callable[[], Path],
 ) -> tuple[str, Exception | None]:
     "(Where a file was written, None), or (a word instead, the error): work that is done is told also when its file cannot be written."
-    from moon2_lab.config import LabError
+    from moon2_lab.errors import LabError
 
     try:
         return str(write()), None
@@ -43,7 +43,7 @@ def read_config_file(
     "The settings in a YAML file."
     import yaml
 
-    from moon2_lab.config import UsageError
+    from moon2_lab.errors import UsageError
 
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -64,7 +64,7 @@ def parse_assignments(
     example: str = "temperature=0.07 seed=1",
 ) -> dict[str, str]:
     "`key=value` pairs as a dictionary of text."
-    from moon2_lab.config import UsageError
+    from moon2_lab.errors import UsageError
 
     for pair in pairs:
         if "=" not in pair or pair.startswith("="):
@@ -85,7 +85,8 @@ def chosen_device(
     args: argparse.Namespace,  # with device
 ):
     "The `torch.device` of --device, else of settings.ini; `UsageError` for one that this machine does not have."
-    from moon2_lab.config import lab_settings, pick_device
+    from moon2_lab.config import lab_settings
+    from moon2_lab.runtime import pick_device
 
     return pick_device(getattr(args, "device", None) or lab_settings().get("device", "auto"))
 
@@ -176,8 +177,9 @@ def data_augment(args: argparse.Namespace) -> Outcome:
 def train(args: argparse.Namespace) -> Outcome:
     "Train an encoder into a run folder."
     from moon2_lab.cli.pipeline import build_trainer, load_catalogue, plan_lines, resumed_config, train_run
-    from moon2_lab.config import TrainConfig, pick_device
+    from moon2_lab.config import TrainConfig
     from moon2_lab.files import require_free, require_new, try_folder
+    from moon2_lab.runtime import pick_device
 
     if not args.resume:
         require_new(args.out, "give another --out, or continue the run with --resume")
@@ -230,8 +232,9 @@ def report(args: argparse.Namespace) -> Outcome:
 def run(args: argparse.Namespace) -> Outcome:
     "The main job: train, evaluate, report."
     from moon2_lab.cli.pipeline import job_settings, job_within, main_job, score_lines
-    from moon2_lab.config import TrainConfig, pick_device
+    from moon2_lab.config import TrainConfig
     from moon2_lab.files import NotSaved
+    from moon2_lab.runtime import pick_device
 
     typed = typed_settings(args)
     config = TrainConfig(**job_settings(args.catalog, typed))

@@ -56,7 +56,7 @@ def explain(
     error: BaseException,
 ) -> tuple[str, int]:  # the line for stderr, the exit code
     "What to tell about an error."
-    from moon2_lab.config import LabError
+    from moon2_lab.errors import LabError
     from moon2_lab.files import disk_is_full, unwritable
 
     if isinstance(error, KeyboardInterrupt):
@@ -313,7 +313,7 @@ MAY_BE_EMPTY = {"filter", "text", "query", "item_text", "kinds"}  # these are an
 
 def require_filled(args: argparse.Namespace) -> None:
     "`UsageError` for an option that was given without anything in it, such as a variable of a script that is not set."
-    from moon2_lab.config import UsageError
+    from moon2_lab.errors import UsageError
 
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.strip() and name not in MAY_BE_EMPTY:

@@ -18,9 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-from ..config import DIRECTIONS, LabError, TrainConfig, UsageError, cache_dir, sha256_hex
+from ..config import DIRECTIONS, TrainConfig
+from ..errors import LabError, UsageError
 from moon2_lab.files import (
-    NotSaved, held, holds_nothing, model_folder, read_json, require_free, require_new, try_file, try_folder, whole_folder,
+    NotSaved, cache_dir, held, holds_nothing, model_folder, read_json, require_free, require_new, sha256_hex, try_file,
+    try_folder, whole_folder,
 )
 
 # %% ../../nbs/cli/900_pipeline.ipynb #30cc2ba8

@@ -20,7 +20,6 @@ from typing import Any
 import pandas as pd
 
 # %% ../../nbs/data/130_catalog.ipynb #df9dfcbf
-from ..config import DataError, sha256_hex
 from moon2_lab.data.images import (
     ImageFacts, ImageFolder, ImageRef, MAX_PIXELS, MAX_SIDE, decode_image, examine_all, is_scaled_copy, pixel_sha256,
 )
@@ -29,6 +28,8 @@ from moon2_lab.data.products import (
     read_augmentation, read_cell, read_records, read_rows, reason_classes,
 )
 from .text_fields import Reading, is_empty, parse_packed, read_id_cell, read_text_cell
+from ..errors import DataError
+from ..files import sha256_hex
 
 _all_ = ["ImageRef", "Item", "Product", "Quarantine", "decode_image"]  # also to be had from here
 

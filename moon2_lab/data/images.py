@@ -35,9 +35,10 @@ import PIL
 from PIL import Image
 
 # %% ../../nbs/data/115_images.ipynb #a0cf299d
-from ..config import DataError, LabError, cache_dir, progress, sha256_hex, usable_cores
 from .image_fields import is_url
-from ..files import write_parquet
+from ..errors import DataError, LabError
+from ..files import cache_dir, sha256_hex, write_parquet
+from ..runtime import progress, usable_cores
 
 # %% ../../nbs/data/115_images.ipynb #696b22e5
 MAX_SIDE = 1024  # longest side of a picture handed out, in pixels

@@ -22,11 +22,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 # %% ../../nbs/data/120_products.ipynb #7f94e3e1
-from ..config import DataError, UsageError, sha256_hex
 from .attribute_fields import read_attribute_cell
 from .image_fields import read_picture_cell
 from .images import ImageRef
 from .text_fields import Reading, read_category_columns, read_id_cell, read_text_cell
+from ..errors import DataError, UsageError
+from ..files import sha256_hex
 
 # %% ../../nbs/data/120_products.ipynb #fb6e99f8
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 # %% ../../nbs/data/140_queries.ipynb #30351d4f
-from ..config import DataError
 from .catalog import Catalog, folded_title
 from .images import ImageRef
 from .products import Product
+from ..errors import DataError
 
 # %% ../../nbs/data/140_queries.ipynb #0341c4f4
 GENERIC = ("COMBINING", "VARIATION", "MONGOLIAN FREE")  # marks of any script; what of them has no composed letter is no part of a folded word

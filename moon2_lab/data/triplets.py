@@ -20,12 +20,13 @@ from itertools import chain
 
 import numpy as np
 
-from ..config import DataError, UsageError, sha256_hex
 from .batching import Bin, Unit, count_left, mend
 from .catalog import Catalog
 from .images import ImageRef
 from .products import Item, Product
 from .queries import Lexicon, NAMING, query_image_ref, search_phrase
+from ..errors import DataError, UsageError
+from ..files import sha256_hex
 
 # %% ../../nbs/data/160_triplets.ipynb #b4aa7b4b
 @dataclass(frozen=True)

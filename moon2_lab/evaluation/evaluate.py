@@ -25,11 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 # %% ../../nbs/evaluation/430_evaluate.ipynb #a00a9c39
-from ..config import DataError, LabError, UsageError, VIEWS
+from ..config import VIEWS
 from ..data.catalog import Catalog, large_keys
 from ..data.products import Item, Product
 from ..data.queries import Lexicon
 from ..data.synthetic.generator import drawn_from
+from ..errors import DataError, LabError, UsageError
 from moon2_lab.evaluation.protocol import (
     Direction, LabelTask, Side, catalog_queries, equal_titles, folded_words, gallery_side, label_tasks, pick_products,
     plan_directions, query_image_counts, read_gallery, string_match, triplet_queries, unseen_queries,

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 # %% ../../nbs/evaluation/410_protocol.ipynb #6fddab4b
-from ..config import DIRECTIONS, DataError, UsageError
+from ..config import DIRECTIONS
 from ..data.catalog import Catalog, folded_title
 from ..data.products import Item, Product
 from ..data.queries import Lexicon, fold, query_image_ref, search_phrase, uses_photo_view, words
+from ..errors import DataError, UsageError
 
 # %% ../../nbs/evaluation/410_protocol.ipynb #926b13ca
 def hash_order(

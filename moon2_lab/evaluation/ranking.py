@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #0b8e6697
-from ..config import DataError, UsageError
+from ..errors import DataError, UsageError
 from .statistics import key_draws, percentile_ci, with_interval
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #f6619e29

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 # %% ../../nbs/evaluation/400_statistics.ipynb #7e21c5d8
-from ..config import DataError, UsageError
+from ..errors import DataError, UsageError
 
 # %% ../../nbs/evaluation/400_statistics.ipynb #7dd9bab3
 def key_sums(

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from ..augment.entities import UNSEGMENTED
-from ..config import DataError, UsageError, VIEWS
+from ..config import VIEWS
 from ..data.products import Item
+from ..errors import DataError, UsageError
 from moon2_lab.explain.attention_recorder import (
     HeadInputs, attention_layers, record_attention, refuse_more, row_mean, sees_causally, tap_attention, widest,
 )

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..config import LabError, UsageError
+from ..errors import LabError, UsageError
 
 # %% ../../nbs/explain/610_attention_recorder.ipynb #f25bad33
 @dataclass

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..config import DataError, LabError, UsageError
 from ..data.products import Item
+from ..errors import DataError, LabError, UsageError
 from .faith_verdicts import TokenMap
 from moon2_lab.explain.pair_pieces import (
     Case, SETTINGS, by_gradient, by_ig, by_occlusion, by_shapley, close_enough, give_up, piece_of_tokens, run_case,

@@ -18,16 +18,17 @@ from PIL import Image
 
 from ..augment.entities import is_unsegmented
 from ..augment.subject_mask import border_pixels
-from ..config import DataError, UsageError, progress
 from ..data.catalog import Catalog
 from ..data.products import Product
 from ..data.queries import WORD, fold, own_words
+from ..errors import DataError, UsageError
 from ..evaluation.protocol import pick_products
 from ..evaluation.statistics import bootstrap_ci, paired_test
 from .attention import AttentionRows, SideTokens, attention_of
 from .attribution import check_eyes
 from ..model.backbone import square
 from ..model.encoder import Moon2Encoder
+from ..runtime import progress
 
 # %% ../../nbs/explain/640_content_focus.ipynb #1bafe982
 def content_tokens(

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..config import DataError, UsageError, VIEWS
+from ..config import VIEWS
 from ..data.products import Item
+from ..errors import DataError, UsageError
 from .attention import SideTokens, evaluating, side_tokens
 from ..model.encoder import Moon2Encoder, pool_index
 from ..model.moe import LayerRouting

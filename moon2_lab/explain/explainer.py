@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from fastcore.basics import patch
 
-from ..config import UsageError, progress as progress_bar
 from ..data.products import Item
+from ..errors import UsageError
 from ..evaluation.statistics import LEVEL
 from .attention import side_tokens, word_attention
 from moon2_lab.explain.attribution import (
@@ -26,6 +26,7 @@ from .faithfulness import faithfulness, random_gains, redrawn_twin, without_own
 from .pair_pieces import give_up
 from ..model.backbone import square
 from ..model.encoder import Moon2Encoder
+from ..runtime import progress as progress_bar
 
 # %% ../../nbs/explain/650_explainer.ipynb #46e9193b
 PIXELS = 320  # side of the picture that is shown

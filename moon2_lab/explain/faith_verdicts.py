@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from ..config import UsageError
+from ..errors import UsageError
 from ..evaluation.statistics import LEVEL, holm
 
 # %% ../../nbs/explain/600_faith_verdicts.ipynb #b7275153

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..config import DataError, UsageError
+from ..errors import DataError, UsageError
 from ..evaluation.statistics import LEVEL, bootstrap_ci, holm
 from .faith_verdicts import FEW, Faith
 from .pair_pieces import give_up

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..config import DataError, UsageError, printable
+from ..errors import DataError, UsageError, printable
 from .faith_verdicts import Faith, PairMaps, SideMaps, TokenMap
 
 # %% ../../nbs/explain/645_heatmap_data.ipynb #9c892e29

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..config import LabError
 from ..data.products import Item
+from ..errors import LabError
 from .pair_score import word_spans, words_of_tokens
 
 # %% ../../nbs/explain/620_pair_pieces.ipynb #c8efd1f5

@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..augment.entities import is_unsegmented
-from ..config import DataError
 from ..data.images import ImageRef
 from ..data.products import Item
+from ..errors import DataError
 from ..model.backbone import Packing
 from ..model.encoder import Moon2Encoder
 from ..model.moe import LayerRouting, MoEFeedForward, mix_experts, route

@@ -28,9 +28,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from ..config import DataError, EncoderConfig, LabError, cache_dir, progress, sha256_hex
+from ..config import EncoderConfig
 from ..data.images import ImageRef
-from ..files import locked, require_checksums, whole_folder, write_checksums
+from ..errors import DataError, LabError
+from ..files import cache_dir, locked, require_checksums, sha256_hex, whole_folder, write_checksums
+from ..runtime import progress
 
 # %% ../../nbs/model/320_backbone.ipynb #94b31346
 class Packing:

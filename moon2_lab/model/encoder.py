@@ -21,14 +21,14 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from moon2_lab.config import (
-    DataError, EncoderConfig, OBJECTIVES, UsageError, VIEWS, device_name, pick_device, pick_dtype, progress,
-)
+from ..config import EncoderConfig, OBJECTIVES, VIEWS
 from ..data.images import ImageRef
 from ..data.products import Item, Product
+from ..errors import DataError, UsageError
 from ..files import SUMS, atomic_path, read_json, require_checksums, write_checksums, write_json
 from .backbone import Backbone, Packing, build_backbone
 from .moe import KERNELS, LayerRouting, MoEFeedForward, faster_kernel, measured_once, upcycle
+from ..runtime import device_name, pick_device, pick_dtype, progress
 
 # %% ../../nbs/model/360_encoder.ipynb #868c074a
 @dataclass

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..config import DataError, UsageError, cache_dir
-from ..files import read_json, write_json
+from ..errors import DataError, UsageError
+from ..files import cache_dir, read_json, write_json
 
 # %% ../../nbs/model/340_moe.ipynb #0ac5069c
 @dataclass

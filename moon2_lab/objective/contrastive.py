@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import OBJECTIVES, UsageError, VIEWS
+from ..config import OBJECTIVES, VIEWS
+from ..errors import UsageError
 
 # %% ../../nbs/objective/500_contrastive.ipynb #d9d4b74f
 def contrastive_loss(

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..config import DIRECTIONS, printable
+from ..config import DIRECTIONS
 from ..data.catalog import key_words
+from ..errors import printable
 from moon2_lab.reporting.tables import (
     BASELINE_WORDS, DIRECTION_WORDS, METRICS, VIEW_WORDS, against_baselines, columns_like, label_table, last_load,
     objective_series, score_table, section,

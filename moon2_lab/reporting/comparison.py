@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..config import DIRECTIONS, DataError, UsageError, VIEWS, printable
+from ..config import DIRECTIONS, VIEWS
 from ..data.catalog import Catalog
 from ..data.images import ImageRef
 from ..data.products import Item, Product
+from ..errors import DataError, UsageError, printable
 from ..evaluation.evaluate import Question, answer, ask, query_items
 from ..evaluation.protocol import LEVELS
 from ..evaluation.statistics import judged, paired_test, with_interval

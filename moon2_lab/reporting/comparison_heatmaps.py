@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ..config import LabError, printable, progress
 from ..data.products import Item, Product
+from ..errors import LabError, printable
 from ..explain.attention import evaluating
 from ..explain.explainer import Explainer, TRIALS
 from ..explain.heatmap_data import NAMES, trust_words
 from ..model.encoder import Moon2Encoder
 from .comparison import Comparison, asked_items
+from ..runtime import progress
 
 # %% ../../nbs/reporting/774_comparison_heatmaps.ipynb #1f0f7f61
 def explain_hit(

@@ -11,17 +11,19 @@ __all__ = ['HOW', 'Pictures', 'Shelf', 'list_entry', 'row_entry', 'why_entry', '
 import math
 from pathlib import Path
 
-from ..config import DIRECTIONS, UsageError, printable, progress, static_text
+from ..config import DIRECTIONS
 from ..data.images import ImageRef
 from ..data.products import Product
+from ..errors import UsageError, printable
 from ..evaluation.protocol import LEVELS
 from ..evaluation.statistics import p_words
-from ..files import plain
+from ..files import plain, static_text
 from .comparison import Comparison, KINDS, asked_items, product_facts
 from .heatmap_page import fingerprint, inline_json, write_page
 from .html import Safe, foreign, join, picture_uri, score, table, tag, text
 from .run_figures import heat_overlay
 from .tables import DIRECTION_WORDS
+from ..runtime import progress
 
 # %% ../../nbs/reporting/784_comparison_report.ipynb #3ebd06dd
 class Pictures:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import UsageError, printable
+from ..errors import UsageError, printable
 from .html import QueryHits
 from .run_figures import GRID, INK, fitted
 from .tables import DIRECTION_WORDS

@@ -10,7 +10,7 @@ import html
 
 import pandas as pd
 
-from ..config import DataError, printable
+from ..errors import DataError, printable
 from .heatmap_figures import in_theme, theme_of
 
 # %% ../../nbs/reporting/766_focus_figure.ipynb #fc51200c

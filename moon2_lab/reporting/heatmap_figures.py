@@ -15,7 +15,7 @@ import textwrap
 
 import numpy as np
 
-from ..config import DataError, UsageError, printable
+from ..errors import DataError, UsageError, printable
 from ..explain.faith_verdicts import Faith, PairMaps, SideMaps, TokenMap
 from ..explain.heatmap_data import NAMES, check_map, faith_line, trust_words
 from .run_figures import AGAINST, FOR, blank_figure, fitted, strengths

@@ -13,10 +13,10 @@ import html
 import json
 from pathlib import Path
 
-from ..config import UsageError, printable, static_text
+from ..errors import UsageError, printable
 from ..explain.faith_verdicts import PairMaps
 from ..explain.heatmap_data import first_method, maps_json, pair_payload
-from ..files import atomic_path
+from ..files import atomic_path, static_text
 
 # %% ../../nbs/reporting/782_heatmap_page.ipynb #c19b0862
 def inline_json(value) -> str:

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..config import printable, static_text
+from ..errors import printable
 from ..explain.heatmap_data import PairHeatmap
+from ..files import static_text
 from .run_figures import fitted, fitted_size, heat_overlay, word_html
 from .tables import DIRECTION_WORDS, number
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..config import DataError, UsageError, printable
 from ..data.catalog import Catalog
 from ..data.images import ImageRef, MAX_SIDE, TURNS, bare, decode_image, fit, open_image, orientation, to_rgb
 from ..data.products import Item, Product
 from ..data.queries import Lexicon, fold, words as words_of
 from ..data.triplets import make_query
+from ..errors import DataError, UsageError, printable
 from .comparison import matching_attributes
 from ..retrieval.filters import nearest_names
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from ..config import DataError, OBJECTIVES, UsageError, VIEWS, printable
+from ..config import OBJECTIVES, VIEWS
+from ..errors import DataError, UsageError, printable
 from ..explain.faith_verdicts import SideMaps, made_up_side
 from ..explain.heatmap_data import check_side, side_json
 from ..files import plain

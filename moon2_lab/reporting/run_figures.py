@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from ..config import DIRECTIONS, LabError, printable
+from ..config import DIRECTIONS
+from ..errors import LabError, printable
 from moon2_lab.reporting.tables import (
     BASELINE_WORDS, VIEW_WORDS, columns_like, load_series, objective_series, score_table, thin,
 )

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config import DIRECTIONS, LabError, VIEWS, printable
+from ..config import DIRECTIONS, VIEWS
+from ..errors import LabError, printable
 from ..explain.heatmap_data import PairHeatmap
 from ..files import atomic_path
 from .alarms import alarms

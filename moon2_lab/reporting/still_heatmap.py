@@ -12,7 +12,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import UsageError, printable
+from ..errors import UsageError, printable
 from ..explain.faith_verdicts import PairMaps, SideMaps, TokenMap
 from ..explain.heatmap_data import NAMES, check_map, first_method, trust_words
 from .run_figures import AGAINST, FOR, fitted, strengths

@@ -17,15 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..config import DataError, UsageError, VIEWS, progress
+from ..config import VIEWS
 from ..data.catalog import Catalog
 from ..data.products import Product
+from ..errors import DataError, UsageError
 from ..files import atomic_path, clear_rubbish, held, holds_nothing, read_json, try_file, write_json
 from ..model.encoder import Moon2Encoder
 from ..objective.contrastive import fits_dim
 from moon2_lab.retrieval.vectors import (
     DTYPES, VectorBlock, VectorFile, length_kept, neighbours_kept, payload_of, shortened, vector_schema, vector_table,
 )
+from ..runtime import progress
 
 # %% ../../nbs/retrieval/710_embed.ipynb #c06b7b17
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import UsageError
 from ..data.products import Product
+from ..errors import UsageError
 
 # %% ../../nbs/retrieval/700_filters.ipynb #1126b030
 COLUMNS = ("product_id", "category_l1", "category_l2", "category_l3", "source", "split")

@@ -29,8 +29,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from ..config import DataError, LabError, UsageError, VIEWS
+from ..config import VIEWS
 from ..data.products import Product
+from ..errors import DataError, LabError, UsageError
 from ..files import disk_is_full, held, holds_nothing, try_file, unwritable, whole_folder
 from .filters import facets, field_values, milvus_filter
 from .vectors import PAYLOAD, VectorBlock, VectorFile, shortened

@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
-from ..config import DataError, LabError, UsageError, VIEWS
+from ..config import VIEWS
 from ..data.products import Product
+from ..errors import DataError, LabError, UsageError
 from ..evaluation.ranking import normalised
 
 # %% ../../nbs/retrieval/705_vectors.ipynb #f4a1145b

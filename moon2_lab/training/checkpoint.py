@@ -21,7 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..config import DataError, TrainConfig, UsageError
+from ..config import TrainConfig
+from ..errors import DataError, UsageError
 from ..files import read_json, require_checksums, whole_folder, write_checksums, write_json, write_parquet
 from ..model.encoder import Moon2Encoder
 

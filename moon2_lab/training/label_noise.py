@@ -15,11 +15,12 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from ..config import VIEWS, sha256_hex
+from ..config import VIEWS
 from ..data.products import Item, Product
 from ..data.queries import Lexicon
 from ..data.triplets import NegativeFinder, Triplet, TripletList, category_path, make_query, spoil
 from ..evaluation.statistics import key_draws
+from ..files import sha256_hex
 from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/training/560_label_noise.ipynb #d4f65c79

@@ -18,8 +18,10 @@ import warnings
 import torch
 from torch import nn
 
-from ..config import DataError, NumericChoices, TrainConfig, pick_device, set_threads
+from ..config import TrainConfig
+from ..errors import DataError
 from ..model.encoder import Moon2Encoder
+from ..runtime import NumericChoices, pick_device, set_threads
 
 # %% ../../nbs/training/550_optim.ipynb #3e8791db
 def prepare_trainable(

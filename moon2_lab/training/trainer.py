@@ -23,19 +23,18 @@ import psutil
 import torch
 from fastcore.basics import patch
 
-from moon2_lab.config import (
-    EncoderConfig, LabError, NumericChoices, OBJECTIVES, TrainConfig, UsageError, VIEWS, device_counts, pick_device,
-    progress, run_settings, seed_everything,
-)
+from ..config import EncoderConfig, OBJECTIVES, TrainConfig, VIEWS
 from ..data.catalog import Catalog
 from ..data.images import ImageRef
 from ..data.products import Item
 from ..data.queries import Lexicon
 from ..data.triplets import Triplet, TripletSampler, answer_columns, build_triplets, image_refs
+from ..errors import LabError, UsageError
 from ..files import Hold, clear_rubbish, plain, require_new, try_folder, whole_folder, write_json, write_parquet
 from ..model.encoder import ItemViews, Moon2Encoder
 from ..objective.contrastive import TripletKeys, TripletRouting, TripletViews, balance_alarm
 from ..objective.sample_filter import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
+from ..runtime import NumericChoices, device_counts, pick_device, progress, run_settings, seed_everything
 from moon2_lab.training.checkpoint import (
     deferred_interrupt, keep_newest, load_tensors, newest_checkpoint, random_state, require_same_settings, same_chances,
     save_checkpoint, set_random_state, state_tensors, stops_as_interrupt,

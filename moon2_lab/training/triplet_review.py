@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..config import DataError, UsageError, VIEWS, printable, sha256_hex
+from ..config import VIEWS
 from ..data.triplets import Triplet, TripletList
-from ..files import read_json, write_json
+from ..errors import DataError, UsageError, printable
+from ..files import read_json, sha256_hex, write_json
 
 # %% ../../nbs/training/580_triplet_review.ipynb #a7259aab
 KINDS = {"put_back": "the filter leaves its weight at 1", "drop": "left out of the training"}

@@ -11,10 +11,10 @@ import json
 
 import pandas as pd
 
-from ..config import DataError
 from ..data.catalog import Catalog, examine_paths
 from ..data.images import ImageFolder
 from ..data.products import Product
+from ..errors import DataError
 from ..reporting.contact_sheet import Card, cards_html
 
 # %% ../../nbs/widgets/820_augmented.ipynb #32224242

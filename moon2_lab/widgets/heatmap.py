@@ -18,11 +18,12 @@ import anywidget
 import traitlets
 from fastcore.basics import patch
 
-from ..config import LabError, UsageError, printable, static_text
 from ..data.products import Item
+from ..errors import LabError, UsageError, printable
 from ..explain.explainer import Explainer, quick_methods
 from ..explain.faith_verdicts import Faith, PairMaps, TokenMap
 from ..explain.heatmap_data import NAMES, check_map, first_method, map_json, maps_json, pair_payload
+from ..files import static_text
 from ..model.encoder import Moon2Encoder
 from ..reporting.still_heatmap import static_png
 

@@ -17,7 +17,9 @@ import numpy as np
 import traitlets
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import OBJECTIVES, UsageError, printable, static_text
+from ..config import OBJECTIVES
+from ..errors import UsageError, printable
+from ..files import static_text
 from ..reporting.heatmap_figures import in_theme, pale, theme_of, word_names
 from ..reporting.routing_figures import RoutingMaps, routing_payload
 from ..reporting.run_figures import fitted

@@ -19,7 +19,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from fastcore.basics import patch
 
-from ..config import OBJECTIVES, UsageError
+from ..config import OBJECTIVES
+from ..errors import UsageError
 from ..reporting.run_figures import GRID, SERIES_COLORS, in_style
 from ..reporting.tables import columns_like, load_series, objective_series, thin
 

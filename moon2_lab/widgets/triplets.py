@@ -19,9 +19,11 @@ import traitlets
 from fastcore.basics import patch
 from PIL import Image
 
-from ..config import UsageError, VIEWS, printable, static_text
+from ..config import VIEWS
 from ..data.triplets import Triplet
+from ..errors import UsageError, printable
 from ..explain.heatmap_data import small_jpeg
+from ..files import static_text
 from ..reporting.contact_sheet import Card, card_sheet, jpeg
 from ..training.triplet_review import KINDS, PHIS, Verdicts, inspection_table, next_weight, phi_over_time
 

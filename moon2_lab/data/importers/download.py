@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
-from ...config import DataError
+from ...errors import DataError
 
 # %% ../../../nbs/data/importers/215_download.ipynb #3ab95049
 NAT64 = ipaddress.ip_network("64:ff9b::/96")

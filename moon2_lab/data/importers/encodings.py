@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...config import DataError, UsageError
+from ...errors import DataError, UsageError
 
 # %% ../../../nbs/data/importers/200_encodings.ipynb #e0c0de06
 PACKED = 200  # a text is not packed to less than 1 / PACKED of its bytes ...

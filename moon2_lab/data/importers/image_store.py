@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from ...config import DataError, UsageError, sha256_hex
 from ..image_fields import PICTURE_SUFFIXES, is_url
 from ..images import MAX_BYTES, Stretch, decode_image, folded_name, near_hint, open_image, walk_names
 from .download import Fetcher
+from ...errors import DataError, UsageError
+from ...files import sha256_hex
 
 # %% ../../../nbs/data/importers/225_image_store.ipynb #e13049b6
 def safe_name(name: str) -> str | None:

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ...config import DataError, LabError, UsageError, progress, sha256_hex
 from ..catalog import TRIPLET_COLUMNS, folded_title
 from ..images import ImageFolder, MAX_PIXELS, examine_all
 from .download import Fetcher
@@ -43,7 +42,11 @@ from moon2_lab.data.importers.schemas import (
 from .table_parts import Parts, open_ledger
 from ..products import QUARANTINE_COLUMNS, TEXT_FIELDS
 from ..text_fields import is_empty
-from ...files import LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json
+from ...errors import DataError, LabError, UsageError
+from moon2_lab.files import (
+    LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, sha256_hex, try_folder, write_json,
+)
+from ...runtime import progress
 
 # %% ../../../nbs/data/importers/235_importer.ipynb #7f707805
 @dataclass

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...config import DataError
 from .image_store import Pictures
 from .schemas import LAYOUTS, ProductDraft, TripletDraft, joined_product, merge_drafts
 from .table_parts import Parts
 from ..text_fields import clean
+from ...errors import DataError
 from ...files import atomic_path, read_json
 
 # %% ../../../nbs/data/importers/230_intake.ipynb #078cfcdc

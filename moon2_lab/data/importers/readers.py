@@ -27,10 +27,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...config import DataError, UsageError
 from moon2_lab.data.importers.encodings import (
     HEAD, TextForm, UTF8, decode_line, open_bytes, open_text, read_head, text_form,
 )
+from ...errors import DataError, UsageError
 
 # %% ../../../nbs/data/importers/205_readers.ipynb #b3283956
 MAX_LINE = 64 * 2**20  # bytes; a longer line or object is set aside unread

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...config import DataError, UsageError
 from ..attribute_fields import read_attribute_cell
 from ..image_fields import read_picture_cell, read_text_and_pictures
 from .encodings import decode_line
@@ -26,6 +25,7 @@ from .readers import DataFile, MAX_LINE, Row, read_lines
 from moon2_lab.data.text_fields import (
     Reading, clean, is_empty, parse_packed, read_category_cell, read_id_cell, read_text_cell, shortened, spread_columns,
 )
+from ...errors import DataError, UsageError
 
 # %% ../../../nbs/data/importers/210_schemas.ipynb #a987469e
 FIELDS = ("product_id", "title", "description", "category_l1", "category_l2", "category_l3", "attributes", "image", "split")

@@ -21,12 +21,13 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from ...config import DataError, UsageError, progress
 from ..products import Item, Product
 from .materials import BACKDROPS, Look, PALE, Shot, photo
 from .shapes import KINDS, MARKS, draw_look
 from ..triplets import NegativeFinder, Triplet, WRITTEN_NOISE, propose, spoil
+from ...errors import DataError, UsageError
 from ...files import holds_nothing, read_json, whole_folder, write_json, write_parquet
+from ...runtime import progress
 
 # %% ../../../nbs/data/synthetic/260_generator.ipynb #1676e39b
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ...config import UsageError
 from moon2_lab.data.synthetic.materials import (
     DARK, GOLD, Look, MATERIALS, PALE, PATTERNS, Points, STEEL, Sheet, TAN, arc, box, flip, mirror, oval, smooth,
     tinted,
 )
+from ...errors import UsageError
 
 # %% ../../../nbs/data/synthetic/255_shapes.ipynb #b563bf3e
 @dataclass(frozen=True)
