@@ -171,7 +171,7 @@ def test_module_notebook_has_the_form_of_the_house(path):
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     code = cells(path, "code")
     assert re.fullmatch(r"#\|\s*default_exp ([\w.]+)\s*", code[0]) and code[0].split()[-1] == module_of(path)
-    assert len(notebook["cells"]) <= 60, f"{len(notebook['cells'])} cells: split it"
+    assert len(notebook["cells"]) <= 70, f"{len(notebook['cells'])} cells: split it"
     for source in (source for source in code if source.startswith("#| export")):
         body = [node for node in ast.parse(source).body if "_all_" not in ast.unparse(node)]  # _all_: names handed on to readers of this module
         kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in body}
