@@ -115,7 +115,7 @@ def needed_packages() -> list[str]:
 def copy_package(folder: Path) -> None:
     "The source of moon2_lab and its licence."
     source = Path(find_spec("moon2_lab").origin).parent
-    for path in (*source.glob("*.py"), *source.glob("static/*")):
+    for path in (*source.rglob("*.py"), *source.glob("static/*")):
         target = folder / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)

@@ -154,7 +154,7 @@ widget
 
 def test_a_saved_widget_is_alive_without_a_kernel(tmp_path, browser):
     "With the settings of `make lab` a notebook that is saved, closed and opened without a kernel shows the widget, its choices and its order of views; it can be used."
-    with jupyter_lab(tmp_path, [WIDGETS], "saved.ipynb", Path(__file__).parent.parent / "scripts" / "lab") as address:
+    with jupyter_lab(tmp_path, [WIDGETS], "saved.ipynb", Path(__file__).parents[2] / "scripts" / "lab") as address:
         page = browser.new_page(viewport={"width": 1300, "height": 1000})
         open_notebook(page, address, "saved.ipynb")
         run_cell(page, 0)

@@ -72,8 +72,8 @@ def test_the_same_everywhere():
     assert [digest(number) for number in range(3)] == here
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         assert list(pool.map(digest, range(3))) == here
-    code = "import sys; sys.path.insert(0, 'tests'); from test_subjects import digest; print(digest(1))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "5"})
+    code = "import sys; sys.path.insert(0, 'tests/augment'); from test_subjects import digest; print(digest(1))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "5"})
     assert done.stdout.strip() == here[1], done.stderr
 
 

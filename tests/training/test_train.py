@@ -31,7 +31,7 @@ from moon2_lab.training.checkpoint import load_checkpoint, load_tensors, newest_
 from moon2_lab.training.trainer import PHASES, Trainer, lay_out
 from small import product, settings, shop, tiny
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 CLOCK = ["seconds", "rss_mb"]  # columns that differ from run to run
 
 

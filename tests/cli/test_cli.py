@@ -13,7 +13,7 @@ import pytest
 
 from moon2_lab.cli.main import main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--backbone", "tiny", "--set", "num_layers=2", "image_size=32", "visual_tokens=4", "max_steps=6", "save_steps=3", "per_device_train_batch_size=8", "num_threads=1"]
 COMMANDS = (["data", "check"], ["data", "synth"], ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["demo"], ["report"], ["run"])
 

@@ -36,7 +36,7 @@ from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.evaluate import evaluate
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)

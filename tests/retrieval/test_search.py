@@ -30,7 +30,7 @@ from moon2_lab.retrieval.milvus import VectorStore, connect, disconnect, index_v
 from moon2_lab.retrieval.vectors import StoredForm, VectorBlock, VectorFile, payload_of, vector_schema, vector_table
 from small import shop, tiny
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from moon2_lab.data.synthetic.generator import make_catalog
 from moon2_lab.errors import DataError, LabError, UsageError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_killed_run_continues_to_the_same_files(drawn, tmp_path):
     "kill -9 while pictures are made; the second run makes what is missing."
     code = f"""
 import sys, time
-sys.path.insert(0, {str(ROOT / 'tests')!r})
+sys.path.insert(0, {str(ROOT / 'tests' / 'augment')!r})
 from moon2_lab.augment import pipeline
 from test_coaugment import brightness
 whole, made = pipeline.expand_pictures, []

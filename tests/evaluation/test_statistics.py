@@ -199,7 +199,7 @@ def test_student_quantile_equals_the_tables():
 
 def simulations():
     "bench/statistics.py as a module of another name."
-    spec = importlib.util.spec_from_file_location("bench_statistics", Path(__file__).parents[1] / "bench" / "statistics.py")
+    spec = importlib.util.spec_from_file_location("bench_statistics", Path(__file__).parents[2] / "bench" / "statistics.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -228,7 +228,7 @@ def test_coverage_and_errors_by_simulation(place):
 
 def test_the_bench_folder_keeps_the_standard_library(tmp_path):
     "A benchmark that imports `statistics` gets the standard library's."
-    bench = Path(__file__).parents[1] / "bench"
+    bench = Path(__file__).parents[2] / "bench"
     code = f"import sys; sys.path.insert(0, {str(bench)!r}); import statistics; print(statistics.median([1, 2, 4]))"
     import subprocess
     import sys
