@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fake_device import counted
-from moon2_lab import config, files
+from moon2_lab import files, runtime
 from moon2_lab.cli.main import main
 from moon2_lab.data.products import Item
 from moon2_lab.errors import UsageError
@@ -32,13 +32,13 @@ def fake(monkeypatch, tmp_path):
     "The fake device as the fastest there is, and a cache of one's own: vision features are made anew."
     monkeypatch.setenv("MOON2_CACHE", str(tmp_path / "cache"))
     device = fake_device.start()
-    monkeypatch.setattr(config, "device_counts", lambda: {"fake": 1, "cpu": 1})
+    monkeypatch.setattr(runtime, "device_counts", lambda: {"fake": 1, "cpu": 1})
     return device
 
 
 def without_device(monkeypatch):
     "The machine as it is, with a cache that knows nothing."
-    monkeypatch.setattr(config, "device_counts", lambda: {"cpu": 1})
+    monkeypatch.setattr(runtime, "device_counts", lambda: {"cpu": 1})
     monkeypatch.setenv("MOON2_CACHE", os.environ["MOON2_CACHE"] + "-cpu")
 
 
@@ -72,12 +72,12 @@ def test_what_a_gpu_is_waited_for_is_counted(fake, wait, act):
 
 
 def test_a_device_that_is_not_there_is_one_line_that_names_what_is(monkeypatch):
-    monkeypatch.setattr(config, "device_counts", lambda: {"cuda": 2, "cpu": 1})
-    assert (config.pick_device("auto"), config.pick_device("cuda:1")) == (torch.device("cuda"), torch.device("cuda:1"))
+    monkeypatch.setattr(runtime, "device_counts", lambda: {"cuda": 2, "cpu": 1})
+    assert (runtime.pick_device("auto"), runtime.pick_device("cuda:1")) == (torch.device("cuda"), torch.device("cuda:1"))
     for wrong in ("cuda:2", "mps", "gpu", "cuda:x"):
         with pytest.raises(UsageError, match=f"no device '{wrong}'.*there is cuda:0 to cuda:1, cpu"):
             try:
-                config.pick_device(wrong)
+                runtime.pick_device(wrong)
             except UsageError as error:
                 raise UsageError(str(error)) from error
 
@@ -100,7 +100,7 @@ def test_every_command_refuses_it_before_anything_is_read(words, tmp_path, capsy
 def test_the_setting_is_the_same_thing(monkeypatch, tmp_path, capsys):
     (tmp_path / "settings.ini").write_text("[lab]\ndevice = mps\n")
     monkeypatch.setenv("MOON2_SETTINGS", str(tmp_path / "settings.ini"))
-    monkeypatch.setattr(config, "device_counts", lambda: {"cpu": 1})
+    monkeypatch.setattr(runtime, "device_counts", lambda: {"cpu": 1})
     tiny().save_pretrained(tmp_path / "model")
     assert main(["eval", str(tmp_path / "model"), "--catalog", "none"]) == 2
     assert "no device 'mps'" in capsys.readouterr().err
@@ -117,7 +117,7 @@ def test_kernel_and_dtype_are_measured_after_moving_and_kept_under_the_devices_n
     choices = trainer_module.choose_numerics(model, settings(device="auto"))
     assert (choices.device, choices.dtype, choices.expert_kernel) == ("fake", "bfloat16", "grouped")
     assert seen == [("dtype", "fake"), ("kernel", "fake", torch.bfloat16)]
-    known = files.read_json(config.cache_dir("probes") / "answers.json")
+    known = files.read_json(files.cache_dir("probes") / "answers.json")
     assert sorted(key.split(" torch-")[1].split(" ", 1)[1].split(" 4x")[0] for key in known) == ["dtype fake", "experts fake bfloat16"]
     placed = tiny().place("auto")  # a model that is loaded is asked about in the same way
     assert (placed.compute_dtype, {block.kernel for block in placed.moe_blocks}) == (torch.bfloat16, {"grouped"})
@@ -391,7 +391,7 @@ def test_the_demo_searches_and_explains_there(fake, monkeypatch, drawn_catalogue
 
     def answers():
         shop_of = prepare(*model_folders, drawn_catalogue, "test").shop
-        assert {model.encoder.backbone.device.type for model in shop_of.models.values()} == {config.pick_device().type}
+        assert {model.encoder.backbone.device.type for model in shop_of.models.values()} == {runtime.pick_device().type}
         hits = shop_of.search("red bag", None)
         return hits, shop_of.heatmap("red bag", None, next(iter(hits.values()))[0]["product_id"])
 
