@@ -253,7 +253,7 @@ def test_apps_see_the_demo_only():
 
 
 TORCH_FREE = (  # useful without a model
-    "errors", "files", "config", "runtime", "augment.llm_client", "augment.local_llm", "data.importers.download", "data.text_fields",
+    "errors", "files", "config", "runtime", "http", "augment.llm_client", "augment.local_llm", "data.importers.download", "data.text_fields",
     "data.importers.encodings", "data.attribute_fields", "data.image_fields", "data.importers.readers",
     "data.importers.schemas", "data.images", "data.importers.image_store", "data.importers.table_parts",
     "data.importers.intake", "data.importers.importer", "data.catalog", "data.queries", "data.batching",
