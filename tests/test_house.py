@@ -225,16 +225,18 @@ def test_rooms_are_the_folders():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_room_imports_from_rooms_above_it(name):
-    "Lazily, too; so there is no cycle between rooms."
+    "Lazily, too; so there is no cycle between rooms. Only `testing`, which builds objects of any room, is exempt."
     here = ROOMS.index(room_of(name))
     lower = {other for other in imports_of(MODULES[name].read_text(encoding="utf-8"), name) if ROOMS.index(room_of(other)) > here}
-    assert not lower, f"{name} imports from rooms below it: {lower}"
+    assert name == "testing" or not lower, f"{name} imports from rooms below it: {lower}"
 
 
 @pytest.mark.parametrize("path", MODULE_NOTEBOOKS, ids=named)
 def test_imports_point_downwards(path):
     "A module imports lower-numbered modules only; so there can be no cycle. Its notebook may also draw: with what `reporting` has."
     name = module_of(path)
+    if name == "testing":
+        return
     exported = imports_of(MODULES[name].read_text(encoding="utf-8"), name) - {name}
     upwards = {other: NUMBER[other] for other in exported if NUMBER[other] >= NUMBER[name]}
     assert not upwards, f"{name} ({NUMBER[name]}) imports upwards: {upwards}"

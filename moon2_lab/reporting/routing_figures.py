@@ -17,13 +17,14 @@ import pandas as pd
 
 from ..config import OBJECTIVES, VIEWS
 from ..errors import DataError, UsageError, printable
-from ..explain.faith_verdicts import SideMaps, made_up_side
+from ..explain.faith_verdicts import SideMaps
 from ..explain.heatmap_data import check_side, side_json
 from ..files import plain
 from .alarms import weight_alarms
 from moon2_lab.reporting.tables import (
     OBJECTIVE_WORDS, VIEW_WORDS, columns_like, load_series, made_up_history, objective_series,
 )
+from ..testing import made_up_side
 
 # %% ../../nbs/reporting/764_routing_figures.ipynb #cd46c309
 @dataclass

@@ -12,11 +12,12 @@ from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_not
 from PIL import Image
 
 from moon2_lab.errors import DataError, LabError, UsageError
-from moon2_lab.explain.faith_verdicts import Faith, PairMaps, TokenMap, made_up_pair, made_up_side
+from moon2_lab.explain.faith_verdicts import Faith, PairMaps, TokenMap
 from moon2_lab.explain.heatmap_data import block, first_method, map_json, maps_json, pair_payload
 from moon2_lab.reporting.heatmap_figures import layer_head_figure, pair_map_figure, pair_map_plot, plot_png
 from moon2_lab.reporting.heatmap_page import heat_page, inline_json, write_heat_page
 from moon2_lab.reporting.still_heatmap import show_static, static_png
+from moon2_lab.testing import made_up_pair, made_up_side
 from moon2_lab.widgets.heatmap import HeatmapWidget
 
 MEBIBYTE = 2**20
@@ -506,7 +507,8 @@ def test_the_policy_of_the_page_holds(browser, tmp_path):
 CELL = """
 import time
 import numpy as np
-from moon2_lab.explain.faith_verdicts import Faith, TokenMap, made_up_pair
+from moon2_lab.explain.faith_verdicts import Faith, TokenMap
+from moon2_lab.testing import made_up_pair
 from moon2_lab.widgets.heatmap import HeatmapWidget
 
 pair = made_up_pair()
