@@ -255,16 +255,19 @@ def test_apps_see_the_demo_only():
 
 
 TORCH_FREE = (  # useful without a model
-    "errors", "files", "config", "runtime", "http", "augment.llm_client", "augment.local_llm", "data.importers.download", "data.text_fields",
-    "data.importers.encodings", "data.attribute_fields", "data.image_fields", "data.importers.readers",
-    "data.importers.schemas", "data.images", "data.importers.image_store", "data.importers.table_parts",
-    "data.importers.intake", "data.importers.importer", "data.catalog", "data.queries", "data.batching",
-    "data.triplets", "data.synthetic.materials", "data.synthetic.shapes", "data.synthetic.generator",
+    "errors", "files", "config", "runtime", "http", "augment.llm_client", "augment.local_llm", "data.importers.download",
+    "data.importers.encodings", "data.importers.readers",
+    "data.importers.schemas", "data.importers.image_store", "data.importers.table_parts",
+    "data.importers.intake", "data.importers.importer",
+    "data.synthetic.materials", "data.synthetic.shapes", "data.synthetic.generator",
     "augment.image_transforms", "augment.subject_mask", "augment.image_edits", "augment.entities",
     "augment.title_enrichment", "evaluation.protocol", "evaluation.ranking", "evaluation.evaluate",
     "retrieval.filters", "retrieval.vectors", "retrieval.milvus", "reporting.tables", "reporting.alarms",
     "reporting.run_figures", "reporting.html", "reporting.run_charts", "reporting.run_report", "reporting.comparison",
     "reporting.comparison_report", "cli.commands", "cli.main",
+    "data.text_fields", "data.category_fields", "data.attribute_fields", "data.image_fields", "data.image_folder",
+    "data.images", "data.products", "data.catalog_tables", "data.catalog", "data.queries", "data.negatives",
+    "data.triplets", "data.sampler", "data.label_noise",
 )
 HEAVY = ("torch", "transformers", "peft", "accelerate", "captum", "gradio", "plotly", "matplotlib", "sklearn", "ipywidgets", "anywidget", "nbdev", "IPython", "cv2", "diffusers", "pymilvus", "milvus_lite", "faiss")
 MAY_IMPORT = {  # heavy packages, and the modules that may import them when they are imported themselves

@@ -27,7 +27,7 @@ from moon2_lab.data.products import (
     AUGMENTED, AUGMENTED_COLUMNS, Item, Product, Quarantine, TABLE, TEXT_FIELDS, iter_rows, keep_reading,
     read_augmentation, read_cell, read_records, read_rows, reason_classes,
 )
-from .text_fields import Reading, is_empty, parse_packed, read_id_cell, read_text_cell
+from .text_fields import Reading, is_empty, parse_packed, read_id_field, read_text_field
 from ..errors import DataError
 from ..files import sha256_hex
 
@@ -218,7 +218,7 @@ def read_triplet(number: int, row: dict[str, Any], known: set[str], found: dict[
         aside.add(positive, TRIPLETS, name, f"{reason} (query {query_id})")
 
     text, image, noise = (
-        keep_reading(read_cell(read_text_cell, row.get(name)), name, complain, complain)
+        keep_reading(read_cell(read_text_field, row.get(name)), name, complain, complain)
         for name in ("query_text", "query_image", "noise")
     )
     if image and isinstance(found[image], str):
@@ -263,7 +263,7 @@ def _listed_ids(value: Any) -> Reading:
 
 def _id_of(value: Any) -> str | None:
     "An id as text; None when it is none."
-    return read_cell(read_id_cell, value).value
+    return read_cell(read_id_field, value).value
 
 # %% ../../nbs/data/130_catalog.ipynb #4045dfb0
 class Catalog:
@@ -417,7 +417,7 @@ def load_catalog(
         aside.add(None, name, "archive", trouble)
     rows = iter_rows(folder / TABLE, ["product_id", *TEXT_FIELDS, "attributes", "image_paths"], ("product_id",))
     records = read_records(rows, aside, pictures.holds)
-    asked = (read_cell(read_text_cell, row.get("query_image")).value for row in triplet_rows or [])
+    asked = (read_cell(read_text_field, row.get("query_image")).value for row in triplet_rows or [])
     paths = [path for product in records.values() for path in product.image_paths] + [path for path in asked if path]
     found = examine_paths(paths, pictures, max_side, max_pixels, workers, seen)
     name_placeholders(records.values(), found, placeholder)

@@ -22,10 +22,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 # %% ../../nbs/data/120_products.ipynb #7f94e3e1
-from .attribute_fields import read_attribute_cell
-from .image_fields import read_picture_cell
+from .attribute_fields import read_attribute_field
+from .category_fields import read_category_fields
+from .image_fields import read_image_field
 from .images import ImageRef
-from .text_fields import Reading, read_category_columns, read_id_cell, read_text_cell
+from .text_fields import Reading, read_id_field, read_text_field
 from ..errors import DataError, UsageError
 from ..files import sha256_hex
 
@@ -296,7 +297,7 @@ def read_records(
     products, first_row, shared = {}, {}, {}
     for number, row in enumerate(rows):
         aside.records = number + 1
-        reading = read_cell(read_id_cell, row.get("product_id"))
+        reading = read_cell(read_id_field, row.get("product_id"))
         product_id = reading.value
         if product_id is None:
             form = "; ".join(reading.notes) or "empty"
@@ -338,12 +339,12 @@ def read_record(
     def keep(read, name, empty=None):
         return keep_reading(read_cell(read, row.get(name), empty), name, complain, note)
 
-    texts = {name: keep(read_text_cell, name) for name in ("title", "description", "source", "split")}
-    levels, deeper, readings = read_category_columns([_value_or_none(row.get(name), name, complain) for name in CATEGORIES])
+    texts = {name: keep(read_text_field, name) for name in ("title", "description", "source", "split")}
+    levels, deeper, readings = read_category_fields([_value_or_none(row.get(name), name, complain) for name in CATEGORIES])
     for name, reading in zip(CATEGORIES, readings, strict=True):
         keep_reading(reading, name, complain, note)
-    attributes = keep(read_attribute_cell, "attributes", {}) | deeper
-    paths = usable_paths(keep(lambda value: read_picture_cell(value, exists), "image_paths", []), complain)
+    attributes = keep(read_attribute_field, "attributes", {}) | deeper
+    paths = usable_paths(keep(lambda value: read_image_field(value, exists), "image_paths", []), complain)
     product = Product(
         product_id, texts["title"], texts["description"], *map(share, levels),
         attributes={share(name): share(value) for name, value in attributes.items()},
@@ -370,7 +371,7 @@ def read_augmentation(
     "Id -> the product with its enriched title and expanded pictures. Whatever is not of the train split is set aside: evaluation data is never augmented."
     changed = {}
     for row in (row for row in rows if row.get("kept")):
-        product_id = read_cell(read_id_cell, row.get("product_id")).value
+        product_id = read_cell(read_id_field, row.get("product_id")).value
         field_name, value = row.get("field"), row.get("value")
         product = changed.get(product_id) or products.get(product_id)
         reason = _why_not(product, field_name, value, found)

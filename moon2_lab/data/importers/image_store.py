@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from ..image_fields import PICTURE_SUFFIXES, is_url
+from ..image_fields import IMAGE_SUFFIXES, is_url
 from ..images import MAX_BYTES, Stretch, decode_image, folded_name, near_hint, open_image, walk_names
 from .download import Fetcher
 from ...errors import DataError, UsageError
@@ -101,7 +101,7 @@ class Finder:
 
     def _insert(self, name: str, offset: int = 0, size: int = 0) -> None:
         last = folded_name(posixpath.basename(name))
-        stem = last.rsplit(".", 1)[0] if last.endswith(PICTURE_SUFFIXES) else None
+        stem = last.rsplit(".", 1)[0] if last.endswith(IMAGE_SUFFIXES) else None
         row = (
             name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
             last.encode("utf-8", "replace").decode(),

@@ -21,7 +21,7 @@ from pathlib import Path
 from .image_store import Pictures
 from .schemas import LAYOUTS, ProductDraft, TripletDraft, joined_product, merge_drafts
 from .table_parts import Parts
-from ..text_fields import clean
+from ..text_fields import clean_text
 from ...errors import DataError
 from ...files import atomic_path, read_json
 
@@ -279,7 +279,7 @@ def read_ids(path: Path) -> Iterator[str]:
     "The ids of a list: one per line (what follows a blank or a comma is passed over), or a JSON list or object."
     if path.name.endswith(".json"):
         found = read_json(path)
-        yield from (text for text in map(clean, found if isinstance(found, (list, dict)) else []) if text)
+        yield from (text for text in map(clean_text, found if isinstance(found, (list, dict)) else []) if text)
         return
     with open(path, encoding="utf-8-sig", errors="replace") as lines:
         yield from (parts[0] for line in lines if (parts := re.split(r"[\s,#]+", line.strip())) and parts[0])
@@ -300,7 +300,7 @@ def read_lists(desk: Desk, folder: Path) -> dict[str, str]:
                 pairs = (
                     found.items() if isinstance(found, dict) else enumerate(found if isinstance(found, list) else [])
                 )
-                labels |= {str(place): clean(name) or str(place) for place, name in pairs}
+                labels |= {str(place): clean_text(name) or str(place) for place, name in pairs}
             elif kind and path.name != GALLERY:
                 desk.ledger.executemany(
                     "INSERT OR IGNORE INTO listed VALUES (?, ?, ?)",

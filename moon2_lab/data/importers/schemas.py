@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..attribute_fields import read_attribute_cell
-from ..image_fields import read_picture_cell, read_text_and_pictures
+from ..attribute_fields import read_attribute_field
+from ..category_fields import read_category_field, spread_columns
+from ..image_fields import read_image_field, read_text_and_images
 from .encodings import decode_line
 from .readers import DataFile, MAX_LINE, Row, read_lines
 from moon2_lab.data.text_fields import (
-    Reading, clean, is_empty, parse_packed, read_category_cell, read_id_cell, read_text_cell, shortened, spread_columns,
+    Reading, clean_text, is_empty, parse_packed, read_id_field, read_text_field, shortened,
 )
 from ...errors import DataError, UsageError
 
@@ -272,16 +273,16 @@ def read_product(
     "The product of a row; its `product_id` is None when the row has none."
     draft = ProductDraft(None, where=row.where)
     take = lambda name, read, *more: _take(draft, row.values, columns, side + name, read, *more)
-    draft.product_id = take("product_id", read_id_cell)
-    draft.title, draft.description = (take(name, read_text_cell) for name in FIELDS[1:3])
-    levels = [take(name, read_category_cell) or [] for name in FIELDS[3:6]]
+    draft.product_id = take("product_id", read_id_field)
+    draft.title, draft.description = (take(name, read_text_field) for name in FIELDS[1:3])
+    levels = [take(name, read_category_field) or [] for name in FIELDS[3:6]]
     (draft.category_l1, draft.category_l2, draft.category_l3), deeper = spread_columns(levels)
-    draft.attributes = (take("attributes", read_attribute_cell) or {}) | deeper
+    draft.attributes = (take("attributes", read_attribute_field) or {}) | deeper
     start = f"{side}attributes."
     for name in (ours[len(start) :] for ours in columns.columns if ours.startswith(start)):
-        draft.attributes |= take(f"attributes.{name}", lambda value, name=name: read_attribute_cell(value, name)) or {}
-    draft.images = take("image", lambda value: read_picture_cell(value, exists)) or []
-    named = clean(columns.first(row.values, "split"))
+        draft.attributes |= take(f"attributes.{name}", lambda value, name=name: read_attribute_field(value, name)) or {}
+    draft.images = take("image", lambda value: read_image_field(value, exists)) or []
+    named = clean_text(columns.first(row.values, "split"))
     draft.split = SPLITS.get(named.lower()) if named else None
     if named and not draft.split:
         draft.troubles.append(("split", f"unknown split: {named[:40]}"))
@@ -338,7 +339,7 @@ def content_id(kind: str, text: str | None, pictures: list[str | bytes]) -> str:
 def _cell_item(row: Row, columns: ColumnMap, side: str, exists: Callable[[str], bool] | None) -> ProductDraft | None:
     "One item of a triplet; None when it is empty."
     draft = read_product(row, columns, side, exists)
-    text, pictures = read_text_and_pictures(columns.first(row.values, f"{side}title"), exists)
+    text, pictures = read_text_and_images(columns.first(row.values, f"{side}title"), exists)
     draft.troubles = [
         trouble
         for trouble in draft.troubles
@@ -395,7 +396,7 @@ GRADE_OF_WORD = {word: grade for grade, words in WORDS_OF_GRADES.items() for wor
 def read_grade(value: Any) -> tuple[float, float] | str:
     "(grade, the best grade there is, 0 where numbers do not say), or what is wrong with it."
     text = (
-        (clean("true" if value is True else "false" if value is False else value) or "")
+        (clean_text("true" if value is True else "false" if value is False else value) or "")
         .lower()
         .replace(" ", "_")
         .replace("-", "_")
@@ -411,10 +412,10 @@ def read_grade(value: Any) -> tuple[float, float] | str:
 
 def read_triplets(row: Row, columns: ColumnMap, exists: Callable[[str], bool] | None = None) -> list[TripletDraft] | str:
     "The triplets of a row, one for each positive, or what it lacks."
-    text, shown = read_text_and_pictures(columns.first(row.values, "query_text"), exists)
+    text, shown = read_text_and_images(columns.first(row.values, "query_text"), exists)
     text, pictures, troubles = PLACEHOLDER.sub("", text.value or "").strip() or None, shown.value, [("query_text", reason) for reason in text.notes + shown.notes]
     for _, value in columns.filled(row.values, "query_image"):
-        reading = read_picture_cell(value, exists)
+        reading = read_image_field(value, exists)
         pictures, troubles = pictures + reading.value, troubles + [("query_image", reason) for reason in reading.notes]
     if not (text or pictures):
         return "empty query: neither text nor picture"
@@ -429,8 +430,8 @@ def read_triplets(row: Row, columns: ColumnMap, exists: Callable[[str], bool] | 
     grade = read_grade(row.values[graded]) if graded else None
     if isinstance(grade, str):
         return grade
-    query_id = read_id_cell(columns.first(row.values, "query_id")).value or content_id("query", text, pictures[:1])
-    noise = clean(columns.first(row.values, "noise"))
+    query_id = read_id_field(columns.first(row.values, "query_id")).value or content_id("query", text, pictures[:1])
+    noise = clean_text(columns.first(row.values, "noise"))
     return [TripletDraft(query_id, text, pictures[0] if pictures else None, item, negatives, noise, row.where, grade, [] if place else troubles) for place, item in enumerate(positives)]
 
 # %% ../../../nbs/data/importers/210_schemas.ipynb #9c102498
@@ -460,10 +461,10 @@ def read_label(row: Row) -> ProductDraft | str:
         score = float(row.values["score"])
     except ValueError:
         return f"no score: {row.values['score'][:40]!r}"
-    names = [clean(part.replace("_", " ")) for part in parts[:3]]
+    names = [clean_text(part.replace("_", " ")) for part in parts[:3]]
     return ProductDraft(
-        clean(parts[3]),
-        clean(row.values["description"]),
+        clean_text(parts[3]),
+        clean_text(row.values["description"]),
         None,
         *names,
         images=[row.values["path"].strip()],
