@@ -261,7 +261,8 @@ def heatmap(args: argparse.Namespace) -> Outcome:
     from moon2_lab.explain.explainer import Explainer, TRIALS
     from moon2_lab.files import model_folder, try_file
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.reporting.heatmap_page import page_file, write_heat_page
+    from moon2_lab.reporting.heatmap_page import write_heat_page
+    from moon2_lab.reporting.html import page_file
     from moon2_lab.reporting.named_queries import named_item, named_query, query_note
 
     folder, methods = model_folder(args.model), list(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
@@ -353,7 +354,7 @@ def compare(args: argparse.Namespace) -> Outcome:
     from moon2_lab.reporting.comparison import compare_encoders
     from moon2_lab.reporting.comparison_heatmaps import explain_changes
     from moon2_lab.reporting.comparison_report import write_diff_page
-    from moon2_lab.reporting.heatmap_page import page_file
+    from moon2_lab.reporting.html import page_file
 
     folders = [model_folder(args.model_a), model_folder(args.model_b)]
     device = chosen_device(args)

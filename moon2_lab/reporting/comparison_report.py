@@ -19,7 +19,7 @@ from ..evaluation.protocol import LEVELS
 from ..evaluation.statistics import p_words
 from ..files import plain, static_text
 from .comparison import Comparison, KINDS, asked_items, product_facts
-from .heatmap_page import fingerprint, inline_json, write_page
+from .html import csp_hash, inline_json, write_page
 from .html import Safe, foreign, join, picture_uri, score, table, tag, text
 from .run_figures import heat_overlay
 from .tables import DIRECTION_WORDS
@@ -244,7 +244,7 @@ def diff_page(
     "The page as text."
     data = page_data(comparison, explained, **choices)
     script, style = static_text("parts.js", "diff.js"), static_text("page.css", "diff.css")
-    policy = f"default-src 'none'; img-src data:; script-src {fingerprint(script)}; style-src {fingerprint(style)}; base-uri 'none'; form-action 'none'"
+    policy = f"default-src 'none'; img-src data:; script-src {csp_hash(script)}; style-src {csp_hash(style)}; base-uri 'none'; form-action 'none'"
     meta = [tag("meta", charset="utf-8"), tag("meta", http_equiv="Content-Security-Policy", content=policy), tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
             tag("meta", name="color-scheme", content="light dark"), tag("meta", name="referrer", content="no-referrer"), tag("link", rel="icon", href="data:,")]
     title = text(f"{comparison.names[1]} against {comparison.names[0]}", 120)
@@ -258,7 +258,8 @@ def diff_page(
     scripts = [tag("script", Safe(inline_json(data)), type="application/json", id="data"), tag("script", Safe(script), type="module")]
     footer = tag("footer", tag("p", "Made by moon2_lab. One file; it asks nothing of the network."))
     skip = tag("a", "Skip to the queries", href="#list", class_="skip")
-    return "<!doctype html>\n" + tag("html", head, tag("body", skip, tag("header", header(comparison)), tag("main", body), footer, scripts), lang="en") + "\n"
+    whole = tag("html", head, tag("body", skip, tag("header", header(comparison)), tag("main", body), footer, scripts), lang="en")
+    return f"<!doctype html>\n{whole}\n"
 
 
 def write_diff_page(
