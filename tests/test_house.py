@@ -255,10 +255,11 @@ def test_apps_see_the_demo_only():
 
 
 TORCH_FREE = (  # useful without a model
-    "errors", "files", "config", "runtime", "http", "augment.llm_client", "augment.local_llm", "data.importers.download",
-    "data.importers.encodings", "data.importers.readers",
-    "data.importers.schemas", "data.importers.image_store", "data.importers.table_parts",
-    "data.importers.intake", "data.importers.importer",
+    "errors", "files", "config", "runtime", "http", "augment.llm_client", "augment.local_llm",
+    "data.importers.encodings", "data.importers.records", "data.importers.json_reader", "data.importers.parquet_reader",
+    "data.importers.readers", "data.importers.schemas", "data.importers.download", "data.importers.table_parts",
+    "data.importers.image_store", "data.importers.intake", "data.importers.catalog_writer", "data.importers.splits",
+    "data.importers.layouts", "data.importers.importer",
     "data.synthetic.materials", "data.synthetic.shapes", "data.synthetic.generator",
     "augment.image_transforms", "augment.subject_mask", "augment.image_edits", "augment.entities",
     "augment.title_enrichment", "evaluation.protocol", "evaluation.ranking", "evaluation.evaluate",

@@ -32,9 +32,11 @@ from .image_store import Finder, PLAIN, Pictures, Store, check_place
 from moon2_lab.data.importers.intake import (
     Desk, GALLERY, Settings, hash_split, merge_products, read_lists, write_judged, write_queries,
 )
+from .json_reader import read_json_items
 from moon2_lab.data.importers.readers import (
-    DataFile, Row, checked_delimiter, columns_of, data_files, ending_of, open_data, read_json_items, read_rows_of,
+    checked_delimiter, columns_of, data_files, ending_of, open_data, read_records,
 )
+from .records import DataFile, Record
 from moon2_lab.data.importers.schemas import (
     ColumnMap, LAYOUTS, Layout, ProductDraft, SPLITS, TripletDraft, map_columns, read_label_lines, read_row,
     split_in_name,
@@ -146,14 +148,14 @@ def unread_files(source: Path, out: Path) -> list[tuple[str, str]]:
     ]
 
 
-def read_source(layout: Layout, file: DataFile, start: tuple[int, int] = (0, 0)) -> Iterator[Row]:
+def read_source(layout: Layout, file: DataFile, start: tuple[int, int] = (0, 0)) -> Iterator[Record]:
     "The rows of one file."
     reader = (
         read_json_items
         if layout.name == "m5product"
         else read_label_lines
         if ending_of(file.path) == ".txt"
-        else read_rows_of
+        else read_records
     )
     return reader(file, start)
 
@@ -216,7 +218,7 @@ MANY_COLUMNS = 1000  # columns that are counted one by one
 ROW_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
-def row_size(row: Row) -> int:
+def row_size(row: Record) -> int:
     "About the bytes of a row's texts and pictures, as deep as one list or object."
     held = lambda value: value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,)
     return sum(
@@ -315,7 +317,7 @@ class Importer:
         "The split that a file's name or folder says, where that was asked for."
         return split_of_file(self.source, file) if self.settings.split_by == "file name" else None
 
-    def next_batch(self, rows: Iterator[Row], file: DataFile) -> list[Row]:
+    def next_batch(self, rows: Iterator[Record], file: DataFile) -> list[Record]:
         "The next rows, none beyond the limit."
         left = BATCH if self.settings.limit is None else min(BATCH, self.settings.limit - self.desk.counts["rows"])
         batch, size = [], 0
@@ -329,7 +331,7 @@ class Importer:
             self.desk.aside(None, error.where or file.name, "file", error.what)
         return batch
 
-    def drafts(self, row: Row, columns: ColumnMap | None, split: str | None) -> list[ProductDraft | TripletDraft]:
+    def drafts(self, row: Record, columns: ColumnMap | None, split: str | None) -> list[ProductDraft | TripletDraft]:
         "What a row tells; nothing when it had to be set aside."
         self.desk.counts["seen"] += 1
         self.count_columns(row)
@@ -348,7 +350,7 @@ class Importer:
                 product.split = product.split or split
         return drafts
 
-    def count_columns(self, row: Row) -> None:
+    def count_columns(self, row: Record) -> None:
         "How often each column is filled, and how often it is there."
         for name, value in (row.values or {}).items():
             name = str(name)[:100].encode("utf-8", "replace").decode()

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from moon2_lab.cli.main import main
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import decode_image
-from moon2_lab.data.importers import download, importer, readers
+from moon2_lab.data.importers import download, importer, parquet_reader, readers, records
 from moon2_lab.data.importers.download import Fetcher
 from moon2_lab.data.importers.importer import import_catalog
 from moon2_lab.data.importers.schemas import LAYOUTS
@@ -153,10 +153,10 @@ def test_every_row_says_where_the_next_one_starts(tmp_path, name):
     else:
         data = "\n".join(json.dumps(row) if n % 5 else "{broken" for n, row in enumerate(given)).encode()
         path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
-    found = list(readers.read_rows_of(path))
+    found = list(readers.read_records(path))
     assert len(found) == 40
     for n in (0, 1, 6, 7, 20, 38, 39):
-        assert list(readers.read_rows_of(path, found[n].next)) == found[n + 1 :]
+        assert list(readers.read_records(path, found[n].next)) == found[n + 1 :]
 
 
 def test_a_column_that_appears_late_is_read(tmp_path):
@@ -364,7 +364,7 @@ def test_bad_records_cost_themselves_only(tmp_path):
     good = [json.dumps(mbe_row(n, doc_image=None), ensure_ascii=False) for n in range(6)]
     lines = [good[0].encode(), b'{"id": "cut", "doc_title": "', good[1].encode("gb18030"), json.dumps(mbe_row(2, doc_image=None, doc_title="Crème brûlée"), ensure_ascii=False).encode("cp1252", "replace"),
              b'{"doc_title": "no id"}', good[0].encode(), b'{"id": "empty"}', b"\xff\xfe\x81\x8d\x81 \x8f", b"[1, 2]", good[3].encode(), b"", good[4].encode(),
-             b'{"id": "long", "doc_title": "' + b"x" * (readers.MAX_LINE + 10) + b'"}', good[5].encode()]
+             b'{"id": "long", "doc_title": "' + b"x" * (records.MAX_LINE + 10) + b'"}', good[5].encode()]
     (tmp_path / "mbe.jsonl").write_bytes(b"\n".join(lines))
     import_catalog("mbe", tmp_path / "mbe.jsonl", tmp_path / "out")
     assert [row["product_id"] for row in table(tmp_path / "out")] == [mbe_row(n)["id"] for n in (0, 3, 4, 5)]
@@ -575,12 +575,12 @@ def test_attributes_as_magento_writes_them(tmp_path, text, attributes):
 
 def test_long_values_repeated_in_nested_lists(tmp_path, monkeypatch):
     "A small file of long rows ends at a limit that the error says; short values may repeat."
-    monkeypatch.setattr(readers, "MAX_GROWTH", (2**24, 5))
+    monkeypatch.setattr(parquet_reader, "MAX_GROWTH", (2**24, 5))
     for name, value, count in (("long", "x" * 5 * 2**20, 30), ("short", "x" * 2**10, 60_000)):
         pq.write_table(pa.table({"id": [str(n) for n in range(count)], "title": ["a"] * count, "tags": [[value]] * count}), tmp_path / f"{name}.parquet")
     summary = import_catalog("csv", tmp_path / "long.parquet", tmp_path / "out")
     assert 0 < summary.counts["products"] < 30 and "too large a row group: its first" in table(tmp_path / "out", "quarantine")[-1]["reason"]
-    assert sum(row.reason is None for row in readers.read_rows_of(tmp_path / "short.parquet")) == 60_000
+    assert sum(row.reason is None for row in readers.read_records(tmp_path / "short.parquet")) == 60_000
 
 
 def test_a_text_file_is_no_table_by_its_name(tmp_path):
