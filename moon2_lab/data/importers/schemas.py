@@ -22,7 +22,7 @@ from ..attribute_fields import read_attribute_field
 from ..category_fields import read_category_field, spread_columns
 from ..image_fields import read_image_field, read_text_and_images
 from .encodings import decode_line
-from .readers import DataFile, MAX_LINE, Row, read_lines
+from .records import DataFile, MAX_LINE, Record, read_lines
 from moon2_lab.data.text_fields import (
     Reading, clean_text, is_empty, parse_packed, read_id_field, read_text_field, shortened,
 )
@@ -265,7 +265,7 @@ SPLITS = {name: split for split, names in (("train", "train training"), ("valid"
 
 
 def read_product(
-    row: Row,
+    row: Record,
     columns: ColumnMap,
     side: str = "",  # "positive.", "negative." ... in triplets
     exists: Callable[[str], bool] | None = None,  # whether a picture of that name is there
@@ -336,7 +336,7 @@ def content_id(kind: str, text: str | None, pictures: list[str | bytes]) -> str:
     return f"{kind}-{hashlib.sha256(json.dumps([text, parts]).encode()).hexdigest()[:20]}"
 
 
-def _cell_item(row: Row, columns: ColumnMap, side: str, exists: Callable[[str], bool] | None) -> ProductDraft | None:
+def _cell_item(row: Record, columns: ColumnMap, side: str, exists: Callable[[str], bool] | None) -> ProductDraft | None:
     "One item of a triplet; None when it is empty."
     draft = read_product(row, columns, side, exists)
     text, pictures = read_text_and_images(columns.first(row.values, f"{side}title"), exists)
@@ -358,7 +358,7 @@ def _as_list(value: Any) -> list | None:
 
 
 def _side_items(
-    row: Row, columns: ColumnMap, side: str, exists: Callable[[str], bool] | None
+    row: Record, columns: ColumnMap, side: str, exists: Callable[[str], bool] | None
 ) -> tuple[list[ProductDraft], list[tuple[str, str]]]:
     "(the items of one side of a triplet, what of it is not understood). A list in one of its columns is several items."
     names = {column for ours, found in columns.columns.items() if ours.startswith(side) for column in found}
@@ -410,7 +410,7 @@ def read_grade(value: Any) -> tuple[float, float] | str:
         return f"unknown grade: {shortened(text)}" if text else "no grade: neither relevant nor irrelevant"
 
 
-def read_triplets(row: Row, columns: ColumnMap, exists: Callable[[str], bool] | None = None) -> list[TripletDraft] | str:
+def read_triplets(row: Record, columns: ColumnMap, exists: Callable[[str], bool] | None = None) -> list[TripletDraft] | str:
     "The triplets of a row, one for each positive, or what it lacks."
     text, shown = read_text_and_images(columns.first(row.values, "query_text"), exists)
     text, pictures, troubles = PLACEHOLDER.sub("", text.value or "").strip() or None, shown.value, [("query_text", reason) for reason in text.notes + shown.notes]
@@ -435,7 +435,7 @@ def read_triplets(row: Row, columns: ColumnMap, exists: Callable[[str], bool] | 
     return [TripletDraft(query_id, text, pictures[0] if pictures else None, item, negatives, noise, row.where, grade, [] if place else troubles) for place, item in enumerate(positives)]
 
 # %% ../../../nbs/data/importers/210_schemas.ipynb #9c102498
-def read_label_lines(file: DataFile, start: tuple[int, int] = (0, 0), limit: int = MAX_LINE) -> Iterator[Row]:
+def read_label_lines(file: DataFile, start: tuple[int, int] = (0, 0), limit: int = MAX_LINE) -> Iterator[Record]:
     "The rows of a Fashion200K label file."
     for line, after in read_lines(file.path, start, limit, file.form):
         text, note = (None, f"too long a line: over {limit:,} bytes") if line is None else decode_line(line, file.form)
@@ -449,10 +449,10 @@ def read_label_lines(file: DataFile, start: tuple[int, int] = (0, 0), limit: int
                 else f"wrong number of fields: {len(parts)} instead of 3"
             )
             values = None if reason else dict(zip(("path", "score", "description"), parts, strict=True))
-            yield Row(file.name, str(after[1]), after, values, reason, None if reason else note)
+            yield Record(file.name, str(after[1]), after, values, reason, None if reason else note)
 
 
-def read_label(row: Row) -> ProductDraft | str:
+def read_label(row: Record) -> ProductDraft | str:
     "The product that one line of a label file speaks of, or what is wrong with the line."
     parts = row.values["path"].strip().split("/")
     if len(parts) != 5:
@@ -535,7 +535,7 @@ def joined_product(first: ProductDraft, other: ProductDraft) -> ProductDraft | s
 # %% ../../../nbs/data/importers/210_schemas.ipynb #48c9b315
 def read_row(
     layout: Layout,
-    row: Row,
+    row: Record,
     columns: ColumnMap | None,
     exists: Callable[[str], bool] | None = None,  # whether a picture of that name is there
 ) -> list[ProductDraft | TripletDraft] | str:
