@@ -22,7 +22,8 @@ def made_up_side(
     experts: int = 4,
 ):
     "A `SideMaps` with invented numbers and a drawn picture."
-    from moon2_lab.explain.faith_verdicts import Faith, SideMaps, TokenMap
+    from moon2_lab.explain.faithfulness import Faithfulness
+    from moon2_lab.explain.heatmap_data import Attribution, SideMaps
 
     words = [(match[0], *match.span()) for match in re.finditer("[^ ]+", text)]
     patches, count = grid**2, len(words)
@@ -31,11 +32,13 @@ def made_up_side(
         image.paste((190, 60, 40), (24, 20, 72, 80))
     pooled = rng.dirichlet(np.ones(patches + count), (layers, heads))
     share, shape = pooled.mean((0, 1)), (grid, grid)
-    attention = TokenMap("attention", share[patches:], share[:patches].reshape(shape) if grid else None, signed=False)
-    gradient = TokenMap("gradient", rng.normal(size=count), rng.normal(size=shape) if grid else None, note="Invented numbers.")
+    attention = Attribution("attention", share[patches:], share[:patches].reshape(shape) if grid else None, signed=False)
+    words_first = rng.normal(size=count), rng.normal(size=shape) if grid else None
+    title = "gradient x activation"
+    gradient = Attribution("gradient", *words_first, note="Invented numbers.", title=title)
     links = rng.dirichlet(np.ones(patches), (layers, heads, count)) if grid and count else None
     curves = {"deletion": np.linspace(0.6, 0, 9), "insertion": np.linspace(0, 0.6, 9)}
-    faith = {"gradient": Faith(0.2, 0.5, rng.normal(0, 0.1, 99), curves=curves)}
+    faith = {"gradient": Faithfulness(0.2, 0.5, rng.normal(0, 0.1, 99), curves=curves)}
     routing = rng.dirichlet(np.ones(experts), (layers, patches + count))
     maps = {"attention": attention, "gradient": gradient}
     names = [f"layer {number}" for number in range(layers)]
@@ -44,7 +47,7 @@ def made_up_side(
 
 def made_up_pair(seed: int = 0, grid: int = 4):
     "A `PairMaps` with invented numbers, for figures and widgets without a model."
-    from moon2_lab.explain.faith_verdicts import PairMaps
+    from moon2_lab.explain.heatmap_data import PairMaps
 
     rng = np.random.default_rng(seed)
     query = made_up_side("query", "red mug", grid, rng)

@@ -375,7 +375,7 @@ def test_every_kind_of_heatmap(fake, monkeypatch, double, methods):
         assert sum(fake_device.calls.values()) > 300
     for side in ("query", "item"):
         for method in methods:
-            one, other = (getattr(pair, side).maps[method].cells for pair in (found, expected))
+            one, other = (getattr(pair, side).maps[method].patches for pair in (found, expected))
             assert np.allclose(one, other, atol=1e-5), (side, method)
 
 

@@ -21,7 +21,7 @@ from ..data.images import ImageRef
 from ..data.products import Product
 from ..errors import LabError
 from ..evaluation.statistics import p_words
-from ..explain.faith_verdicts import PairMaps
+from ..explain.heatmap_data import PairMaps
 from ..model.backbone import square
 from ..reporting.comparison import KINDS
 from ..reporting.heatmap_page import heat_page

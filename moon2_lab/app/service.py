@@ -27,9 +27,8 @@ from ..data.queries import Lexicon, search_phrase
 from ..errors import UsageError
 from ..evaluation.evaluate import answer, ask
 from ..explain.attention import evaluating
-from ..explain.explainer import ExplainerShelf
-from ..explain.faith_verdicts import PairMaps, TokenMap
-from ..explain.heatmap_data import trust_facts
+from ..explain.explainer import ExplainerCache
+from ..explain.heatmap_data import Attribution, PairMaps, trust_facts
 from ..files import atomic_path, cache_dir, sha256_hex
 from ..model.encoder import Moon2Encoder
 from ..reporting.comparison import Comparison, compare_tables
@@ -94,7 +93,7 @@ class SearchModel:
         self.vectors = gallery_vectors(encoder, catalog)
         self.lock, self.slow_lock = threading.Lock(), threading.Lock()  # modules answer one caller at a time
         self.slow = shared_copy(encoder)  # explains, while `encoder` searches
-        self.shelf = ExplainerShelf(self.slow, name)
+        self.shelf = ExplainerCache(self.slow, name)
 
     def search(
         self,
@@ -145,7 +144,7 @@ def explain(
 
 
 @patch
-def explain_place(self: SearchModel, query: Item, item: Item, method: str, layer: int | None, head: int | None) -> tuple[PairMaps, TokenMap]:
+def explain_place(self: SearchModel, query: Item, item: Item, method: str, layer: int | None, head: int | None) -> tuple[PairMaps, Attribution]:
     "The pair, and one map over the item; of one layer or head where a number is given."
     pair = self.explain(query, item, [method])
     if layer is None and head is None:
@@ -224,7 +223,7 @@ class Shop:
         pair, found = self.model(model).explain_place(self.asked(query_text, query_image), product.item(), method, layer, head)
         faith = pair.item.faith.get(method) if layer is None and head is None else None
         told = None if faith is None else {"gain": faith.gain, "random_maps": len(faith.random), **trust_facts(faith)}
-        return {"words": pair.item.scored(found), "cells": None if found.cells is None else found.cells.tolist(), "score": pair.score, "faithfulness": told, "note": found.note}
+        return {"words": pair.item.word_scores(found), "cells": None if found.patches is None else found.patches.tolist(), "score": pair.score, "faithfulness": told, "note": found.note}
 
 # %% ../../nbs/app/860_service.ipynb #f2bd59dd
 @patch

@@ -28,8 +28,7 @@ from ..config import DIRECTIONS, VIEWS
 from ..data.products import Item
 from ..errors import LabError, UsageError, printable
 from ..evaluation.protocol import LEVELS
-from ..explain.attribution import fitting_methods
-from ..explain.heatmap_data import NAMES
+from ..explain.attribution import METHODS, fitting_methods
 from ..reporting.comparison import asked_items, category_paths
 from ..reporting.html import Safe, tag
 from ..reporting.named_queries import MAX_LETTERS, matches, named_item, pick_product, query_note, read_upload
@@ -93,7 +92,7 @@ def title_of(shop: Shop, letter: str) -> str:
 def method_choices(shop: Shop) -> list[tuple[str, str]]:
     "(name, key) of the methods that every model allows."
     fitting = [fitting_methods(model.encoder) for model in shop.models.values()]
-    return [(name, key) for key, name in NAMES.items() if all(key in one for one in fitting)]
+    return [(method.title, key) for key, method in METHODS.items() if all(key in one for one in fitting)]
 
 
 def method_box(shop: Shop, **how) -> gr.Dropdown:

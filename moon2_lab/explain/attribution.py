@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..data.products import Item
 from ..errors import DataError, LabError, UsageError
-from .faith_verdicts import TokenMap
+from .heatmap_data import Attribution
 from moon2_lab.explain.pair_pieces import (
     Case, SETTINGS, by_gradient, by_ig, by_occlusion, by_shapley, close_enough, give_up, piece_of_tokens, run_case,
 )
@@ -64,7 +64,8 @@ def by_attention_gradient(case: Case) -> np.ndarray:
 @dataclass(frozen=True)
 class Method:
     "A way to explain a score."
-    name: str
+    name: str  # of `--method`, in files and answers
+    title: str  # for readers
     about: str  # one line
     run: Callable[[Case], np.ndarray]  # -> (P,) cells, then words
     rows: Callable[[Case], int]  # rows that it will score, for progress
@@ -79,13 +80,13 @@ class Method:
 
 
 METHODS = {method.name: method for method in (
-    Method("ig", "integrated gradients: shares of the rise from the blank side, which add up", by_ig, lambda case: case.settings["steps"] + 4),
-    Method("gradient", "gradient x activation: how the score answers to a small change, times what stands there", by_gradient, lambda case: 1),
-    Method("occlusion", "occlusion: how far the score falls when one piece is made blank", by_occlusion, lambda case: case.count + 1),
-    Method("shapley", "Shapley sampling: what a piece adds on entry, averaged over orders; adds up", by_shapley, lambda case: case.settings["samples"] * case.count + 1, slow=True),
-    Method("attention", "attention of the pooled rows, averaged over layers and heads", by_attention, lambda case: 1, signed=False, inside=True),
-    Method("rollout", "attention followed down through all layers", by_rollout, lambda case: 1, signed=False, inside=True),
-    Method("attention_gradient", "attention x gradient: attention that the score depends on", by_attention_gradient, lambda case: 1, inside=True),
+    Method("ig", "integrated gradients", "integrated gradients: shares of the rise from the blank side, which add up", by_ig, lambda case: case.settings["steps"] + 4),
+    Method("gradient", "gradient x activation", "gradient x activation: how the score answers to a small change, times what stands there", by_gradient, lambda case: 1),
+    Method("occlusion", "occlusion", "occlusion: how far the score falls when one piece is made blank", by_occlusion, lambda case: case.count + 1),
+    Method("shapley", "Shapley sampling", "Shapley sampling: what a piece adds on entry, averaged over orders; adds up", by_shapley, lambda case: case.settings["samples"] * case.count + 1, slow=True),
+    Method("attention", "attention", "attention of the pooled rows, averaged over layers and heads", by_attention, lambda case: 1, signed=False, inside=True),
+    Method("rollout", "attention rollout", "attention followed down through all layers", by_rollout, lambda case: 1, signed=False, inside=True),
+    Method("attention_gradient", "attention x gradient", "attention x gradient: attention that the score depends on", by_attention_gradient, lambda case: 1, inside=True),
 )}
 
 
@@ -179,7 +180,7 @@ def attribute_side(
     progress: Callable[[int, int], None] | None = None,  # told (done, total)
     cancelled: Callable[[], bool] | None = None,  # True: give up, `Cancelled`
     **settings,  # steps, most_steps (ig); samples, seed (shapley); layer, head (attention)
-) -> TokenMap:
+) -> Attribution:
     "A score for each word that is read and each cell. `UsageError` for what does not fit, `DataError` when there is nothing to explain, `LabError` for damaged weights."
     if settings.keys() - SETTINGS.keys():
         raise UsageError(f"unknown settings {sorted(settings.keys() - SETTINGS.keys())}", where="attribution", advice=f"one of {', '.join(SETTINGS)}")
@@ -191,14 +192,14 @@ def attribute_side(
     return token_map(case, chosen, run_case(case, chosen.run, chosen.rows(case), progress, cancelled), encoder.config.visual_tokens, routing, baseline)
 
 
-def token_map(case: Case, method: Method, values: np.ndarray, visual_tokens: int, routing: str, baseline: str) -> TokenMap:
+def token_map(case: Case, method: Method, values: np.ndarray, visual_tokens: int, routing: str, baseline: str) -> Attribution:
     "The numbers of a case, (P,), as a map."
     grid = int(visual_tokens**0.5)
     cells = values[:visual_tokens].reshape(grid, grid) if "cells" in case.score.parts else None
     told = {"ig": ("steps",), "shapley": ("samples", "seed")}.get(method.name, ("layer", "head") if method.inside else ())
     choices = {} if method.inside or method.name == "gradient" else {"routing": routing, "baseline": baseline}
     words = values[visual_tokens:] if cells is not None else values
-    return TokenMap(method.name, words, cells, method.signed, map_note(method, case, routing), case.gap, choices | {name: case.settings[name] for name in told})
+    return Attribution(method.name, words, cells, method.signed, map_note(method, case, routing), case.gap, choices | {name: case.settings[name] for name in told}, method.title)
 
 # %% ../../nbs/explain/625_attribution.ipynb #d513491f
 def upsample(

@@ -14,7 +14,7 @@ from ..data.products import Item, Product
 from ..errors import LabError, printable
 from ..explain.attention import evaluating
 from ..explain.explainer import Explainer, TRIALS
-from ..explain.heatmap_data import NAMES, trust_words
+from ..explain.heatmap_data import trust_words
 from ..model.encoder import Moon2Encoder
 from .comparison import Comparison, asked_items
 from ..runtime import progress
@@ -34,8 +34,8 @@ def explain_hit(
         found, faith, side = explainer.map("item", method), explainer.faith("item", method), explainer.pair.item
     except LabError as error:
         return {"product_id": product.product_id, "error": str(error)}
-    words = [[printable(word, 40), float(value)] for word, _, _, value in side.scored(found)]
-    return {"product_id": product.product_id, "score": explainer.pair.score, "method": NAMES.get(method, method), "words": words, "cells": found.cells, "image": side.image,
+    words = [[printable(word, 40), float(value)] for word, _, _, value in side.word_scores(found)]
+    return {"product_id": product.product_id, "score": explainer.pair.score, "method": found.title, "words": words, "cells": found.patches, "image": side.image,
             "note": found.note, "trust": trust_words(faith)}
 
 # %% ../../nbs/reporting/774_comparison_heatmaps.ipynb #37dfdc99

@@ -16,8 +16,8 @@ import textwrap
 import numpy as np
 
 from ..errors import DataError, UsageError, printable
-from ..explain.faith_verdicts import Faith, PairMaps, SideMaps, TokenMap
-from ..explain.heatmap_data import NAMES, check_map, faith_line, trust_words
+from ..explain.faithfulness import Faithfulness
+from ..explain.heatmap_data import Attribution, PairMaps, SideMaps, check_map, trust_words
 from .run_figures import AGAINST, FOR, blank_figure, fitted, strengths
 
 # %% ../../nbs/reporting/760_heatmap_figures.ipynb #f70fcf88
@@ -44,12 +44,12 @@ def sides_with(maps: PairMaps, method: str) -> list[SideMaps]:
     return found
 
 
-def most_of(found: TokenMap) -> float:
+def most_of(found: Attribution) -> float:
     "The largest absolute number of a map: it gets full colour."
     return float(np.abs(found.values).max(initial=0.0))
 
 
-def bar_colours(found: TokenMap, colours: dict) -> list[tuple[int, int, int]]:
+def bar_colours(found: Attribution, colours: dict) -> list[tuple[int, int, int]]:
     "A colour for each word."
     return [colours["share" if not found.signed else "for" if score > 0 else "against"] for score in found.words]
 
@@ -73,7 +73,7 @@ def caption(maps: PairMaps, method: str, sides: list[SideMaps]) -> list[str]:
     return [f"{sign}{side.side}: {trust_words(side.faith.get(method))}" for sign, side in zip(signs, sides, strict=True)]
 
 # %% ../../nbs/reporting/760_heatmap_figures.ipynb #58b2ca66
-def heat_scale(found: TokenMap, colours: dict) -> dict:
+def heat_scale(found: Attribution, colours: dict) -> dict:
     "Colour scale and range of the cells."
     most = most_of(found) or 1.0
     shade = lambda name, alpha: f"rgba{(*colours[name], alpha)}"
@@ -82,7 +82,7 @@ def heat_scale(found: TokenMap, colours: dict) -> dict:
     return {"zmin": -most, "zmax": most, "colorscale": [[0, shade("against", 0.75)], [0.5, shade("against", 0)], [0.5, shade("for", 0)], [1, shade("for", 0.75)]]}
 
 
-def add_cells(figure, side: SideMaps, found: TokenMap, colours: dict, column: int) -> None:
+def add_cells(figure, side: SideMaps, found: Attribution, colours: dict, column: int) -> None:
     "The picture and, over it, the cells."
     from PIL import Image
 
@@ -91,7 +91,7 @@ def add_cells(figure, side: SideMaps, found: TokenMap, colours: dict, column: in
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     axis = "" if column == 1 else str(column)
     figure.add_layout_image(source=source, xref=f"x{axis}", yref=f"y{axis}", x=-0.5, y=-0.5, sizex=grid, sizey=grid, sizing="stretch", layer="below")
-    cells = np.zeros((grid, grid)) if found.cells is None else found.cells
+    cells = np.zeros((grid, grid)) if found.patches is None else found.patches
     form = "%{z:.4f}" if found.signed else "%{z:.2%}"
     figure.add_heatmap(z=cells.round(6), row=1, col=column, showscale=False, hovertemplate=f"row %{{y}}, column %{{x}}: {form}<extra></extra>", **heat_scale(found, colours))
 
@@ -133,7 +133,7 @@ def pair_map_figure(
     for column in range(1, len(sides) + 1):
         figure.update_yaxes(scaleanchor="x" if column == 1 else f"x{column}", row=1, col=column)
     figure.update_yaxes(range=[words - 0.5, -0.5], automargin=True, showgrid=False, tickfont={"size": 11}, row=2)
-    return in_theme(figure, f"{NAMES.get(method, method)}, score {maps.score:.3f}", caption(maps, method, sides), colours, 120 + sum(heights))
+    return in_theme(figure, f"{maps.titles.get(method, method)}, score {maps.score:.3f}", caption(maps, method, sides), colours, 120 + sum(heights))
 
 # %% ../../nbs/reporting/760_heatmap_figures.ipynb #536aa77f
 MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "Arial Unicode MS", "Noto Emoji", "Segoe UI Emoji", "Symbola")
@@ -183,15 +183,15 @@ def dress(axes, colours: dict, families: list[str]) -> None:
         text.set_color(colours["ink"])
 
 # %% ../../nbs/reporting/760_heatmap_figures.ipynb #6ce8d459
-def overlay(found: TokenMap, colours: dict) -> np.ndarray:  # (g, g, 4), 0 to 1
+def overlay(found: Attribution, colours: dict) -> np.ndarray:  # (g, g, 4), 0 to 1
     "The cells as colour with opacity."
-    grid = strengths(found.cells, most_of(found) or None)
+    grid = strengths(found.patches, most_of(found) or None)
     names = np.where(grid > 0, "for", "against") if found.signed else np.full(grid.shape, "share")
     colour = np.array([[colours[name] for name in row] for row in names]) / 255
     return np.dstack([colour, 0.75 * np.abs(grid)])
 
 
-def plot_side(figure, side: SideMaps, found: TokenMap, place: tuple[float, float, float, float], share: float, rows: int, colours: dict) -> None:
+def plot_side(figure, side: SideMaps, found: Attribution, place: tuple[float, float, float, float], share: float, rows: int, colours: dict) -> None:
     "Picture and bars of one side in a part (left, bottom, width, height) of the figure; share: of the height, for the picture; rows: places for words."
     left, bottom, width, height = place
     families, split = font_families(), height * (1 - share)
@@ -200,7 +200,7 @@ def plot_side(figure, side: SideMaps, found: TokenMap, place: tuple[float, float
     axes.set_axis_off()
     if side.grid:
         axes.imshow(pale(side), extent=(0, 1, 0, 1), interpolation="bilinear")
-        if found.cells is not None:
+        if found.patches is not None:
             axes.imshow(overlay(found, colours), extent=(0, 1, 0, 1), interpolation="nearest")
     dress(axes, colours, families)
     if not side.words:
@@ -231,7 +231,7 @@ def pair_map_plot(
     height = foot + picture + bars + head
     figure = new_plot(6.0, height, colours)
     families = font_families()
-    figure.text(0.02, 1 - 0.08 / height, plain(f"{NAMES.get(method, method)}, score {maps.score:.3f}"), color=colours["ink"], fontsize=11, va="top", fontfamily=families)
+    figure.text(0.02, 1 - 0.08 / height, plain(f"{maps.titles.get(method, method)}, score {maps.score:.3f}"), color=colours["ink"], fontsize=11, va="top", fontfamily=families)
     for column, side in enumerate(sides):
         plot_side(figure, side, side.maps[method], (0.03 + 0.49 * column, foot / height, 0.45, (picture + bars) / height), picture / (picture + bars), rows, colours)
     figure.text(0.02, 0.05 / height, "\n".join(plain(line) for line in lines), color=colours["soft"], fontsize=8, va="bottom", fontfamily=families)
@@ -239,8 +239,8 @@ def pair_map_plot(
 
 # %% ../../nbs/reporting/760_heatmap_figures.ipynb #0e6eb730
 def faith_figure(
-    faith: Faith,
-    method: str = "",
+    faith: Faithfulness,
+    method: str = "",  # its title
     theme: str = "light",  # or dark
 ):
     "plotly: deletion and insertion curves, and the gain beside those of random maps."
@@ -262,8 +262,8 @@ def faith_figure(
         figure.add_hrect(y0=low, y1=high, fillcolor=colours["soft"], opacity=0.25, line_width=0, row=1, col=2)
     figure.update_xaxes(range=[-0.6, len(marks) + 0.6 - (not len(faith.random))], row=1, col=2)
     figure.update_xaxes(tickformat=".0%", title_text="share of the parts taken away or put in", row=1, col=1)
-    lines = [faith.warning or faith.remark, faith_line(faith), "Band: 5 % to 95 % of random maps."]
-    in_theme(figure, f"How faithful: {NAMES.get(method, method) or 'a map'}", [line for line in lines if line], colours, 370)
+    lines = [faith.warning or faith.remark, faith.line, "Band: 5 % to 95 % of random maps."]
+    in_theme(figure, f"How faithful: {method or 'a map'}", [line for line in lines if line], colours, 370)
     return figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.25, "yanchor": "top", "x": 0, "font": {"size": 11}}, margin={"l": 50, "b": 84})
 
 # %% ../../nbs/reporting/760_heatmap_figures.ipynb #04b53c96

@@ -17,8 +17,7 @@ import pandas as pd
 
 from ..config import OBJECTIVES, VIEWS
 from ..errors import DataError, UsageError, printable
-from ..explain.faith_verdicts import SideMaps
-from ..explain.heatmap_data import check_side, side_json
+from ..explain.heatmap_data import SideMaps, check_side, side_json
 from ..files import plain
 from .alarms import weight_alarms
 from moon2_lab.reporting.tables import (

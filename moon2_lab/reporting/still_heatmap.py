@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UsageError, printable
-from ..explain.faith_verdicts import PairMaps, SideMaps, TokenMap
-from ..explain.heatmap_data import NAMES, check_map, first_method, trust_words
+from ..explain.heatmap_data import Attribution, PairMaps, SideMaps, check_map, trust_words
 from .run_figures import AGAINST, FOR, fitted, strengths
 
 # %% ../../nbs/reporting/762_still_heatmap.ipynb #4c26608f
@@ -50,7 +49,7 @@ def cells_over(
     return Image.alpha_composite(base.convert("RGBA"), Image.fromarray(heat, "RGBA").resize(base.size, Image.Resampling.NEAREST)).convert("RGB")
 
 
-def most_of(found: TokenMap | None) -> float:
+def most_of(found: Attribution | None) -> float:
     "The largest absolute number of a map: it gets full colour."
     return 0.0 if found is None else float(abs(found.values).max(initial=0.0))
 
@@ -80,7 +79,7 @@ def draw_side(canvas: Image.Image, side: SideMaps, method: str, left: int, width
         check_map(found, side)
     most, y = most_of(found), write_lines(pen, [(side.side, None)], left, 34, width, 15)
     if side.image is not None:
-        canvas.paste(cells_over(side.image, None if found is None else found.cells, most, found is None or found.signed), (left, y))
+        canvas.paste(cells_over(side.image, None if found is None else found.patches, most, found is None or found.signed), (left, y))
         y += 272
     scores = np.zeros(len(side.words)) if found is None else found.words
     whites = [(score, np.array(heat_colour(score, found is None or found.signed))) for score in strengths(scores, most or None)]
@@ -99,11 +98,11 @@ def static_picture(
     method: str | None = None,  # the first that was made
 ) -> Image.Image:  # 640 pixels wide
     "Query and item with one map each, as a picture."
-    method = method or first_method(maps)
+    method = method or maps.first_method
     if method not in {*maps.methods, "attention"}:
         raise UsageError(f"no map of {method!r}", where="method", advice=", ".join(maps.methods) or "make a map first")
     canvas = Image.new("RGB", (WIDTH, 3000), "white")
-    heading = f"{NAMES.get(method, method)}, score {maps.score:.3f}" + (f", {printable(maps.model, 40)}" if maps.model else "")
+    heading = f"{maps.titles.get(method, method)}, score {maps.score:.3f}" + (f", {printable(maps.model, 40)}" if maps.model else "")
     write_lines(ImageDraw.Draw(canvas), [(word, None) for word in heading.split()], 12, 8, WIDTH - 24, 14, SOFT)
     ends = [draw_side(canvas, side, method, left, WIDTH // 2 - 36) for side, left in ((maps.query, 12), (maps.item, WIDTH // 2 + 12))]
     return canvas.crop((0, 0, WIDTH, min(3000, max(ends) + 6)))
@@ -138,4 +137,4 @@ def show_static(
     "The still picture, to be shown in a notebook that is saved without a widget."
     from IPython.display import Image as Shown
 
-    return Shown(data=static_png(maps, method), format="png", alt=f"heatmap of a pair: {method or first_method(maps)}")
+    return Shown(data=static_png(maps, method), format="png", alt=f"heatmap of a pair: {method or maps.first_method}")

@@ -20,9 +20,10 @@ from fastcore.basics import patch
 
 from ..data.products import Item
 from ..errors import LabError, UsageError, printable
+from ..explain.attribution import METHODS
 from ..explain.explainer import Explainer, quick_methods
-from ..explain.faith_verdicts import Faith, PairMaps, TokenMap
-from ..explain.heatmap_data import NAMES, check_map, first_method, map_json, maps_json, pair_payload
+from ..explain.faithfulness import Faithfulness
+from ..explain.heatmap_data import Attribution, PairMaps, check_map, map_json, maps_json, pair_payload
 from ..files import static_text
 from ..model.encoder import Moon2Encoder
 from ..reporting.still_heatmap import static_png
@@ -65,7 +66,7 @@ def known_method(
 
 # %% ../../nbs/widgets/805_heatmap.ipynb #cd723478
 IDLE = {"state": "idle", "side": "", "method": "", "share": 0.0, "note": "", "message": ""}
-Compute = Callable[[str, str, Callable, Callable], tuple[TokenMap, Faith | None]]
+Compute = Callable[[str, str, Callable, Callable], tuple[Attribution, Faithfulness | None]]
 
 
 class HeatmapWidget(anywidget.AnyWidget):
@@ -90,11 +91,12 @@ class HeatmapWidget(anywidget.AnyWidget):
         self,
         maps: PairMaps,
         compute: Compute | None = None,  # makes what is not there
-        methods: Sequence[str] = tuple(NAMES),  # that `compute` knows
+        methods: Sequence[str] = tuple(METHODS),  # that `compute` knows
     ):
         payload, data = pair_payload(maps)
+        payload["names"] = {name: method.title for name, method in METHODS.items()} | payload["names"]
         self.maps, self.compute, self._tried, self._queue, self._thread, self._stop, self._lock = maps, compute, set(), [], None, threading.Event(), threading.RLock()
-        first = methods[0] if compute is not None and not maps.methods and not has_attention(maps) else first_method(maps)
+        first = methods[0] if compute is not None and not maps.methods and not has_attention(maps) else maps.first_method
         self._quiet = False
         super().__init__(payload=payload, data=data, found=maps_json(maps), offered=list(methods) if compute else [], method=first)
         self.on_msg(lambda _, message, __: self._heard(message))
@@ -137,7 +139,7 @@ def stop_computing(
 def missing(self: HeatmapWidget, method: str, side: str | None = None) -> list[str]:
     "The sides in view that lack this map."
     sides = ["query", "item"] if (side or self.side) == "both" else [side or self.side]
-    drawn = [name for name in sides if self.maps.side(name).parts]
+    drawn = [name for name in sides if self.maps.side(name).grid or self.maps.side(name).words]
     return [name for name in drawn if method not in self.maps.side(name).maps and not (method == "attention" and has_attention(self.maps, name))]
 
 
@@ -250,7 +252,7 @@ def _compute_one(self: HeatmapWidget, side: str, method: str, stop: threading.Ev
 
 
 @patch
-def _keep(self: HeatmapWidget, side: str, method: str, found: TokenMap, faith: Faith | None) -> None:
+def _keep(self: HeatmapWidget, side: str, method: str, found: Attribution, faith: Faithfulness | None) -> None:
     "Put a map beside the others."
     mine = self.maps.side(side)
     mine.maps[method] = found

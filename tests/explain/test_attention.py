@@ -16,7 +16,7 @@ from moon2_lab.explain.attention import (
 )
 from moon2_lab.explain.attention_recorder import attention_layers, record_attention
 from moon2_lab.explain.expert_routing import expert_load, token_routing
-from moon2_lab.explain.faith_verdicts import SideMaps
+from moon2_lab.explain.heatmap_data import SideMaps
 from moon2_lab.explain.pair_score import row_score
 from moon2_lab.model.backbone import Packing
 from PIL import Image

@@ -37,8 +37,8 @@ def view(item: Item, name: str) -> Item:
 def adds_up(found, rise=None) -> bool:
     "Completeness: the sum misses the rise by 1 % of it + 0.001 at most."
     total = found.values.sum()
-    rise = total - found.gap if rise is None else rise
-    return total - rise == pytest.approx(found.gap, abs=1e-4) and abs(total - rise) <= 0.01 * abs(rise) + 1e-3
+    rise = total - found.delta if rise is None else rise
+    return total - rise == pytest.approx(found.delta, abs=1e-4) and abs(total - rise) <= 0.01 * abs(rise) + 1e-3
 
 
 ENCODERS = {
@@ -58,7 +58,7 @@ def test_parts_add_up_to_the_score(fields):
         assert case.ends[0] == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
         assert adds_up(found, case.rise)
         grid = int(encoder.config.visual_tokens**0.5)
-        assert found.cells.shape == (grid, grid) and np.isfinite(found.cells).all()
+        assert found.patches.shape == (grid, grid) and np.isfinite(found.patches).all()
 
 
 @pytest.mark.parametrize("product_view", ["t", "i", "mm"])
@@ -69,7 +69,7 @@ def test_every_direction(query_view, product_view):
     query, item = view(query, query_view), view(item, product_view)
     for side, mine in (("item", item), ("query", query)):
         found = attribute_side(encoder, query, item, side)
-        assert adds_up(found) and len(found.words) == len((mine.text or "").split()) and (found.cells is not None) == (mine.image is not None)
+        assert adds_up(found) and len(found.words) == len((mine.text or "").split()) and (found.patches is not None) == (mine.image is not None)
 
 
 def test_lora_is_explained_and_left_alone():
@@ -127,7 +127,7 @@ def test_the_report_draws_a_map():
         assert ("cells coloured" in heat_pictures(heat)) == (product.image is not None) and bool(heat_words(heat)) == bool(product.text)
         assert "integrated gradients" in heat.method and "Faithfulness" in heat.note
     assert heat.image.size[0] == heat.image.size[1] and heat.image.getpixel((5, 5)) == (255, 255, 255)
-    assert np.abs(heat.cells[[0, 3]]).max() < 0.2 * np.abs(heat.cells[[1, 2]]).max(), "the padding gets nothing"
+    assert np.abs(heat.patches[[0, 3]]).max() < 0.2 * np.abs(heat.patches[[1, 2]]).max(), "the padding gets nothing"
 
 
 @pytest.mark.slow

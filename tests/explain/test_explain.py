@@ -18,7 +18,7 @@ from moon2_lab.data.products import Item
 from moon2_lab.data.synthetic.generator import draw_product
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attribution import METHODS, attribute_side, fitting_methods, upsample
-from moon2_lab.explain.explainer import Explainer, ExplainerShelf, read_side
+from moon2_lab.explain.explainer import Explainer, ExplainerCache, read_side
 from moon2_lab.explain.pair_pieces import (
     Cancelled, Case, EmbedScore, by_gradient, by_ig, by_occlusion, by_shapley, run_case,
 )
@@ -52,7 +52,7 @@ def test_each_method_gives_a_number_for_each_word_and_cell(method, fields):
     encoder, (query, item) = tiny(**fields), pair()
     for side, mine in (("item", item), ("query", query)):
         found = attribute_side(encoder, query, item, side, method, samples=6)
-        assert found.words.shape == (len(mine.text.split()),) and found.cells.shape == (4, 4) and found.method == method
+        assert found.words.shape == (len(mine.text.split()),) and found.patches.shape == (4, 4) and found.method == method
         assert np.abs(found.values).max() > 0 and found.signed == METHODS[method].signed
         if not found.signed:
             assert found.values.min() >= 0 and found.values.sum() == pytest.approx(1, abs=1e-4)
@@ -68,15 +68,15 @@ def test_sums_hold_with_the_experts_held(method):
         for side in ("item", "query"):
             for baseline in ("blank", "mean"):
                 found = attribute_side(encoder, query, item, side, method, samples=4, baseline=baseline, mean=mean)
-                rise = found.values.sum() - found.gap
-                assert abs(found.gap) <= 0.01 * abs(rise) + 1e-3 and found.settings["baseline"] == baseline and "add up" in found.note
+                rise = found.values.sum() - found.delta
+                assert abs(found.delta) <= 0.01 * abs(rise) + 1e-3 and found.settings["baseline"] == baseline and "add up" in found.note
 
 
 def test_free_routing_tells_its_gap():
     "The case that must fail: tokens change their experts on the way, and the map says by how much it misses."
     encoder, (query, item) = tiny(top_k=1), pair(4)
     free, held = (attribute_side(encoder, query, item, method="ig", routing=routing, most_steps=128) for routing in ("free", "fixed"))
-    assert abs(free.gap) > 20 * abs(held.gap) and "change their experts" in free.note and f"{abs(free.gap):.3f}" in free.note
+    assert abs(free.delta) > 20 * abs(held.delta) and "change their experts" in free.note and f"{abs(free.delta):.3f}" in free.note
 
 
 def test_occlusion_by_hand():
@@ -161,7 +161,7 @@ def test_a_model_saved_without_its_vision_encoder():
         with pytest.raises(DataError, match="no vision encoder.*explain texts only"):
             ask()
     found = attribute_side(encoder, Item("red box", None), Item("a nice red box", None))
-    assert found.cells is None and len(found.words) == 4
+    assert found.patches is None and len(found.words) == 4
 
 
 # ---------------------------------------------------------------------------------------------- pairs
@@ -261,7 +261,7 @@ def test_two_models_follow_one_another():
 
 
 def test_a_shelf_keeps_the_last_pairs():
-    shelf, (query, item) = ExplainerShelf(tiny(), size=2, trials=0), pair()
+    shelf, (query, item) = ExplainerCache(tiny(), size=2, trials=0), pair()
     first = shelf.of(query, item)
     assert shelf.of(query, item) is first
     shelf.of(Item("a", None), item), shelf.of(Item("b", None), item)

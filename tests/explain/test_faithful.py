@@ -11,10 +11,9 @@ from torch import nn
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.statistics import bootstrap_ci
 from moon2_lab.explain.attribution import make_case
-from moon2_lab.explain.faith_verdicts import Faith, correct_for_methods
 from moon2_lab.explain.faithfulness import (
-    areas, ask_rows, faith_row, faith_table, faithfulness, gains, kept_pieces, mixed_rows, order_of, random_gains,
-    redrawn_twin,
+    Faithfulness, areas, ask_rows, correct_for_methods, faith_row, faith_table, faithfulness, gains, kept_pieces,
+    mixed_rows, order_of, random_gains, redrawn_twin,
 )
 from moon2_lab.explain.pair_pieces import Cancelled, piece_of_tokens, run_case
 
@@ -135,7 +134,7 @@ def test_random_gains_can_be_handed_on():
 @pytest.mark.parametrize(("gain", "as_good", "trusted"), [(1.0, 0, True), (0.96, 4, True), (0.95, 5, False), (0.5, 50, False), (-1.0, 99, False)])
 def test_when_a_map_is_not_to_be_trusted(gain, as_good, trusted):
     "Of 99 random maps, with gains .01 to .99, four may do as well, five are too many; a tie is one that does as well."
-    found = Faith(0.0, gain, np.arange(1, 100) / 100, pieces=30)
+    found = Faithfulness(0.0, gain, np.arange(1, 100) / 100, features=30)
     assert (found.as_good, found.p) == (as_good, pytest.approx((1 + as_good) / 100))
     assert found.verdict == ("trusted" if trusted else "doubtful") and bool(found.warning) != trusted
 
@@ -167,7 +166,7 @@ def test_a_random_map_passes_in_one_of_twenty(pieces):
     for _ in range(2000):
         own = draw.integers(len(every))
         others = np.delete(every, own) if pieces <= 5 else (half := draw.choice(np.delete(every, own), 50)).tolist() + (-half).tolist()
-        passed += Faith(0.0, every[own], others, pieces=pieces).verdict == "trusted"
+        passed += Faithfulness(0.0, every[own], others, features=pieces).verdict == "trusted"
     assert 0.03 <= passed / 2000 <= 0.06, passed
 
 
@@ -176,7 +175,7 @@ def test_the_luckiest_of_seven_random_maps_passes_in_one_of_twenty():
     draw, alone, corrected = np.random.default_rng(0), 0, 0
     for _ in range(2000):
         random = draw.normal(size=139)
-        seven = [Faith(0.0, gain, random, pieces=20) for gain in draw.normal(size=7)]
+        seven = [Faithfulness(0.0, gain, random, features=20) for gain in draw.normal(size=7)]
         alone += any(faith.verdict == "trusted" for faith in seven)
         correct_for_methods(seven)
         corrected += any(faith.verdict == "trusted" for faith in seven)
@@ -235,7 +234,7 @@ def made_up_rows(**shifts):
     for number, (method, shift) in enumerate(shifts.items()):
         for pair in range(40):
             gain = 0.02 * (pair % 3) + shift + 0.1 * noise[number, pair]
-            faith = Faith(0.3, 0.3 + gain, np.full(99, 0.02 * (pair % 3)), 0.02 * (pair % 3), {"deletion": np.array([0.8, 0.3]), "insertion": np.array([0.3, 0.8])})
+            faith = Faithfulness(0.3, 0.3 + gain, np.full(99, 0.02 * (pair % 3)), 0.02 * (pair % 3), {"deletion": np.array([0.8, 0.3]), "insertion": np.array([0.3, 0.8])})
             rows.append(faith_row(method, f"pair{pair}", pair // 2, faith, seconds=0.5))
     return pd.DataFrame(rows)
 
@@ -265,7 +264,7 @@ def test_the_best_is_chosen_on_other_products_than_it_is_tested_on():
     for seed in range(20):
         noise = np.random.default_rng(seed).normal(size=(7, 40)) * 0.1
         rows = pd.DataFrame([
-            faith_row(f"m{number}", f"pair{pair}", pair, Faith(0.0, noise[number, pair], np.zeros(99), curves={"insertion": np.array([0.0, 1.0])}))
+            faith_row(f"m{number}", f"pair{pair}", pair, Faithfulness(0.0, noise[number, pair], np.zeros(99), curves={"insertion": np.array([0.0, 1.0])}))
             for number in range(7) for pair in range(40)])
         worse += (faith_table(rows, seed).to_best_upper < 0).sum()
         gains_of = rows.pivot(index="pair", columns="method", values="gain")

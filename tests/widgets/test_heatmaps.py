@@ -12,8 +12,8 @@ from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_not
 from PIL import Image
 
 from moon2_lab.errors import DataError, LabError, UsageError
-from moon2_lab.explain.faith_verdicts import Faith, PairMaps, TokenMap
-from moon2_lab.explain.heatmap_data import block, first_method, map_json, maps_json, pair_payload
+from moon2_lab.explain.faithfulness import Faithfulness
+from moon2_lab.explain.heatmap_data import Attribution, PairMaps, map_json, maps_json, pack_shares, pair_payload
 from moon2_lab.reporting.heatmap_figures import layer_head_figure, pair_map_figure, pair_map_plot, plot_png
 from moon2_lab.reporting.heatmap_page import heat_page, write_heat_page
 from moon2_lab.reporting.html import inline_json
@@ -45,7 +45,7 @@ def state_size(widget):
 def edge_pairs():
     "Pairs that are unusual, by name."
     pair, random = made_up_pair(), np.random.default_rng(1)
-    zero = TokenMap("ig", np.zeros(7), np.zeros((4, 4)))
+    zero = Attribution("ig", np.zeros(7), np.zeros((4, 4)))
     hostile = made_up_side("item", "<script>window.pwned=1</script> </script> <img/src=x/onerror=window.pwned=2> 红色杯子 😀 \u202egnol $x_2$ &amp;", 4, random)
     no_picture = dataclasses.replace(made_up_side("item", "red mug", 0, random), links=None)
     return {
@@ -55,7 +55,7 @@ def edge_pairs():
         "one word": dataclasses.replace(pair, item=made_up_side("item", "mug", 4, random)),
         "64 words": dataclasses.replace(pair, item=made_up_side("item", " ".join(["stoneware"] * 64), 7, random)),
         "all zero": dataclasses.replace(pair, item=with_maps(pair.item, ig=zero), query=with_maps(pair.query)),
-        "no cells in the map": dataclasses.replace(pair, item=with_maps(pair.item, ig=TokenMap("ig", np.ones(7)))),
+        "no cells in the map": dataclasses.replace(pair, item=with_maps(pair.item, ig=Attribution("ig", np.ones(7)))),
         "long word": dataclasses.replace(pair, item=made_up_side("item", "x" * 400 + " mug", 4, random)),
         "hostile": PairMaps(pair.query, hostile, float("nan"), "<b>model</b>", ("</title><script>window.pwned=3</script>", "p")),
     }
@@ -82,10 +82,10 @@ def test_more_attention_than_fits_is_averaged_and_told():
 
 def test_bytes_give_the_shares_back():
     shares = np.random.default_rng(0).dirichlet(np.ones(49), (3, 2, 10))
-    told, data = block(shares, 0, 10**6)
+    told, data = pack_shares(shares, 0, 10**6)
     back = np.frombuffer(data, np.uint8).reshape(shares.shape) * np.reshape(told["scales"], (3, 2, 1, 1)) / 255
     assert np.abs(back - shares).max() <= shares.max() / 500
-    averaged, data = block(shares, 0, 1500)
+    averaged, data = pack_shares(shares, 0, 1500)
     assert averaged["averaged"] == "heads" and len(data) == 3 * 10 * 49
     assert np.abs(np.frombuffer(data, np.uint8).reshape(3, 10, 49) * np.reshape(averaged["scales"], (3, 1, 1)) / 255 - shares.mean(1)).max() < 0.002
 
@@ -108,8 +108,8 @@ def test_attention_below_zero_or_with_a_hole_is_refused():
 
 def test_a_map_of_another_picture_is_refused():
     pair = made_up_pair()
-    pair.item.maps["gradient"].cells = np.zeros((7, 7))
-    with pytest.raises(UsageError, match="4 x 4 cells"):
+    pair.item.maps["gradient"].patches = np.zeros((7, 7))
+    with pytest.raises(UsageError, match="4 x 4 patches"):
         maps_json(pair)
 
 
@@ -117,7 +117,7 @@ def test_a_map_of_another_picture_is_refused():
 def test_unusual_pairs_can_be_shown(name):
     "As a widget, a page, a still picture and as figures of either kind."
     pair = edge_pairs()[name]
-    method = first_method(pair)
+    method = pair.first_method
     assert state_size(HeatmapWidget(pair)) < MEBIBYTE
     assert "<script>window" not in heat_page(pair)
     assert len(static_png(pair)) < 100_000
@@ -146,7 +146,7 @@ def test_still_picture_and_mimebundle():
 
 def test_figures_carry_the_warning():
     pair = made_up_pair()
-    pair.item.faith["gradient"] = Faith(0.5, 0.5, np.linspace(-1, 1, 99), pieces=20)
+    pair.item.faith["gradient"] = Faithfulness(0.5, 0.5, np.linspace(-1, 1, 99), features=20)
     assert "item: Do not trust this map" in pair_map_figure(pair, "gradient").layout.title.subtitle.text.replace("<br>", " ")
     assert "item: Do not trust this map" in pair_map_plot(pair, "gradient").texts[-1].get_text()
     told = map_json(pair.item.maps["gradient"], pair.item.faith["gradient"])["faith"]
@@ -176,12 +176,12 @@ class Counting:
             raise self.error
         progress(1.0)
         found = self.pair.side(side)
-        return TokenMap(method, np.linspace(-1, 1, len(found.words)), np.eye(found.grid)), self.faith
+        return Attribution(method, np.linspace(-1, 1, len(found.words)), np.eye(found.grid)), self.faith
 
 
 def test_computed_on_demand_once():
     pair = made_up_pair()
-    compute = Counting(pair, Faith(0.1, 0.5, np.zeros(99)))
+    compute = Counting(pair, Faithfulness(0.1, 0.5, np.zeros(99)))
     widget = HeatmapWidget(pair, compute)
     assert widget.job["state"] == "idle" and compute.calls == []
     widget.method = "ig"
@@ -245,7 +245,7 @@ def test_an_error_is_told_and_can_be_tried_again(error, words):
 
 def test_a_map_that_does_not_fit_is_an_error_not_a_picture():
     pair = made_up_pair()
-    for found in (TokenMap("ig", np.full(2, np.nan), np.zeros((4, 4))), TokenMap("ig", np.zeros(5)), None):
+    for found in (Attribution("ig", np.full(2, np.nan), np.zeros((4, 4))), Attribution("ig", np.zeros(5)), None):
         widget = HeatmapWidget(pair, lambda *_, found=found: (found, None))
         widget.request("ig", "query", wait=10)
         assert widget.job["state"] == "failed" and widget.job["message"] and "ig" not in widget.found["query"]
@@ -253,7 +253,7 @@ def test_a_map_that_does_not_fit_is_an_error_not_a_picture():
 
 def test_measure_keeps_the_map_and_adds_the_number():
     pair = made_up_pair()
-    compute = Counting(pair, Faith(0.3, 0.2, np.zeros(99)))
+    compute = Counting(pair, Faithfulness(0.3, 0.2, np.zeros(99)))
     compute.go.set()
     widget = HeatmapWidget(pair, compute)
     assert widget.found["item"]["attention"]["faith"] is None
@@ -362,11 +362,11 @@ def test_page_shows_the_numbers_of_the_maps(opened):
     pair = made_up_pair()
     page = opened(pair, method="gradient")
     found, most = pair.item.maps["gradient"], np.abs(pair.item.maps["gradient"].values).max()
-    for kind, numbers, strongest in (("cell", found.cells.ravel(), 0.7), ("word", found.words, 0.6)):
+    for kind, numbers, strongest in (("cell", found.patches.ravel(), 0.7), ("word", found.words, 0.6)):
         drawn = colours(page, kind=kind)
         assert np.allclose([alpha(colour) for colour in drawn], strongest * abs(numbers) / most, atol=0.006)
         assert [colour.startswith("rgba(213, 94, 0") for colour in drawn] == [bool(number > 0) for number in numbers]
-    assert page.locator("[data-side=item] .m2h-cell").nth(5).get_attribute("aria-label") == f"row 2, column 2: {found.cells[1, 1]:+.3f}".replace("-", "−")
+    assert page.locator("[data-side=item] .m2h-cell").nth(5).get_attribute("aria-label") == f"row 2, column 2: {found.patches[1, 1]:+.3f}".replace("-", "−")
     assert "do as well" in page.locator("[data-side=item] .m2h-trust").inner_text()
 
 
@@ -454,7 +454,7 @@ def rgb(text):
 def test_fits_and_can_be_read(opened, scheme, width):
     "No sideways scrolling; every text, also on a word in full colour, has a contrast of 4.5."
     pair = edge_pairs()["64 words"]
-    pair.item.faith["gradient"] = Faith(0.5, 0.5, np.linspace(-1, 1, 99))
+    pair.item.faith["gradient"] = Faithfulness(0.5, 0.5, np.linspace(-1, 1, 99))
     page = opened(pair, width, scheme, "gradient")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     paper = rgb(page.eval_on_selector(".m2h", "one => getComputedStyle(one).backgroundColor"))
@@ -508,7 +508,8 @@ def test_the_policy_of_the_page_holds(browser, tmp_path):
 CELL = """
 import time
 import numpy as np
-from moon2_lab.explain.faith_verdicts import Faith, TokenMap
+from moon2_lab.explain.faithfulness import Faithfulness
+from moon2_lab.explain.heatmap_data import Attribution
 from moon2_lab.testing import made_up_pair
 from moon2_lab.widgets.heatmap import HeatmapWidget
 
@@ -523,7 +524,7 @@ def compute(side, method, progress, cancelled):
         progress(step, 400 if method == "shapley" else 10, "samples")
         time.sleep(0.05)
     mine = pair.side(side)
-    return TokenMap(method, np.linspace(-1, 1, len(mine.words)), np.eye(4)), Faith(0.5, 0.5, np.linspace(-1, 1, 99))
+    return Attribution(method, np.linspace(-1, 1, len(mine.words)), np.eye(4)), Faithfulness(0.5, 0.5, np.linspace(-1, 1, 99))
 
 widget = HeatmapWidget(pair, compute)
 widget.method = "gradient"
