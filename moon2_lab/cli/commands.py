@@ -286,7 +286,7 @@ def heat_facts(pair) -> list[dict]:  # PairMaps
     for side in (pair.query, pair.item):
         for method, one in side.maps.items():
             faith = side.faith.get(method)
-            found.append({"side": side.side, "method": method, "words": side.scored(one), "cells": None if one.cells is None else one.cells.tolist(), "gain": None if faith is None else faith.gain,
+            found.append({"side": side.side, "method": method, "words": side.word_scores(one), "cells": None if one.patches is None else one.patches.tolist(), "gain": None if faith is None else faith.gain,
                           "redrawn": None if faith is None else faith.redrawn, **trust_facts(faith)})
     return found
 

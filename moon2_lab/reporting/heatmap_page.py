@@ -10,8 +10,8 @@ import base64
 from pathlib import Path
 
 from ..errors import UsageError, printable
-from ..explain.faith_verdicts import PairMaps
-from ..explain.heatmap_data import first_method, maps_json, pair_payload
+from ..explain.heatmap_data import PairMaps
+from ..explain.heatmap_data import maps_json, pair_payload
 from .html import render, write_page
 
 # %% ../../nbs/reporting/782_heatmap_page.ipynb #dc11fdfb
@@ -29,8 +29,8 @@ def heat_page(
     method: str | None = None,  # to begin with; the first that was made
 ) -> str:
     "The heatmap of a pair as a page of HTML. `UsageError` for a method that there is no map of."
-    method = method or first_method(maps)
-    if method not in {*maps.methods, first_method(maps)}:
+    method = method or maps.first_method
+    if method not in {*maps.methods, maps.first_method}:
         raise UsageError(f"no map of {method!r}", where="method", advice=", ".join(maps.methods) or "make a map first")
     title = f"Heatmap: {printable(maps.ids[0], 60)} and {printable(maps.ids[1], 60)}"
     return render("map.html", title=title, state=_page_state(maps, method))

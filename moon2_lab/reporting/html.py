@@ -256,10 +256,10 @@ def heat_pictures(heatmap: PairHeatmap, side: int = 280) -> Safe:
         return Safe("")
     small = fitted(heatmap.image, side)
     figures = [tag("figure", picture(small, "the product's picture", side, 82), tag("figcaption", "as it is"))]
-    if heatmap.cells is not None and np.size(heatmap.cells):
-        rows, columns = np.shape(heatmap.cells)
+    if heatmap.patches is not None and np.size(heatmap.patches):
+        rows, columns = np.shape(heatmap.patches)
         alt = f"the same picture, {rows} by {columns} cells coloured by their part in the score"
-        figures.append(tag("figure", picture(heat_overlay(small, heatmap.cells), alt, side, 82), tag("figcaption", "what counted")))
+        figures.append(tag("figure", picture(heat_overlay(small, heatmap.patches), alt, side, 82), tag("figcaption", "what counted")))
     return tag("div", figures, class_="pictures")
 
 
