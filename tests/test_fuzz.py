@@ -143,13 +143,13 @@ def test_catalogues(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
 def test_pictures(kind):
-    from moon2_lab.data.images import decode_image, examine
+    from moon2_lab.data.images import decode_image, examine_image
 
     whole = [png(1, (40, 30), kind), png(7, (33, 41), kind, "L")]
 
     def work(number, rng):
         data = damaged(whole[number % 2], rng)
-        examine(data)
+        examine_image(data)
         assert decode_image(data).mode == "RGB"
 
     counts = attack(f"{kind} pictures", 400, work)

@@ -23,7 +23,7 @@ import pandas as pd
 
 from .interface import catalogue_of, open_model, scores_of, shown_part
 from ..data.catalog import Catalog
-from ..data.images import bare, fit
+from ..data.images import scale_down, without_metadata
 from ..data.products import Product
 from ..errors import LabError, UsageError
 from ..files import model_name, read_json, sha256_hex, whole_folder, write_checksums, write_json, write_parquet
@@ -63,7 +63,7 @@ def write_products(
     for number, product in enumerate(progress(products, desc="pictures")):
         paths = [f"images/{number:05d}.jpg"] if product.has_image else []
         for path in paths:
-            bare(fit(product.image(), SIDE)).save(folder / path, "JPEG", quality=88)
+            without_metadata(scale_down(product.image(), SIDE)).save(folder / path, "JPEG", quality=88)
         rows.append(product_row(product, paths))
     write_parquet(folder / "products.parquet", pd.DataFrame(rows, dtype=object).astype("string"))
     return sum(row["image_paths"] != "[]" for row in rows)

@@ -31,7 +31,8 @@ from .llm_client import NOT_ASKED, NO_ANSWER
 from .subject_mask import GrabCut
 from .title_enrichment import enrich_request, make_enricher
 from ..data.catalog import Catalog, examine_paths
-from ..data.images import ImageFolder, ImageRef
+from ..data.image_folder import ImageFolder
+from ..data.images import ImageRef
 from ..data.products import AUGMENTED, AUGMENTED_COLUMNS, Product, TABLE
 from ..errors import DataError, LabError, UsageError
 from moon2_lab.files import (

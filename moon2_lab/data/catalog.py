@@ -20,8 +20,9 @@ from typing import Any
 import pandas as pd
 
 # %% ../../nbs/data/130_catalog.ipynb #df9dfcbf
+from .image_folder import ImageFolder
 from moon2_lab.data.images import (
-    ImageFacts, ImageFolder, ImageRef, MAX_PIXELS, MAX_SIDE, decode_image, examine_all, is_scaled_copy, pixel_sha256,
+    ImageFacts, ImageRef, MAX_PIXELS, MAX_SIDE, decode_image, examine_images, is_scaled_copy, pixel_sha256,
 )
 from moon2_lab.data.products import (
     AUGMENTED, AUGMENTED_COLUMNS, Item, Product, Quarantine, TABLE, TEXT_FIELDS, iter_rows, keep_reading,
@@ -49,9 +50,9 @@ def examine_paths(
             places[path] = pictures.find(path)
         except DataError as error:
             found[path] = error.what
-    examined = examine_all(list(places.values()), max_pixels, workers, pictures.folder)
+    examined = examine_images(list(places.values()), max_pixels, workers, pictures.folder)
     for (path, place), facts in zip(places.items(), examined, strict=True):
-        found[path] = facts.reason or ImageRef.from_stretch(place, facts, max_side, max_pixels)
+        found[path] = facts.reason or ImageRef.from_span(place, facts, max_side, max_pixels)
         if seen is not None:
             seen[path] = facts
     return found

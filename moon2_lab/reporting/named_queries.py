@@ -18,7 +18,9 @@ from pathlib import Path
 from PIL import Image
 
 from ..data.catalog import Catalog
-from ..data.images import ImageRef, MAX_SIDE, TURNS, bare, decode_image, fit, open_image, orientation, to_rgb
+from moon2_lab.data.images import (
+    ImageRef, MAX_SIDE, decode_image, open_image, scale_down, to_rgb, turn_upright, without_metadata,
+)
 from ..data.products import Item, Product
 from ..data.queries import Lexicon, fold, words as words_of
 from ..data.triplets import make_query
@@ -60,7 +62,7 @@ def _decode_small(data: bytes) -> Image.Image:
     if picture.format not in UPLOAD_FORMATS:
         raise DataError(f"a picture of the format {picture.format}", advice=f"give one of {', '.join(UPLOAD_FORMATS)}")
     try:
-        turn, times = TURNS.get(orientation(picture)), max(picture.size) // (2 * MAX_SIDE)
+        times = max(picture.size) // (2 * MAX_SIDE)
         if times > 1:
             picture.draft(None, (picture.width // times, picture.height // times))  # JPEG only
         picture.load()
@@ -69,8 +71,8 @@ def _decode_small(data: bytes) -> Image.Image:
         times = max(picture.size) // (2 * MAX_SIDE)
         if times > 1 and not picture.mode.startswith(("I", "F")):
             picture = picture.reduce(times)
-        picture = fit(to_rgb(picture), MAX_SIDE)
-        return bare(picture.transpose(turn) if turn is not None else picture)
+        turn_upright(picture)
+        return without_metadata(scale_down(to_rgb(picture), MAX_SIDE))
     except (DataError, MemoryError):
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...

@@ -12,7 +12,7 @@ import json
 import pandas as pd
 
 from ..data.catalog import Catalog, examine_paths
-from ..data.images import ImageFolder
+from ..data.image_folder import ImageFolder
 from ..data.products import Product
 from ..errors import DataError
 from ..reporting.contact_sheet import Card, cards_html

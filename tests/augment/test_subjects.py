@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from moon2_lab.augment.subject_mask import GrabCut, judge, tidy
-from moon2_lab.data.images import ImageFolder, decode_image
+from moon2_lab.data.image_folder import ImageFolder
+from moon2_lab.data.images import decode_image
 from moon2_lab.data.synthetic.generator import describe
 from moon2_lab.data.synthetic.materials import Shot, photo, pose
 from moon2_lab.data.synthetic.shapes import draw_look

@@ -25,7 +25,8 @@ from PIL.PngImagePlugin import PngInfo
 
 import moon2_lab.data.images as images_module
 from moon2_lab.data.catalog import Catalog, key_words, large_keys, product_keys
-from moon2_lab.data.images import ImageFolder, ImageRef, decode_image, examine
+from moon2_lab.data.image_folder import FileSpan, ImageFolder
+from moon2_lab.data.images import ImageRef, decode_image, examine_image
 from moon2_lab.data.products import Item, Product, Quarantine, read_records
 from moon2_lab.errors import DataError, LabError
 from moon2_lab.reporting.html import picture_uri
@@ -187,13 +188,13 @@ def test_draft_gives_the_picture_that_full_decoding_gives():
 
 def test_pixel_hash_is_of_the_full_picture():
     photo = draw(3, (1600, 1200))
-    facts = examine(encoded(photo))
+    facts = examine_image(encoded(photo))
     assert (facts.width, facts.height) == (1600, 1200)
-    assert facts.pixel_sha == examine(encoded(photo, "BMP")).pixel_sha
+    assert facts.pixel_sha == examine_image(encoded(photo, "BMP")).pixel_sha
     other = photo.copy()
     other.putpixel((7, 7), (1, 2, 3))
-    assert examine(encoded(other)).pixel_sha != facts.pixel_sha
-    assert examine(encoded(Image.new("RGB", (6, 4)))).pixel_sha != examine(encoded(Image.new("RGB", (4, 6)))).pixel_sha
+    assert examine_image(encoded(other)).pixel_sha != facts.pixel_sha
+    assert examine_image(encoded(Image.new("RGB", (6, 4)))).pixel_sha != examine_image(encoded(Image.new("RGB", (4, 6)))).pixel_sha
 
 
 def test_a_pipe_is_not_read(tmp_path):
@@ -276,7 +277,7 @@ def test_a_picture_is_decoded_once_in_its_life(tmp_path, monkeypatch):
     rows = [row(f"p{i}", f"{i}.png", title=f"Mug {i}") for i in range(6)]
     first = Catalog.load(make(tmp_path / "one", rows, files))
     calls = []
-    monkeypatch.setattr(images_module, "examine", lambda data, *rest: calls.append(1) or examine(data, *rest))
+    monkeypatch.setattr(images_module, "examine_image", lambda data, *rest: calls.append(1) or examine_image(data, *rest))
     again = Catalog.load(tmp_path / "one")
     copied = Catalog.load(make(tmp_path / "two", rows, packed=files))
     assert not calls
@@ -534,7 +535,7 @@ def test_real_set(name, monkeypatch):
     assert keys.nunique() <= titles.nunique()
     for product in catalog[:: max(1, products // 20)]:
         assert max(product.image().size) <= 224
-    monkeypatch.setattr(images_module, "examine", None)  # decoding again would fail
+    monkeypatch.setattr(images_module, "examine_image", None)  # decoding again would fail
     start = time.perf_counter()
     assert Catalog.load(Path(DATA) / name).data_hash == catalog.data_hash
     print(f"{name}: second load {time.perf_counter() - start:.2f} s")
@@ -630,10 +631,10 @@ def test_a_small_file_cannot_unpack_to_gigabytes(tmp_path):
 def test_files_are_not_read_again_unless_they_changed(tmp_path, monkeypatch):
     "The second load stats; a file of the same size and time that was put in its place is read."
     folder = make(tmp_path / "c", [row("a", "1.bmp"), row("b", "2.bmp", title="Cup")], {f"{i}.bmp": encoded(draw(i), "BMP") for i in (1, 2)})
-    monkeypatch.setattr(images_module, "SETTLED", -60)  # these files are moments old
+    monkeypatch.setattr(images_module, "_SETTLED", -60)  # these files are moments old
     first, read = Catalog.load(folder), []
-    whole = images_module.Stretch.read
-    monkeypatch.setattr(images_module.Stretch, "read", lambda place: read.append(place.path) or whole(place))
+    whole = FileSpan.read
+    monkeypatch.setattr(FileSpan, "read", lambda place: read.append(place.path) or whole(place))
     assert Catalog.load(folder).data_hash == first.data_hash and not read
     times = (folder / "1.bmp").stat()
     (folder / "1.bmp").write_bytes(encoded(draw(9), "BMP"))

@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from ..image_fields import IMAGE_SUFFIXES, is_url
-from ..images import MAX_BYTES, Stretch, decode_image, folded_name, near_hint, open_image, walk_names
+from ..image_folder import FileSpan, MAX_FILE_BYTES, folded_name, near_hint, walk_names
+from ..images import decode_image, open_image
 from .download import Fetcher
 from ...errors import DataError, UsageError
 from ...files import sha256_hex
@@ -142,7 +143,7 @@ class Finder:
             f"no such picture: {reference[:120]}{hint}", advice="--images names the folder or tar of the pictures"
         )
 
-    def _claim(self, name: str, reference: str) -> Stretch:
+    def _claim(self, name: str, reference: str) -> FileSpan:
         "The file that the end of an address names; `DataError` when another address has taken it."
         address = _without_query(reference)
         self.ledger.execute("INSERT OR IGNORE INTO claims VALUES (?, ?)", (name, address))
@@ -229,14 +230,14 @@ class Finder:
             folder = entries[0]
             yield folder.relative_to(self.place).as_posix()
 
-    def _find(self, name: str) -> Stretch | None:
+    def _find(self, name: str) -> FileSpan | None:
         "Where the file of exactly this path is."
         if self.packed:
             found = self.ledger.execute("SELECT offset, size FROM members WHERE name = ?", (name,)).fetchone()
-            return Stretch(str(self.place), *found) if found else None
+            return FileSpan(str(self.place), *found) if found else None
         try:
             path = self.place / name
-            return Stretch(str(path), 0, path.stat().st_size) if path.is_file() else None
+            return FileSpan(str(path), 0, path.stat().st_size) if path.is_file() else None
         except (OSError, ValueError):  # a name that no file can have
             return None
 
@@ -291,8 +292,8 @@ KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 
 def as_stored(data: bytes) -> tuple[bytes, str]:
     "(the bytes to keep, their suffix); `DataError` when this is no picture that can be shown."
-    if len(data) > MAX_BYTES:
-        raise DataError(f"too long a file: {len(data):,} bytes, limit {MAX_BYTES:,}", advice="scale the picture down")
+    if len(data) > MAX_FILE_BYTES:
+        raise DataError(f"too long a file: {len(data):,} bytes, limit {MAX_FILE_BYTES:,}", advice="scale the picture down")
     kind, picture = open_image(data).format, decode_image(data, None)
     if kind in KEPT:
         return data, KEPT[kind]
