@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 
 from ..catalog import TRIPLET_COLUMNS, folded_title
-from ..images import ImageFolder, MAX_PIXELS, examine_all
+from ..image_folder import ImageFolder
+from ..images import MAX_PIXELS, examine_images
 from .download import Fetcher
 from .encodings import given_encoding
 from .image_store import Finder, PLAIN, Pictures, Store, check_place
@@ -551,7 +552,7 @@ def read_listings(parts: Parts, out: Path) -> Listings:
         rows = batch.select(["product_id", "title", "image_paths", "split"]).to_pydict()
         paths = [json.loads(text) for text in rows["image_paths"]]
         mains = list(dict.fromkeys(names[0] for names in paths if names))
-        facts = dict(zip(mains, examine_all([folder.find(name) for name in mains], MAX_PIXELS), strict=True))
+        facts = dict(zip(mains, examine_images([folder.find(name) for name in mains], MAX_PIXELS), strict=True))
         columns[0].append([_number(folded_title(title)) for title in rows["title"]])
         columns[1].append([_number(facts[names[0]].pixel_sha) if names else 0 for names in paths])
         columns[2].append([len(names) for names in paths])
