@@ -259,7 +259,7 @@ def score_lines(
     for direction in DIRECTIONS:
         if (direction, "R@10") in rows:
             first, tenth, other = rows[direction, "R@1"], rows[direction, "R@10"], beside.get(direction)
-            against = f"{other.theirs:.3f} {other.baseline} ({', '.join(filter(None, (other.verdict, other.p)))})" if other else "-"
+            against = f"{other.baseline_value:.3f} {other.baseline} ({', '.join(filter(None, (other.verdict, other.p)))})" if other else "-"
             lines.append(f"{direction:<10} {first.value:>6.3f} {tenth.value:>6.3f}  {tenth.lower:.3f} to {tenth.upper:.3f} {against}")
     for direction, block in metrics["directions"].items():
         if equal := block.get("n_equal_title"):

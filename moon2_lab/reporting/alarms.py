@@ -33,7 +33,7 @@ def baseline_alarms(scores: pd.DataFrame) -> list[Alarm]:
     found, below = [], {}
     for metric in METRICS:
         for row in against_baselines(scores, metric).itertuples():
-            told = f"{metric} {row.ours:.1%} against {row.theirs:.1%} of {printable(BASELINE_WORDS.get(row.baseline, row.baseline), 40)} ({row.p})"
+            told = f"{metric} {row.value:.1%} against {row.baseline_value:.1%} of {printable(BASELINE_WORDS.get(row.baseline, row.baseline), 40)} ({row.p})"
             if row.verdict == "below":
                 below.setdefault(row.direction, []).append(told)
             elif row.verdict == "level" and metric == "R@10":

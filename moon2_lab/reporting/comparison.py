@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'KINDS', 'checked_table', 'paired_rows', 'change_kinds', 'shared_part', 'disagreement_order', 'Comparison',
-           'asked_items', 'query_product', 'compare_tables', 'compare_encoders', 'MadeUpEncoder', 'made_up_catalog',
-           'made_up_comparison', 'category_paths', 'in_category', 'product_facts', 'matching_attributes', 'found_hits']
+           'asked_items', 'query_product', 'compare_tables', 'compare_encoders', 'category_paths', 'in_category',
+           'product_facts', 'matching_attributes', 'found_hits']
 
 # %% ../../nbs/reporting/770_comparison.ipynb #ab6a0cc6
 import difflib
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,16 +16,14 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..config import DIRECTIONS, VIEWS
+from ..config import DIRECTIONS
 from ..data.catalog import Catalog
-from ..data.images import ImageRef
 from ..data.products import Item, Product
 from ..errors import DataError, UsageError, printable
 from ..evaluation.evaluate import Question, answer, ask, query_items
 from ..evaluation.protocol import LEVELS
 from ..evaluation.statistics import judged, paired_test, with_interval
 from ..files import plain
-from .html import drawn_shape
 from ..retrieval.filters import field_values, fold_value, parse_filter
 
 # %% ../../nbs/reporting/770_comparison.ipynb #3f28b0da
@@ -190,39 +187,6 @@ def compare_encoders(
     found = compare_tables(*(run.per_query for run in runs), catalog, split, k, names, question=question, resamples=resamples, seed=seed)
     found.about |= {"models": [encoder.fingerprint for encoder in (a, b)], "resamples": resamples, "seed": seed}
     return found
-
-# %% ../../nbs/reporting/770_comparison.ipynb #6656b898
-class MadeUpEncoder:
-    "Vectors drawn from ids, with noise. It comes from no training and reads no picture."
-
-    def __init__(self, noise: float, seed: int = 0):
-        self.noise, self.seed, self.fingerprint = noise, seed, f"made-up-{seed}-{noise}"
-
-    def encode_views(self, items: Sequence[Item]) -> dict[str, np.ndarray]:  # view -> (N, 16), NaN where the view is missing
-        "All views of all items."
-        drawn = lambda text, *seed: np.random.default_rng([zlib.crc32(text.encode()), *seed]).normal(size=16)
-        found = {}
-        for view in VIEWS:
-            there = [item.has_text if view == "t" else item.has_image if view == "i" else item.has_text or item.has_image for item in items]
-            rows = [drawn(item.item_id) + self.noise * drawn(f"{item.item_id} {view} {item.text}", self.seed) if has else np.full(16, np.nan) for item, has in zip(items, there)]
-            found[view] = np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
-        return found
-
-
-def made_up_catalog(count: int = 60) -> Catalog:
-    "Drawn shapes in two categories; every seventh product has no picture."
-    colours, kinds = ("rust", "blue", "green", "ochre", "violet"), ("bowl", "vase", "lamp", "tray")
-    products = []
-    for n in range(count):
-        refs = () if n % 7 == 6 else (ImageRef.from_pil(drawn_shape(n).resize((60 + n % 40, 80 + n // 40))),)
-        products.append(Product(f"made-up-{n:03d}", f"Made-up {colours[n % 5]} {kinds[n % 4]} of series {n}", category_l1="Home" if n % 3 else "Garden", category_l2=kinds[n % 4].title(),
-                                attributes={"colour": colours[n % 5], "use": "indoor|outdoor" if n % 2 else "indoor"}, refs=refs, split="test"))
-    return Catalog.from_products(products)
-
-
-def made_up_comparison(count: int = 60, noise: tuple[float, float] = (1.1, 0.9), **choices) -> Comparison:
-    "Two made-up encoders on made-up products."
-    return compare_encoders(MadeUpEncoder(noise[0], 1), MadeUpEncoder(noise[1], 2), made_up_catalog(count), names=("before", "after"), **choices)
 
 # %% ../../nbs/reporting/770_comparison.ipynb #331a4fd4
 def category_paths(row) -> list[str]:

@@ -19,8 +19,9 @@ from ..evaluation.protocol import LEVELS
 from ..evaluation.statistics import p_words
 from ..files import plain, static_text
 from .comparison import Comparison, KINDS, asked_items, product_facts
-from .html import csp_hash, inline_json, write_page
-from .html import Safe, foreign, join, picture_uri, score, table, tag, text
+from moon2_lab.reporting.html import (
+    Safe, csp_hash, foreign, inline_json, join, picture_uri, score, table, tag, text, write_page,
+)
 from .run_figures import heat_overlay
 from .tables import DIRECTION_WORDS
 from ..runtime import progress

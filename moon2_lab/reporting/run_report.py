@@ -192,7 +192,7 @@ def score_rows(scores: pd.DataFrame) -> list[list]:
         cells = {(kind, name, metric): score(*values) for (kind, name, metric), values in zip(here.index, here.to_numpy())}
         run = next(name for kind, name, _ in cells if kind == "run")
         best = standing.loc[direction] if direction in standing.index else None
-        beaten = join(percent(best.theirs), tag("span", foreign(BASELINE_WORDS.get(best.baseline, best.baseline), 40), class_="ci")) if best is not None else "–"
+        beaten = join(percent(best.baseline_value), tag("span", foreign(BASELINE_WORDS.get(best.baseline, best.baseline), 40), class_="ci")) if best is not None else "–"
         name, ours = join(tag("code", direction), tag("span", DIRECTION_WORDS[direction], class_="ci")), [cells.get(("run", run, metric), "–") for metric in METRICS]
         rows.append([name, *ours, beaten, against(best.verdict, best.p) if best is not None else "–", *[cells.get(("comparison", other, "R@10"), "–") for other in others]])
     return rows

@@ -29,8 +29,8 @@ from moon2_lab.data.products import Product
 from moon2_lab.errors import LabError, UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.reporting.named_queries import query_item
-from moon2_lab.reporting.tables import made_up_metrics
 from moon2_lab.retrieval.filters import field_values, parse_filter
+from moon2_lab.testing import made_up_metrics
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 NASTY = Product("nasty-1", "Zebra <img src=x onerror=\"document.title='hacked'\"> & Söhne 'bag'", category_l1="O'Neill & <b>Sons</b>", attributes={"colour": "zebra|black", "neck type": "<script>"})

@@ -20,12 +20,10 @@ from moon2_lab.data.products import Product
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.evaluate import answer, ask
 from moon2_lab.evaluation.statistics import holm, p_words, paired_test_tables
-from moon2_lab.reporting.comparison import (
-    KINDS, MadeUpEncoder, compare_encoders, compare_tables, made_up_catalog, made_up_comparison, matching_attributes,
-    query_product,
-)
+from moon2_lab.reporting.comparison import KINDS, compare_encoders, compare_tables, matching_attributes, query_product
 from moon2_lab.reporting.comparison_heatmaps import explain_changes
 from moon2_lab.reporting.comparison_report import diff_page, page_data, write_diff_page
+from moon2_lab.testing import MadeUpEncoder, made_up_catalog, made_up_comparison
 
 HOSTILE = "<script>window.pwned=1</script> </script><img src=x onerror=window.pwned=2> 红色杯子 😀 \u202egnol &amp;"
 

@@ -11,9 +11,8 @@ import pytest
 from moon2_lab.config import DIRECTIONS
 from moon2_lab.errors import LabError
 from moon2_lab.explain.heatmap_data import PairHeatmap
-from moon2_lab.reporting.html import drawn_shape, made_up_query
 from moon2_lab.reporting.run_report import write_report
-from moon2_lab.reporting.tables import made_up_history, made_up_metrics
+from moon2_lab.testing import drawn_shape, made_up_history, made_up_metrics, made_up_query
 
 HOSTILE = [
     "<script>window.pwned = 1</script>", '"><img src=x onerror="window.pwned = 1">', "</style></title><svg onload='window.pwned = 1'>", "javascript:window.pwned=1",

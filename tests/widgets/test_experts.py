@@ -15,10 +15,8 @@ from moon2_lab.config import OBJECTIVES, VIEWS
 from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain.expert_routing import expert_load, token_routing
-from moon2_lab.reporting.routing_figures import (
-    EVEN, RoutingMaps, made_up_routing, routing_maps, routing_payload, training_steps,
-)
-from moon2_lab.reporting.tables import made_up_history
+from moon2_lab.reporting.routing_figures import EVEN, RoutingMaps, routing_maps, routing_payload, training_steps
+from moon2_lab.testing import made_up_history, made_up_routing
 from moon2_lab.widgets.routing import (
     COLOURS, RoutingWidget, expert_map_figure, ink_on, routing_picture, routing_png, show_routing,
 )
@@ -478,7 +476,7 @@ def test_it_lets_go(opened):
 # ---------------------------------------------------------------------------------------------- the widget in JupyterLab
 
 CELL = """
-from moon2_lab.reporting.routing_figures import made_up_routing
+from moon2_lab.testing import made_up_routing
 from moon2_lab.widgets.routing import RoutingWidget
 
 widget = RoutingWidget(made_up_routing())

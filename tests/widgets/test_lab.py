@@ -145,7 +145,7 @@ def test_the_live_view_after_a_reload(page, tmp_path):
 
 
 WIDGETS = """
-from moon2_lab.reporting.routing_figures import made_up_routing
+from moon2_lab.testing import made_up_routing
 from moon2_lab.widgets.routing import RoutingWidget
 widget = RoutingWidget(made_up_routing())
 widget

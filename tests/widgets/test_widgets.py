@@ -15,7 +15,7 @@ from PIL import Image
 
 from moon2_lab.config import TrainConfig
 from moon2_lab.reporting.contact_sheet import Card, caption_font, card_sheet, cards_html, triplet_cards, wrap
-from moon2_lab.reporting.tables import made_up_history
+from moon2_lab.testing import made_up_history
 from moon2_lab.widgets.training import BatchView, LiveTraining, LiveView
 
 
