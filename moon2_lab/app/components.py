@@ -189,7 +189,7 @@ def scores_html(metrics: Mapping, name: str) -> Safe:
         cells = {row["metric"]: score(row["value"], row["lower"], row["upper"]) for row in mine[mine["direction"] == direction].to_dict("records")}
         trivial = best.get(direction)
         standing = " · ".join(filter(None, (BASELINE_WORDS.get(trivial["baseline"], trivial["baseline"]), trivial["verdict"], trivial["p"]))) if trivial else ""
-        beside = join(percent(trivial["theirs"]), tag("span", standing, class_="ci")) if trivial else "–"
+        beside = join(percent(trivial["baseline_value"]), tag("span", standing, class_="ci")) if trivial else "–"
         asked = number(section(metrics, "directions", direction).get("n_queries"))
         rows.append([join(tag("code", direction), tag("span", DIRECTION_WORDS[direction], class_="ci")), f"{asked:,.0f}", *[cells.get(metric, "–") for metric in ("R@1", "R@5", "R@10")], beside])
     return table(["Direction", "Queries", "R@1", "R@5", "R@10", "R@10, trivial"], rows, caption=f"{name}: recall in percent, 95 % intervals") if rows else Safe("")

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Safe', 'VOID', 'POLICY', 'text', 'join', 'tag', 'foreign', 'picture_uri', 'picture', 'inline_json', 'csp_hash',
            'percent', 'environment', 'render', 'page_file', 'write_page', 'table', 'score', 'Hit', 'QueryHits',
-           'hit_card', 'rank_words', 'query_card', 'drawn_shape', 'made_up_query', 'heat_pictures', 'heat_words',
-           'section', 'page']
+           'hit_card', 'rank_words', 'query_card', 'heat_pictures', 'heat_words', 'section', 'page']
 
 # %% ../../nbs/reporting/757_html.ipynb #19792f8b
 import base64
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..errors import printable
 from ..explain.heatmap_data import PairHeatmap
@@ -228,26 +227,6 @@ def query_card(
     hits = [hit_card(n, hit, side) for n, hit in enumerate(query.hits[:10], 1)]
     found = tag("ol", hits, class_="hits", tabindex="0", aria_label=f"Hits of query {place}") if hits else tag("p", "No hits were given.")
     return tag("div", tag("div", shown, tag("div", asked), class_="asked"), found, class_="query")
-
-# %% ../../nbs/reporting/757_html.ipynb #90180865
-def drawn_shape(
-    place: int,  # which shape and colour
-) -> Image.Image:  # RGB, 150 x 200
-    "A coloured shape on white: a made-up product picture."
-    image = Image.new("RGB", (150, 200), "white")
-    corners = [(40 + 8 * (place % 4), 40), (110, 40 + 6 * (place % 3)), (125, 170), (25, 170)]
-    ImageDraw.Draw(image).polygon(corners, fill=["#a8563f", "#4f7ea8", "#6f9a5b", "#b3924a", "#7d6aa6"][place % 5])
-    return image
-
-
-def made_up_query(
-    place: int,  # the right product stands at rank place + 1
-    direction: str = "t->mm",
-) -> QueryHits:
-    "A made-up query with eight drawn hits. It comes from no model."
-    asks_text, asks_image = "t" in direction.split("->")[0] or direction.startswith("mm"), not direction.startswith("t")
-    hits = [Hit(f"Made-up product {n} in colour {n % 5}", drawn_shape(n), 0.9 - 0.05 * n, n == place, f"made-up-{n}") for n in range(8)]
-    return QueryHits("made-up phrase" if asks_text else None, drawn_shape(place) if asks_image else None, direction, place + 1, hits)
 
 # %% ../../nbs/reporting/757_html.ipynb #1e4007c5
 def heat_pictures(heatmap: PairHeatmap, side: int = 280) -> Safe:

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVEN', 'PIXELS', 'LIMIT', 'Training', 'rows_of', 'preferences_of', 'training_steps', 'RoutingMaps', 'check_shares',
-           'check_routing', 'check_load', 'routing_maps', 'made_up_routing', 'short', 'training_json',
-           'routing_payload']
+           'check_routing', 'check_load', 'routing_maps', 'short', 'training_json', 'routing_payload']
 
 # %% ../../nbs/reporting/764_routing_figures.ipynb #e0faae45
 import re
@@ -20,10 +19,7 @@ from ..errors import DataError, UsageError, printable
 from ..explain.heatmap_data import SideMaps, check_side, side_json
 from ..files import plain
 from .alarms import weight_alarms
-from moon2_lab.reporting.tables import (
-    OBJECTIVE_WORDS, VIEW_WORDS, columns_like, load_series, made_up_history, objective_series,
-)
-from ..testing import made_up_side
+from .tables import OBJECTIVE_WORDS, VIEW_WORDS, columns_like, load_series, objective_series
 
 # %% ../../nbs/reporting/764_routing_figures.ipynb #cd46c309
 @dataclass
@@ -163,24 +159,6 @@ def routing_maps(
     side = SideMaps("item", read.text, read.words, image, int(read.cells**0.5), experts=found.experts[places], expert_layers=[found.layers[place] for place in places], unread=read.unread)
     training = None if history is None else training_steps(history, points)
     return RoutingMaps(side, {view: shares[places] for view, shares in (load or {}).items()}, training, printable(read.item.item_id, 80))
-
-# %% ../../nbs/reporting/764_routing_figures.ipynb #1eaf0171
-def made_up_routing(
-    text: str = "finest quality red stoneware mug with handle",
-    grid: int = 4,  # 0: without picture
-    layers: int = 3,
-    experts: int = 4,
-    top_k: int = 2,
-    steps: int = 200,  # of the history; 0: without
-    seed: int = 0,
-) -> RoutingMaps:
-    "Invented routing, for figures and widgets without a model."
-    rng = np.random.default_rng(seed)
-    side = made_up_side("item", text, grid, rng, layers=layers, experts=experts)
-    kept = side.experts * (side.experts >= np.sort(side.experts, -1)[..., -top_k, None])
-    side = replace(side, experts=kept / kept.sum(-1, keepdims=True), links=None, pooled=None, maps={}, faith={}, layer_names=[])
-    load = {view: rng.dirichlet(np.full(experts, 9.0), layers) for view in VIEWS}
-    return RoutingMaps(side, load, training_steps(made_up_history(steps, experts)) if steps else None, "made-up")
 
 # %% ../../nbs/reporting/764_routing_figures.ipynb #5a4e9497
 LIMIT = 500_000  # bytes of routing weights
