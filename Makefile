@@ -6,6 +6,7 @@
 #   make test                          every test that is not slow;  make test-all: those too
 #   make lab                           JupyterLab on nbs/
 #   make app                           the retrieval demo in a browser, 127.0.0.1:7860
+#   make app VECTORS=file              the same on the vectors of moon2 embed;  URI=store: of moon2 index
 #   make bench                         head-to-heads, in an environment of their own
 #   make clean                         remove environments and caches (runs/ stays)
 
@@ -64,7 +65,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab nbs --LabApp.app_settings_dir="$(CURDIR)/scripts/lab" $(ARGS)
 
 app: $(READY)
-	$(BIN)/python apps/retrieval_demo.py $(if $(CATALOG),--catalog "$(CATALOG)") $(ARGS)
+	$(BIN)/python apps/retrieval_demo.py $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(VECTORS),--vectors "$(VECTORS)") $(if $(URI),--uri "$(URI)") $(ARGS)
 
 bench:
 	@$(MAKE) --no-print-directory VENV=.venv-bench EXTRAS=bench setup

@@ -4,7 +4,7 @@ Clustered random vectors (--count, --dim). Both arms build the same indexes with
 parameter gives a point: recall@10 against exact search, queries a second when asked one by one, and in batches of 100. Told are the curves, the ratio of queries a second at recall .95 and .99 (interpolated on a log
 scale), build seconds and bytes. The same number of queries is also sent to a store of one vector: that is what the way to the store costs, whatever the index does; and it is told in which functions of the store the time of a request goes.
 
-With --filtered instead: `VectorStore.search` with filters that keep from a thousandth of the products to all of them, against exact arithmetic: recall@10, the fewest hits, seconds a search; beside it the recall of the graph alone.
+With --filtered instead: `MilvusSearcher.search` with filters that keep from a thousandth of the products to all of them, against exact arithmetic: recall@10, the fewest hits, seconds a search; beside it the recall of the graph alone.
 
     python bench/index.py [--filtered]
 """
@@ -143,28 +143,26 @@ def at_recall(points: list[dict], wanted: float, what: str) -> float | None:
 
 def filtered(rows: np.ndarray, queries: np.ndarray, folder: Path, batch: int = 50) -> list[dict]:
     "A row for each share of the products that a filter keeps; None: without a filter."
-    import pyarrow.parquet as pq
-
     from moon2_lab.data.products import Product
     from moon2_lab.retrieval.filters import milvus_filter
-    from moon2_lab.retrieval.milvus import VectorStore, index_vectors
-    from moon2_lab.retrieval.vectors import VectorBlock, payload_of, vector_schema, vector_table
+    from moon2_lab.retrieval.milvus import index_vectors
+    from moon2_lab.retrieval.search import MilvusSearcher
+    from moon2_lab.retrieval.vectors import VectorBlock
 
     drawn, queries = np.random.default_rng(1).random(len(rows)), queries[:batch]
     goods = [Product(f"p{number}", attributes={"shares": "|".join(str(share) for share in SHARES if chance < share)}) for number, chance in enumerate(drawn)]
-    block = VectorBlock([product.product_id for product in goods], ["mm"] * len(goods), rows, payload_of(goods))
-    pq.write_table(vector_table(block, vector_schema("float32", rows.shape[1], {})), folder / "v.parquet")
+    VectorBlock.of(goods, "mm", rows).write(folder / "v.parquet")
     done, = index_vectors(folder / "v.parquet", folder / "v.db")
     print(f"{done.rows:,} vectors, index {done.index}, {done.seconds:.0f} s", flush=True)
     scores, table = queries @ rows.T, []
-    with VectorStore(folder / "v.db") as store:
+    with MilvusSearcher(folder / "v.db") as store:
         for share in (*SHARES, None):
             fitting = np.flatnonzero(drawn < (share or 1))
             exact = fitting[np.argsort(-scores[:, fitting], axis=1)[:, :K]]
             expression = f"shares == {share}" if share else ""
             seconds, hits = timed_call(store.search, queries, K, expression)
             alone, _ = timed_call(store.search, queries[:1], K, expression)
-            graph = store._ask(queries, K, milvus_filter(expression, store.fields), {"ef": 128})
+            graph = store._ask_index(queries, K, milvus_filter(expression, store.fields), {"ef": 128})
             table.append({"share": share, "matches": len(fitting), "recall": shared(hits, exact), "fewest_hits": min(map(len, hits)), "batch_ms_a_query": round(1000 * seconds / len(queries), 1),
                           "alone_ms": round(1000 * alone, 1), "graph_alone_recall": shared(graph, exact), "graph_alone_fewest_hits": min(map(len, graph))})
             print(json.dumps(table[-1]), flush=True)

@@ -110,13 +110,13 @@ def command(name, faults, work) -> Command:
 def stored(uri, vectors) -> list | None:
     "What a search in the store finds; None where it says that there is nothing, or not all."
     from moon2_lab.errors import LabError
-    from moon2_lab.retrieval.milvus import VectorStore
+    from moon2_lab.retrieval.search import MilvusSearcher
     from moon2_lab.retrieval.vectors import VectorFile
 
-    rows = VectorFile(vectors).read().rows[:3]
+    queries = VectorFile(vectors).read().vectors[:3]
     try:
-        with VectorStore(uri) as store:
-            return [[(hit.product_id, round(hit.score, 5)) for hit in hits] for hits in store.search(rows, 10)] + [len(store)]
+        with MilvusSearcher(uri) as store:
+            return [[(hit.product_id, round(hit.score, 5)) for hit in hits] for hits in store.search(queries, 10)] + [len(store)]
     except LabError:
         return None
 

@@ -6,7 +6,7 @@
 __all__ = ['WRONG_FORM', 'SLOW', 'KEPT', 'LIMITS', 'SYSTEM_FONTS', 'SHARED', 'OPEN', 'TINY_NOTE', 'ENOUGH', 'from_link',
            'only_for', 'connect_links', 'has_form', 'Page', 'client_of', 'no_endpoint', 'add_endpoints', 'build_demo',
            'header', 'launch_options', 'user_of', 'is_loopback', 'require_address', 'serve', 'train_tiny', 'open_model',
-           'scores_of', 'catalogue_of', 'shown_part', 'prepare', 'main']
+           'scores_of', 'catalogue_of', 'shown_part', 'embedded_split', 'prepare', 'main']
 
 # %% ../../nbs/app/870_interface.ipynb #0ca69b69
 import argparse
@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from ..errors import LabError, UsageError
 from ..files import cache_dir, model_folder, model_name, read_json, static_text
 from ..model.encoder import Moon2Encoder
 from ..reporting.named_queries import MAX_LETTERS
+from ..retrieval.search import open_searcher
+from ..retrieval.vectors import VectorFile
 from ..training.trainer import Trainer
 
 # %% ../../nbs/app/870_interface.ipynb #0dafed35
@@ -193,11 +195,13 @@ def build_demo(
     note: str = "",  # to be told on the page
     metrics: tuple[dict, ...] = (),  # metrics.json of the models' runs, empty where there is none
     source: str = "",  # the catalogue's name, if its folder is called otherwise
+    vectors: Sequence[str | Path] = (),  # files of vectors that are searched, of one model each
+    uris: Sequence[str | Path] = (),  # or stores
 ) -> gr.Blocks:
     "The interface; start it with `serve`."
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     encoders = {letter: encoder for letter, encoder in zip("AB", (encoder_a, encoder_b)) if encoder is not None}
-    shop = Shop(catalog, encoders, dict(zip("AB", names)), note, dict(zip("AB", metrics)))
+    shop = Shop(catalog, encoders, dict(zip("AB", names)), note, dict(zip("AB", metrics)), vectors, uris)
     with Page(title="Product search", analytics_enabled=False, fill_width=True, delete_cache=KEPT) as demo:
         gr.HTML(header(shop, source))
         with gr.Tabs(elem_id="moon2-tabs", overflow_behavior="wrap") as tabs:
@@ -357,6 +361,16 @@ def shown_part(catalog: Catalog, split: str = "auto") -> Catalog:
     return catalog.split(split)
 
 
+def embedded_split(vectors: Sequence[str | Path], uris: Sequence[str | Path]) -> str:
+    "The split whose products the first file or store holds, as it says itself; auto where there is none."
+    if not vectors and not uris:
+        return "auto"
+    if vectors:
+        return VectorFile(vectors[0]).about.get("split") or "all"
+    with open_searcher(uri=uris[0]) as searcher:
+        return searcher.about.get("split") or "all"
+
+
 def prepare(
     model: str | Path | None,  # run or model folder; None: train tiny
     model_b: str | Path | None = None,
@@ -364,16 +378,18 @@ def prepare(
     split: str = "auto",
     sample: str | Path = "data/sample",
     device="auto",  # as in Moon2Encoder.place
+    vectors: Sequence[str | Path] = (),  # files of vectors that are searched, of one model each
+    uris: Sequence[str | Path] = (),  # or stores
 ) -> gr.Blocks:
     "Models and products as an interface."
     first = open_model(model, device) if model else None
     folder = catalog or (catalogue_of(first, sample) if first else sample)
     loaded = Catalog.load(folder)
-    part = shown_part(loaded, split)
+    part = shown_part(loaded, split if split != "auto" else embedded_split(vectors, uris))
     encoders = [first or train_tiny(loaded), open_model(model_b, device) if model_b else None]
     names = [model_name(path) if path else "quick try" for path in (model, model_b)]
     metrics = tuple(scores_of(path, encoder) if encoder is not None else {} for path, encoder in zip((model, model_b), encoders))
-    return build_demo(*encoders, catalog=part, names=tuple(names), note="" if first else TINY_NOTE, metrics=metrics)
+    return build_demo(*encoders, catalog=part, names=tuple(names), note="" if first else TINY_NOTE, metrics=metrics, vectors=vectors, uris=uris)
 
 # %% ../../nbs/app/870_interface.ipynb #837f66ad
 def main(
@@ -387,6 +403,9 @@ def main(
     parser.add_argument("model_b", nargs="?", type=Path, help="a second one, shown beside the first")
     parser.add_argument("--catalog", type=Path, help="catalogue folder (default: the one the model was trained on, else the sample)")
     parser.add_argument("--split", default="auto", help="train, valid, test or all (default: test where it is large enough)")
+    stored = parser.add_mutually_exclusive_group()
+    stored.add_argument("--vectors", action="append", default=[], type=Path, help="search this file of moon2 embed; once more for the second model")
+    stored.add_argument("--uri", action="append", default=[], help="search this store of moon2 index; once more for the second model")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on")
     parser.add_argument("--port", default=7860, type=int)
     parser.add_argument("--share", action="store_true", help="open a public tunnel through Gradio's servers")
@@ -394,7 +413,7 @@ def main(
     given = parser.parse_args(argv)
     default = model if model and (model / "config.json").is_file() else None
     try:
-        serve(prepare(given.model or default, given.model_b, given.catalog, given.split, sample, given.device), given.host, given.port, given.share)
+        serve(prepare(given.model or default, given.model_b, given.catalog, given.split, sample, given.device, given.vectors, given.uri), given.host, given.port, given.share)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

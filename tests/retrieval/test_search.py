@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,10 +23,11 @@ from moon2_lab.data.products import Product
 from moon2_lab.errors import DataError, LabError
 from moon2_lab.evaluation.evaluate import answer, ask, evaluate
 from moon2_lab.reporting.comparison import asked_items
-from moon2_lab.retrieval.embed import embed_catalog, parts_folder
+from moon2_lab.retrieval.embed import embed_catalog, pieces_folder
 from moon2_lab.retrieval.filters import field_values, parse_filter
-from moon2_lab.retrieval.milvus import VectorStore, connect, disconnect, index_vectors
-from moon2_lab.retrieval.vectors import StoredForm, VectorBlock, VectorFile, payload_of, vector_schema, vector_table
+from moon2_lab.retrieval.milvus import connect, disconnect, index_vectors
+from moon2_lab.retrieval.search import MilvusSearcher
+from moon2_lab.retrieval.vectors import StoredForm, VectorBlock, VectorFile
 from small import shop, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def test_the_file_says_what_it_is(stored, drawn_catalogue, model):
     assert schema.names == ["product_id", "view", "vector", "title", "category_l1", "category_l2", "category_l3", "attributes", "image"]
     assert schema.field("vector").type == pa.list_(pa.float32(), tiny().embedding_dim)
     assert file.about["model_fingerprint"] == tiny().fingerprint and file.about["catalog"] == str(drawn_catalogue)
-    assert np.allclose(np.linalg.norm(file.read().rows, axis=1), 1, atol=1e-5)
+    assert np.allclose(np.linalg.norm(file.read().vectors, axis=1), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize(("words", "code", "said"), [
@@ -135,17 +135,17 @@ def test_a_killed_run_goes_on(model, drawn_catalogue, tmp_path):
     pieces = -(-len(Catalog.load(drawn_catalogue)) // 8)
     process = subprocess.Popen([*words, *options, "--out", str(out)], cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     enough, until = random.Random(os.getpid()).randrange(1, pieces), time.monotonic() + 60
-    while len(list(parts_folder(out).glob("*.parquet"))) < enough and process.poll() is None and time.monotonic() < until:
+    while len(list(pieces_folder(out).glob("*.parquet"))) < enough and process.poll() is None and time.monotonic() < until:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     if out.exists():
         pytest.skip("the run was over before it could be killed")
-    left = len(list(parts_folder(out).glob("*.parquet")))
+    left = len(list(pieces_folder(out).glob("*.parquet")))
     assert left >= enough
     assert main([*options, "--out", str(out)]) == 2  # not without --resume
     assert main([*options, "--out", str(out), "--resume"]) == 0
-    assert out.read_bytes() == whole.read_bytes() and not parts_folder(out).exists()
+    assert out.read_bytes() == whole.read_bytes() and not pieces_folder(out).exists()
     ids = VectorFile(out).read().ids
     assert len(ids) == len(set(ids)) == len(Catalog.load(drawn_catalogue))
 
@@ -190,7 +190,7 @@ def test_scores_of_a_smaller_form_are_those_of_a_search(tmp_path, dtype, dim, di
     index_vectors(embed_catalog(encoder, catalog, tmp_path / "v.parquet", view=view, dtype=dtype, dim=dim).path, tmp_path / "v.db")
     rows = found[found.direction == direction].to_dict("records")
     asked = [items[direction, row["query_id"]] for row in rows]
-    with VectorStore(tmp_path / "v.db", view) as store:
+    with MilvusSearcher(tmp_path / "v.db", view) as store:
         stored = store.search(encoder.encode(asked, direction.split("->")[0]), 5)
     for row, hits in zip(rows, stored, strict=True):
         assert len(hits) == 5 and np.allclose([hit.score for hit in hits], row["top_scores"][:5], atol=1e-5)
@@ -223,8 +223,8 @@ def test_the_same_through_a_server(stored, tmp_path):
             time.sleep(0.1)
         address = f"http://127.0.0.1:{port}"
         done, = index_vectors(stored[0], address)
-        rows = VectorFile(stored[0]).read().rows
-        with VectorStore(address) as there, VectorStore(stored[1]) as here:
+        rows = VectorFile(stored[0]).read().vectors
+        with MilvusSearcher(address) as there, MilvusSearcher(stored[1]) as here:
             assert len(there) == done.total == len(here)
             one, other = there.search(rows[:10], 5), here.search(rows[:10], 5)
         assert [[hit.product_id for hit in hits] for hits in one] == [[hit.product_id for hit in hits] for hits in other]
@@ -248,19 +248,16 @@ def test_a_locked_store_says_so(stored, moon2, model):
 
 def test_exact_search_up_to_the_limit(tmp_path):
     "Just below 20,000 vectors: the ids of matrix product and sort, for 200 queries."
-    import pyarrow.parquet as pq
-
     from moon2_lab.evaluation.ranking import normalised
-    from moon2_lab.retrieval.vectors import VectorBlock, payload_of, vector_schema, vector_table
+
     rng, count = np.random.default_rng(0), 19_999
     rows = normalised(rng.normal(size=(count, 32)))
     ids = [f"p{place}" for place in range(count)]
-    payload = pd.DataFrame([[None] * 6] * count, columns=payload_of([]).columns, dtype=object)
-    pq.write_table(vector_table(VectorBlock(ids, ["mm"] * count, rows, payload), vector_schema("float32", 32, {})), tmp_path / "v.parquet")
+    VectorBlock.of([Product(name) for name in ids], "mm", rows).write(tmp_path / "v.parquet")
     done, = index_vectors(tmp_path / "v.parquet", tmp_path / "v.db")
     assert done.index == "FLAT" and done.total == count
     queries = normalised(rng.normal(size=(200, 32)))
-    with VectorStore(tmp_path / "v.db") as store:
+    with MilvusSearcher(tmp_path / "v.db") as store:
         found = store.search(queries, 10)
     assert [[hit.product_id for hit in hits] for hits in found] == [[ids[place] for place in row] for row in np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :10]]
 
@@ -282,7 +279,7 @@ def odd_store(tmp_path_factory):
     catalog = Catalog.from_products(products)
     embed_catalog(tiny(), catalog, folder / "v.parquet")
     index_vectors(folder / "v.parquet", folder / "v.db")
-    with VectorStore(folder / "v.db") as store:
+    with MilvusSearcher(folder / "v.db") as store:
         yield catalog, store
 
 
@@ -346,9 +343,7 @@ def test_a_wrong_row_is_told_before_the_store_is_touched(tmp_path):
 
 def vectors_file(path, products, rows):
     "A file of vectors of one view."
-    block = VectorBlock([product.product_id for product in products], ["mm"] * len(products), rows, payload_of(products))
-    pq.write_table(vector_table(block, vector_schema("float32", rows.shape[1], {"model_fingerprint": "aaaabbbbcccc"})), path)
-    return path
+    return VectorBlock.of(products, "mm", rows).write(path, about={"model_fingerprint": "aaaabbbbcccc"})
 
 
 def clustered(count, dim, seed=0):
@@ -369,7 +364,7 @@ def test_filtered_search_is_exact_enough_at_every_selectivity(tmp_path):
     done, = index_vectors(vectors_file(tmp_path / "v.parquet", goods, rows), tmp_path / "v.db")
     assert done.index == "HNSW"
     scores = queries @ rows.T
-    with VectorStore(tmp_path / "v.db") as store:
+    with MilvusSearcher(tmp_path / "v.db") as store:
         for share in (*shares, None):
             fitting = np.flatnonzero(drawn < (share or 1))
             hits = store.search(queries, 10, "" if share is None else f"shares == {share}")
@@ -398,7 +393,7 @@ def test_a_damaged_store_is_one_line(tmp_path, monkeypatch, exact_below):
             data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         path.write_bytes(data if turn < len(files) else data[: chance.randrange(len(data))])
         try:
-            with VectorStore(store) as opened:
+            with MilvusSearcher(store) as opened:
                 assert len(opened.search(rows[:2], 5)) == 2 and len(opened.search(rows[:2], 5, "colour == 'red'")) == 2
         except LabError as error:
             assert error.where and error.advice and "\n" not in str(error)
