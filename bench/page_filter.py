@@ -1,6 +1,6 @@
 """Filters and the best hits of the search page, over more and more products: does the time grow in proportion?
 
-Made-up products with a category, four attributes and an id each. Timed are the table of facets (built once, at the start of the page), a filter of three comparisons, and the twelve best of random scores among what it keeps. The
+Made-up products with a category, four attributes and an id each. Timed are the table of facets (built once, at the start of the page), a filter of three comparisons, and candidates for the twelve best of random scores among what it keeps. The
 exponent between two sizes is log(time ratio) / log(size ratio): 1 is in proportion, 2 is the square.
 
     python bench/page_filter.py
@@ -32,7 +32,7 @@ def seconds(act, repeats: int) -> float:
 
 
 def main() -> None:
-    from moon2_lab.app.service import highest
+    from moon2_lab.retrieval.search import top_candidates
     from moon2_lab.retrieval.filters import FacetTable
 
     args = options(__doc__, repeats=5).parse_args()
@@ -41,7 +41,7 @@ def main() -> None:
         values, scores = made_up(count), np.random.default_rng(1).normal(size=count).astype(np.float32)
         table = FacetTable(values)
         keep = table.mask(FILTER)
-        acts = {"table": (lambda values=values: FacetTable(values), 1), "filter": (lambda table=table: table.mask(FILTER), args.repeats), "best": (lambda scores=scores, keep=keep: highest(scores, keep, 12), args.repeats)}
+        acts = {"table": (lambda values=values: FacetTable(values), 1), "filter": (lambda table=table: table.mask(FILTER), args.repeats), "best": (lambda scores=scores, keep=keep: top_candidates(scores, keep, 12), args.repeats)}
         rows.append({"products": count, "kept": int(keep.sum())} | {f"{name}_ms": round(1000 * seconds(*act), 3) for name, act in acts.items()})
         print(rows[-1], flush=True)
     exponents = {name: round(math.log(rows[-1][f"{name}_ms"] / rows[0][f"{name}_ms"]) / math.log(sizes[-1] / sizes[0]), 2) for name in ("table", "filter", "best")}

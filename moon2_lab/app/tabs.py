@@ -117,7 +117,8 @@ def question_panel(shop: Shop) -> dict[str, gr.components.Component]:
         "go": gr.Button("Search", variant="primary"),
     }
     gr.Examples([[words] for words in phrases], [boxes["text"]], label="For example", api_visibility="private")
-    boxes["direction"] = gr.Radio(VIEW_LABELS, value="mm", label="Compared part of the products")
+    views = [(label, view) for label, view in VIEW_LABELS if view in shop.views]
+    boxes["direction"] = gr.Radio(views, value="mm" if "mm" in shop.views else views[0][1], label="Compared part of the products")
     boxes["shown"] = model_box(shop, both=True)
     boxes["filter"] = gr.Dropdown([("all products", ""), *shop.categories()], value="", allow_custom_value=True, label="Only", info="choose a category, or type: colour == 'red'")
     boxes["k"] = gr.Slider(1, MAX_HITS, value=12, step=1, label="Hits", buttons=[])

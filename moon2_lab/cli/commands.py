@@ -331,17 +331,16 @@ def index(args: argparse.Namespace) -> Outcome:
 
 
 def search(args: argparse.Namespace) -> Outcome:
-    "Search a store by words, by a picture, or by both."
+    "Search a file of vectors, or a store, by words, by a picture, or by both."
     from moon2_lab.files import model_folder
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.reporting.named_queries import query_item
-    from moon2_lab.retrieval.milvus import VectorStore
+    from moon2_lab.retrieval.search import open_searcher
 
     folder, device, query = model_folder(args.model), chosen_device(args), query_item(args.text, args.image)
-    with VectorStore(args.uri, args.view) as store:
-        encoder = Moon2Encoder.from_pretrained(folder, device)
-        store.check(encoder.fingerprint)
-        hits = store.search(encoder.encode([query]), args.k, args.filter)[0]
+    with open_searcher(args.vectors, args.uri, args.view) as searcher:
+        searcher.bind(Moon2Encoder.from_pretrained(folder, device))
+        hits = searcher.search(query, args.k, args.filter)[0]
     lines = [f"{place:3} {hit.score:.3f}  {hit.product_id}  {' '.join((hit.title or '(no title)').split())}" for place, hit in enumerate(hits, 1)] or ["no product fits the filter" if args.filter else "the store holds no product"]
     return Outcome("\n".join(lines), {"hits": [{"product_id": hit.product_id, "score": hit.score, "title": hit.title} for hit in hits]})
 
@@ -355,13 +354,15 @@ def compare(args: argparse.Namespace) -> Outcome:
     from moon2_lab.reporting.comparison_heatmaps import explain_changes
     from moon2_lab.reporting.comparison_report import write_diff_page
     from moon2_lab.reporting.html import page_file
+    from moon2_lab.retrieval.embed import lookup_encoders
 
     folders = [model_folder(args.model_a), model_folder(args.model_b)]
     device = chosen_device(args)
     try_file(page_file(args.out, "diff.html"), "page")
     catalog = Catalog.load(args.catalog)
     a, b = (Moon2Encoder.from_pretrained(folder, device) for folder in folders)
-    found = compare_encoders(a, b, catalog, args.split, args.k, run_names(args.model_a, args.model_b), protocol=args.protocol, limit=args.limit)
+    names, stored = run_names(args.model_a, args.model_b), lookup_encoders((a, b), catalog, args.vectors)
+    found = compare_encoders(*stored, catalog, args.split, args.k, names, protocol=args.protocol, limit=args.limit)
     explained = explain_changes(found, a, b, first=args.explain) if args.explain else None
     page, trouble = written(lambda: write_diff_page(found, args.out, explained, most=args.most))
     facts = found.summary()
@@ -397,5 +398,6 @@ def demo(args: argparse.Namespace) -> Outcome:
         return Outcome(f"{folder}: start it with python app.py", {"space": str(folder)})
     from moon2_lab.app.interface import prepare, serve
 
-    address = serve(prepare(args.model, args.model_b, args.catalog, args.split, device=chosen_device(args)), args.host, args.port, args.share)
+    page = prepare(args.model, args.model_b, args.catalog, args.split, device=chosen_device(args), vectors=args.vectors, uris=args.uri)
+    address = serve(page, args.host, args.port, args.share)
     return Outcome(f"{address} was stopped", {"address": address})

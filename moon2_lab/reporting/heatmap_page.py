@@ -10,8 +10,7 @@ import base64
 from pathlib import Path
 
 from ..errors import UsageError, printable
-from ..explain.heatmap_data import PairMaps
-from ..explain.heatmap_data import maps_json, pair_payload
+from ..explain.heatmap_data import PairMaps, maps_json, pair_payload
 from .html import render, write_page
 
 # %% ../../nbs/reporting/782_heatmap_page.ipynb #dc11fdfb
