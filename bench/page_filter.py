@@ -1,7 +1,7 @@
 """Filters and the best hits of the search page, over more and more products: does the time grow in proportion?
 
-Made-up products with a category, four attributes and an id each. Timed are the table of facets (built once, at the start of the page), a filter of three comparisons, and candidates for the twelve best of random scores among what it keeps. The
-exponent between two sizes is log(time ratio) / log(size ratio): 1 is in proportion, 2 is the square.
+Made-up products with a category, four attributes and an id each. Timed are the table of facets (built once, at the start of the page), a filter of three comparisons,
+and candidates for the twelve best of random scores among what it keeps. The exponent between two sizes is log(time ratio) / log(size ratio): 1 is in proportion, 2 is the square.
 
     python bench/page_filter.py
 """

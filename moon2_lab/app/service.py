@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..config import ExplainerShelf, VIEWS
+from ..config import VIEWS
 from ..data.catalog import Catalog
 from ..data.products import Item, Product
 from ..data.queries import Lexicon, search_phrase
