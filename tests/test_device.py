@@ -212,7 +212,7 @@ def test_a_step_waits_for_the_device_a_few_times(fake, kernel):
 
 def test_the_masks_of_a_batch_are_computed_once(fake, monkeypatch):
     made = []
-    for module in (contrastive, sys.modules["moon2_lab.objective.sample_filter"]):
+    for module in (contrastive, sys.modules["moon2_lab.objective.objective"]):
         monkeypatch.setattr(module, "candidate_masks", lambda *a, _make=module.candidate_masks, **k: made.append(1) or _make(*a, **k))
     trainer = Trainer(tiny(), shop(40), settings(device="auto"))
     now = SimpleNamespace(batch=trainer.current_batch(), seconds=0.0)

@@ -16,8 +16,8 @@ from common import chosen_products, make_trainer
 
 def train_arm(catalog, part, arm: str, config, steps_file: Path, folder: Path) -> None:
     "Train one arm, unless its model is there."
+    from moon2_lab.objective.objective import Moon2Objective
     from moon2_lab.objective.recipes import UnalignedObjective
-    from moon2_lab.objective.sample_filter import Moon2Objective
 
     if (folder / "config.json").is_file():
         return

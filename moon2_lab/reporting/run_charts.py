@@ -15,6 +15,7 @@ import math
 import numpy as np
 import pandas as pd
 
+from ..objective.omega_alarm import LARGEST_SHARE
 from .html import Safe, foreign, join, percent, table, tag, text
 from moon2_lab.reporting.tables import (
     VIEW_WORDS, columns_like, last_load, load_series, objective_series, preference_matrix, thin,
@@ -302,8 +303,8 @@ def omega_drawing(omega: pd.DataFrame) -> Safe:
     if not omega.size:
         return Safe("")
     even, near = 1 / len(omega.columns), omega.max(axis=None) > 0.6
-    rule = (0.8, "alarm", "rule") if near else (even, "even", "even")
-    told = "" if near else f" All stay far below 0.8, where one objective would take over (highest: {omega.max(axis=None):.2f})."
+    rule = (LARGEST_SHARE, "alarm", "rule") if near else (even, "even", "even")
+    told = "" if near else f" All stay far below {LARGEST_SHARE}, where one objective would take over (highest: {omega.max(axis=None):.2f})."
     return line_chart(omega, "Objective weights omega", f"How much each objective counts; evenly it would be {even:.2f}.{told}", y_range=(0, max(1.0, omega.max(axis=None))) if near else None, rule=rule)
 
 

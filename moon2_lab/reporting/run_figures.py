@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from ..config import DIRECTIONS
 from ..errors import LabError, printable
+from ..objective.omega_alarm import LARGEST_SHARE
 from moon2_lab.reporting.tables import (
     BASELINE_WORDS, VIEW_WORDS, columns_like, load_series, objective_series, score_table, thin,
 )
@@ -126,7 +127,7 @@ def loss_figure(history: pd.DataFrame):
 def omega_figure(history: pd.DataFrame):
     "The weight omega of each objective over the steps; over the dashed line one objective takes over."
     figure = curve_figure(objective_series(history, "omega"), "Objective weights omega", "omega")
-    return figure.add_hline(y=0.8, line={"dash": "dash", "width": 1, "color": "#b3263a"}, annotation_text="alarm").update_yaxes(range=[0, 1])
+    return figure.add_hline(y=LARGEST_SHARE, line={"dash": "dash", "width": 1, "color": "#b3263a"}, annotation_text="alarm").update_yaxes(range=[0, 1])
 
 
 def gradient_figure(history: pd.DataFrame):

@@ -32,8 +32,9 @@ from ..data.triplets import Triplet, TripletSampler, answer_columns, build_tripl
 from ..errors import LabError, UsageError
 from ..files import Hold, clear_rubbish, plain, require_new, try_folder, whole_folder, write_json, write_parquet
 from ..model.encoder import ItemViews, Moon2Encoder
-from ..objective.contrastive import TripletKeys, TripletRouting, TripletViews, balance_alarm
-from ..objective.sample_filter import FilterLedger, Moon2Objective, batch_masks, phi_quantiles
+from ..objective.objective import Moon2Objective, TripletKeys, TripletRouting, TripletViews, batch_masks
+from ..objective.omega_alarm import omega_alarms
+from ..objective.sample_filter import FilterLedger, phi_quantiles
 from ..runtime import NumericChoices, device_counts, pick_device, progress, run_settings, seed_everything
 from moon2_lab.training.checkpoint import (
     deferred_interrupt, keep_newest, load_tensors, newest_checkpoint, random_state, require_same_settings, same_chances,
@@ -334,7 +335,7 @@ def _row(self: Trainer, now) -> dict:
     row |= {f"load_{view}_{z}": value for view in now.load for z, value in enumerate(now.host[f"load_{view}"].tolist())}
     row |= phi_quantiles(terms["phi"]) if "phi" in terms else {}
     row |= {name: float(terms[name]) for name in ("omega_sum_raw", "share_down_weighted", "masked_pairs", "repeated_pairs", "negatives_per_query", "margin") if name in terms}
-    row["alarm"] = "; ".join(balance_alarm(terms["omega"], terms["omega_sum_raw"])) if "omega_sum_raw" in terms else ""
+    row["alarm"] = "; ".join(omega_alarms(terms["omega"].tolist(), terms["omega_sum_raw"])) if "omega_sum_raw" in terms else ""
     row |= {"grad_norm": now.norm, **{f"grad_norm_{name}": value for name, value in now.norms.items()}, "lr_factor": lr_factor(self.step, self.max_steps, self.config)}
     return row | {"skipped": int(not now.finite), "tokens": now.found.tokens, "seconds": now.seconds, "rss_mb": psutil.Process().memory_info().rss / 2**20}
 

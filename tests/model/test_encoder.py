@@ -14,8 +14,8 @@ from moon2_lab.errors import DataError, LabError
 from moon2_lab.model.backbone import FeatureStore, Packing
 from moon2_lab.model.encoder import ItemViews, LayerGates, Moon2Encoder, perturb_experts
 from moon2_lab.model.moe import KERNELS, LayerRouting, MoEFeedForward, mix_experts
-from moon2_lab.objective.contrastive import load_balance_loss
-from moon2_lab.objective.sample_filter import Moon2Objective
+from moon2_lab.objective.objective import Moon2Objective
+from moon2_lab.objective.objective_weights import load_balance_loss
 from moon2_lab.training.optim import prepare_trainable
 from moon2_lab.training.trainer import by_role, lay_out
 from small import augmented_shop, picture, pretrained, settings, shop, some_triplets, tiny

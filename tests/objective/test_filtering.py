@@ -11,18 +11,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moon2_lab.config import OBJECTIVES, TrainConfig, VIEWS
+from moon2_lab.config import CHOICES, OBJECTIVES, TrainConfig, VIEWS
 from moon2_lab.errors import UsageError
 from moon2_lab.files import read_json
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective.contrastive import (
-    OMEGA_MODES, TripletKeys, TripletRouting, TripletViews, fits_dim, inter_product_loss, load_balance_loss, truncated,
+from moon2_lab.objective.contrastive import fits_dim, inter_product_loss, loss_receipt, truncated
+from moon2_lab.objective.objective import (
+    Moon2Objective, TripletKeys, TripletRouting, TripletViews, batch_masks, triplet_reliability,
 )
+from moon2_lab.objective.objective_weights import load_balance_loss
 from moon2_lab.objective.recipes import DenseObjective, UnalignedObjective
-from moon2_lab.objective.sample_filter import (
-    FilterLedger, Moon2Objective, batch_masks, filter_weights, loss_receipt, margin_schedule, phi_quantiles,
-    reliability, triplet_reliability,
-)
+from moon2_lab.objective.sample_filter import FilterLedger, filter_weights, margin_schedule, phi_quantiles, reliability
 from moon2_lab.training.trainer import Trainer
 from small import settings as small_run
 from small import shop, tiny
@@ -105,7 +104,7 @@ def test_phi_per_query_view_against_the_hardest_usable_negative():
 # ---- the objective
 
 
-@pytest.mark.parametrize("preset,mode,routing_mode,times_m,intra_omega", itertools.product(("lab", "paper"), OMEGA_MODES, ("per_view", "shared"), (False, True), (True, False)))
+@pytest.mark.parametrize("preset,mode,routing_mode,times_m,intra_omega", itertools.product(("lab", "paper"), CHOICES["omega_mode"], ("per_view", "shared"), (False, True), (True, False)))
 def test_total_is_the_weighted_sum_of_the_named_terms(preset, mode, routing_mode, times_m, intra_omega):
     config = TrainConfig(preset=preset, omega_mode=mode, omega_routing=routing_mode, omega_times_m=times_m, intra_omega=intra_omega, aux_weight=0.3, sparsity_weight=0.2)
     terms = Moon2Objective(config)(*make_step(per_row=2))
@@ -248,7 +247,7 @@ def test_one_product_everywhere_leaves_nothing_to_learn():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 100_000), st.sampled_from(OMEGA_MODES), st.sampled_from(("lab", "paper")), st.integers(0, 2), st.booleans(), st.sampled_from(((), (2, 8))))
+@given(st.integers(0, 100_000), st.sampled_from(CHOICES["omega_mode"]), st.sampled_from(("lab", "paper")), st.integers(0, 2), st.booleans(), st.sampled_from(((), (2, 8))))
 def test_any_mix_of_views_is_finite(seed, mode, preset, per_row, shared, dims):
     "Items without text, without image, without anything; missing negatives; NaN in every hole."
     step = views, routing, keys = make_step(batch=4, per_row=per_row, seed=seed)
@@ -336,7 +335,7 @@ def test_objective_on_a_gpu():
 # ---- prefixes
 
 
-@pytest.mark.parametrize("preset,mode", itertools.product(("lab", "paper"), OMEGA_MODES))
+@pytest.mark.parametrize("preset,mode", itertools.product(("lab", "paper"), CHOICES["omega_mode"]))
 def test_prefixes_are_in_the_inter_losses_and_nowhere_else(preset, mode):
     "Same terms, same filter, same masks; each inter loss is the mean over the lengths."
     step = views, _, keys = make_step(per_row=2)

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moon2_lab.config import OBJECTIVES
+from moon2_lab.config import CHOICES, OBJECTIVES
 from moon2_lab.errors import LabError
 from moon2_lab.objective.contrastive import (
-    OMEGA_MODES, balance_alarm, balance_loss, balance_target, candidate_masks, collective_support, contrastive_loss,
-    fits_dim, inter_product_loss, intra_product_loss, load_balance_loss, objective_weights, preference, prefix_loss,
-    sparsity_loss, truncated,
+    candidate_masks, contrastive_loss, fits_dim, inter_product_loss, intra_product_loss, prefix_loss, truncated,
 )
+from moon2_lab.objective.objective_weights import (
+    balance_loss, balance_target, collective_support, load_balance_loss, objective_weights, preference, sparsity_loss,
+)
+from moon2_lab.objective.omega_alarm import omega_alarms
 
 
 def unit(*shape, seed=0):
@@ -314,7 +316,7 @@ def test_permuting_the_experts_changes_nothing():
     alignment, routing, gates = torch.randn(4, 5, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64).softmax(1), torch.randn(9, 4, dtype=torch.float64).softmax(1)
     relative = torch.rand(5, dtype=torch.float64)
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    for mode in OMEGA_MODES:
+    for mode in CHOICES["omega_mode"]:
         close(objective_weights(alignment[order], routing[:, order], mode=mode), objective_weights(alignment, routing, mode=mode))
     close(sparsity_loss(alignment[order]), sparsity_loss(alignment))
     close(balance_loss(alignment[order], routing[:, order], relative), balance_loss(alignment, routing, relative))
@@ -331,7 +333,7 @@ def test_bounds_of_preference_sparsity_and_omega(seed, scale):
     torch.testing.assert_close(preference(alignment).sum(1), torch.ones(4, dtype=torch.float64))
     assert -1e-12 <= sparsity_loss(alignment).item() <= math.log(5) + 1e-12
     assert collective_support(alignment, per_view[:1].expand(5, 4)).sum().item() == pytest.approx(1)
-    for mode, times_m in itertools.product(OMEGA_MODES, (False, True)):
+    for mode, times_m in itertools.product(CHOICES["omega_mode"], (False, True)):
         omega = objective_weights(alignment, per_view, mode=mode, present=present, times_m=times_m)
         total, most = omega.sum().item(), 5 if times_m else 1
         assert (omega[~present] == 0).all() and (omega >= 0).all()
@@ -340,7 +342,7 @@ def test_bounds_of_preference_sparsity_and_omega(seed, scale):
             assert omega[present].min().item() >= 0.5 / int(present.sum()) * most - 1e-12
 
 
-@pytest.mark.parametrize("mode", OMEGA_MODES)
+@pytest.mark.parametrize("mode", CHOICES["omega_mode"])
 def test_uniform_preferences_give_equal_weights(mode):
     routing = torch.randn(5, 4).softmax(1)
     torch.testing.assert_close(objective_weights(torch.zeros(4, 5), routing, mode=mode), torch.full((5,), 0.2))
@@ -369,17 +371,17 @@ def descend(mode, router_learns, steps, seed=0, sparsity=0.01):
 
 def test_hazard_1_is_real_and_cured():
     omega, _ = descend("faithful", False, 1000)
-    assert omega.argmax() == 2 and omega[2] > 0.8 and balance_alarm(omega, 1.0) == [f"inter_mm holds {omega[2]:.2f} of the objective weight"]
+    assert omega.argmax() == 2 and omega[2] > 0.8 and omega_alarms(omega, 1.0) == [f"inter_mm holds {omega[2]:.2f} of the objective weight"]
     omega, total = descend("balanced", False, 1000)
-    assert omega.argmax() == 0 and balance_alarm(omega, total) == []
+    assert omega.argmax() == 0 and omega_alarms(omega, total) == []
     torch.testing.assert_close(omega, 0.1 + 0.5 * balance_target(RELATIVE, 0.5), rtol=0, atol=0.01)
 
 
 def test_hazard_2_is_real_and_cured():
     omega, total = descend("faithful", True, 1000)
-    assert total < 0.5 and "sum to" in balance_alarm(omega, total)[-1]
+    assert total < 0.5 and "sum to" in omega_alarms(omega, total)[-1]
     omega, total = descend("balanced", True, 1000)
-    assert abs(total - 1) < 0.02 and balance_alarm(omega, total) == []
+    assert abs(total - 1) < 0.02 and omega_alarms(omega, total) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -412,7 +414,7 @@ def test_balance_target_bounds_and_absent_objectives():
     assert alignment.grad.isfinite().all()
 
 
-def test_balance_alarm_is_about_shares():
-    assert balance_alarm(torch.tensor([5 * 0.81, 5 * 0.19, 0.0, 0.0, 0.0]), 1.0) == [f"{OBJECTIVES[0]} holds 0.81 of the objective weight"]
-    assert balance_alarm(torch.full((5,), 0.2), torch.tensor(1.0)) == []
-    assert len(balance_alarm(torch.zeros(5), 0.0)) == 1
+def test_omega_alarms_is_about_shares():
+    assert omega_alarms(torch.tensor([5 * 0.81, 5 * 0.19, 0.0, 0.0, 0.0]), 1.0) == [f"{OBJECTIVES[0]} holds 0.81 of the objective weight"]
+    assert omega_alarms(torch.full((5,), 0.2), torch.tensor(1.0)) == []
+    assert len(omega_alarms(torch.zeros(5), 0.0)) == 1

@@ -14,7 +14,7 @@ from moon2_lab.data.queries import Lexicon
 from moon2_lab.data.triplets import build_triplets, category_path
 from moon2_lab.errors import UsageError
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective.sample_filter import batch_masks
+from moon2_lab.objective.objective import batch_masks
 from moon2_lab.training.label_noise import FilterWatch, auc, filter_auc, inject_noise, triplet_gaps
 from moon2_lab.training.trainer import Trainer, lay_out
 from small import product, settings, shop, tiny

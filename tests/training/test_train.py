@@ -22,10 +22,8 @@ from moon2_lab.data.catalog import Catalog
 from moon2_lab.errors import DataError, DriftError, LabError, UsageError
 from moon2_lab.files import read_json
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective.contrastive import (
-    TripletKeys, TripletRouting, TripletViews, inter_product_loss, objective_routing,
-)
-from moon2_lab.objective.sample_filter import Moon2Objective
+from moon2_lab.objective.contrastive import inter_product_loss
+from moon2_lab.objective.objective import Moon2Objective, TripletKeys, TripletRouting, TripletViews, objective_routing
 from moon2_lab.training import trainer as trainer_module
 from moon2_lab.training.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
 from moon2_lab.training.trainer import PHASES, Trainer, lay_out
