@@ -15,6 +15,7 @@ import pandas as pd
 from ..config import DIRECTIONS
 from ..data.catalog import key_words
 from ..errors import printable
+from ..objective.omega_alarm import omega_alarms_of_run
 from moon2_lab.reporting.tables import (
     BASELINE_WORDS, DIRECTION_WORDS, METRICS, VIEW_WORDS, against_baselines, columns_like, label_table, last_load,
     objective_series, score_table, section,
@@ -87,12 +88,7 @@ def weight_alarms(history: pd.DataFrame | None) -> list[Alarm]:
     found, omega = [], objective_series(history, "omega")
     if omega.size:
         total = columns_like(history, "omega", ("sum_raw",)).get("sum_raw", omega.sum(axis=1))
-        share = omega.div(omega.sum(axis=1), axis=0)
-        for objective in share.columns[(share > 0.8).any()] if len(omega.columns) > 1 else []:
-            most, last = share[objective].max(), share[objective].iloc[-1]
-            found.append(Alarm("warning", f"{objective} held {most:.0%} of the objective weight (at the end {last:.0%}): one objective takes over."))
-        if (total < 0.5).any():
-            found.append(Alarm("warning", f"the objective weights sum to {total.min():.2f} at the lowest: the router escapes the objectives."))
+        found += [Alarm("warning", text) for text in omega_alarms_of_run(omega, total)]
     for view, load in last_load(history).items():
         for expert in load.index[load < 0.25 / len(load)]:
             found.append(Alarm("note", f"{expert} gets {load[expert]:.1%} of the {VIEW_WORDS[view]} tokens at the end (an even share is {1 / len(load):.0%})."))

@@ -20,6 +20,7 @@ from ..config import DIRECTIONS, VIEWS
 from ..errors import LabError, printable
 from ..explain.heatmap_data import PairHeatmap
 from ..files import atomic_path
+from ..objective.omega_alarm import OMEGA_RULE
 from .alarms import alarms
 from moon2_lab.reporting.html import (
     Hit, QueryHits, Safe, foreign, heat_pictures, heat_words, join, page, percent, query_card, score, section, table,
@@ -336,7 +337,7 @@ TERMS = {
                            "p ≤ means that the test, with its number of random signs, cannot say how much smaller p is.",
     "Trivial baselines": "BM25 compares words; frozen image features compare pictures without any training; the untrained encoder is this model before its first step; "
                          "chance is a random order.",
-    "omega": "The weight of an objective: how far the experts that were used support it. An alarm fires when one objective holds over 0.8, or when the sum falls under 0.5.",
+    "omega": f"The weight of an objective: how far the experts that were used support it. {OMEGA_RULE}",
     "p": "The preference of an expert for an objective, learned; each expert's preferences sum to 1.",
     "phi": "The reliability of a triplet: near 1 when its positive is nearer than its negative by a clear margin.",
 }

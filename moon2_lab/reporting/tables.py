@@ -15,8 +15,9 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from ..config import DIRECTIONS, OBJECTIVES, VIEWS
+from ..config import DIRECTIONS, VIEWS
 from ..evaluation.statistics import p_words
+from ..objective.omega_alarm import objectives_in
 
 # %% ../../nbs/reporting/750_tables.ipynb #8525885a
 VIEW_WORDS = {"t": "text", "i": "image", "mm": "image + text"}
@@ -166,7 +167,7 @@ def columns_like(
 
 def objective_series(history: pd.DataFrame | None, prefix: str) -> pd.DataFrame:  # index step, one column each
     "Curves per objective: `prefix` is 'loss' or 'omega'."
-    return columns_like(history, prefix, OBJECTIVES)
+    return columns_like(history, prefix, objectives_in(history))
 
 
 def _expert_ids(history: pd.DataFrame | None, pattern: str) -> list[int]:
@@ -186,7 +187,8 @@ def preference_matrix(
     row: int = -1,  # position of the step; -1 is the last
 ) -> pd.DataFrame:  # (Z, M): one row per expert, one column per objective
     "The preferences p_{z,m} at one step."
-    rows = {f"expert {z}": columns_like(history, f"p_{z}", OBJECTIVES) for z in _expert_ids(history, r"p_(\d+)_")}
+    ids = _expert_ids(history, r"p_(\d+)_")
+    rows = {f"expert {z}": columns_like(history, f"p_{z}", objectives_in(history)) for z in ids}
     return pd.DataFrame({name: frame.iloc[row] for name, frame in rows.items() if frame.size}).T
 
 
