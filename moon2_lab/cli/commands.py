@@ -240,7 +240,7 @@ def run(args: argparse.Namespace) -> Outcome:
     config = TrainConfig(**job_settings(args.catalog, typed))
     pick_device(config.device)  # told before anything is read
     try:
-        done = main_job(args.out, args.catalog, config, args.command_line, args.beside_dense, args.within or job_within(args.catalog, typed))
+        done = main_job(args.out, args.catalog, config, args.command_line, ["dense"] if args.beside_dense else [], args.within or job_within(args.catalog, typed))
     except NotSaved as error:
         return Outcome(score_lines(error.result), {"run": str(args.out), "metrics": error.result}, trouble=error)
     dense = f"\n\nthe dense recipe, as many minutes of steps:\n{score_lines(done['dense'])}" if done["dense"] else ""
