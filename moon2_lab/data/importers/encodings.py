@@ -306,7 +306,7 @@ def _read_as(lines: list[bytes], encoding: str) -> _Reading | None:
     possible = score >= _LEAST[kind] * sum(not letter.isascii() for letter in text)
     return _Reading(score + rarity, possible, encoding, text)
 
-# %% ../../../nbs/data/importers/200_encodings.ipynb #47e98e91
+# %% ../../../nbs/data/importers/200_encodings.ipynb #58bc7e07
 def _guess_legacy(lines: list[bytes]) -> tuple[str | None, str]:
     "(encoding, how it is known) of lines that are not UTF-8, or (None, why it cannot be told)."
     readings = [_read_as(lines, encoding) for encoding in (*_SINGLE, *_PAIRED)]
@@ -377,10 +377,7 @@ def given_encoding(name: str) -> str:
 
 
 def text_form(path: Path, given: str | None = None) -> TextForm:
-    """The encoding and line ends of a text file.
-
-    `.doubtful` says why lines beyond ASCII cannot be read where nobody can tell their encoding; `DataError` when most
-    lines are such."""
+    "The encoding and line ends of a text file; `DataError` when most lines beyond ASCII do not say their encoding."
     with open_bytes(path) as file:
         head = read_head(file, path.name)
     bare = head.count(b"\r") - head.count(b"\r\n") - head.count(b"\r\r\n")

@@ -7,6 +7,7 @@ __all__ = ['ENDINGS', 'ending_of', 'open_data', 'checked_delimiter', 'read_recor
 
 # %% ../../../nbs/data/importers/205_readers.ipynb #6aac4e04
 import csv
+import itertools
 import re
 import zlib
 from collections import Counter
@@ -213,7 +214,7 @@ def _quotes_are_letters(lines: list[_Line], file: DataFile) -> bool:
     fields = [field for text in texts for field in text.split(file.delimiter)]
     return all(field.count('"') % 2 == 0 for field in fields if field.startswith('"'))
 
-# %% ../../../nbs/data/importers/205_readers.ipynb #d3387ff7
+# %% ../../../nbs/data/importers/205_readers.ipynb #0e197edc
 def _first_lines(file: DataFile) -> tuple[list[_Line], bool]:
     "(the first lines, whether they are all)."
     lines, size = [], 0
@@ -267,7 +268,7 @@ def _with_header(file: DataFile, records: list[_CsvRecord], place: int) -> DataF
         notes.append(f"before the header, passed over: {passed[:80]}")
     return replace(file, header=names, body=header.lines[-1][1], notes=(*file.notes, *notes))
 
-# %% ../../../nbs/data/importers/205_readers.ipynb #c607a927
+# %% ../../../nbs/data/importers/205_readers.ipynb #718ada86
 def _read_csv(file: DataFile, start: tuple[int, int] = (0, 0), limit: int = MAX_LINE) -> Iterator[Record]:
     "The records of a table under the names of its header; empty ones are passed over."
     if not file.header:
@@ -349,7 +350,7 @@ def checked_delimiter(given: str | None) -> str | None:
         raise UsageError(f"{given!r} is no delimiter", where="--delimiter", advice=advice)
     return given
 
-# %% ../../../nbs/data/importers/205_readers.ipynb #326fc16b
+# %% ../../../nbs/data/importers/205_readers.ipynb #04e20b83
 _READERS = {
     "lines": read_json_lines, "items": partial(read_json_items, keyed=False), "table": _read_csv,
     "parquet": read_parquet,
@@ -373,7 +374,8 @@ def columns_of(file: DataFile | Path, rows: int = 1000) -> list[str]:
         return [*dict(file.folders), *parquet_columns(file)]
     if file.kind == "table":
         return list(dict.fromkeys([*dict(file.folders), *file.header]))
-    return list(dict.fromkeys(name for record, _ in zip(read_records(file), range(rows)) for name in record.values or ()))
+    first = itertools.islice(read_records(file), rows)
+    return list(dict.fromkeys(name for record in first for name in record.values or ()))
 
 
 def data_files(

@@ -31,7 +31,7 @@ from moon2_lab.data.images import decode_image
 from moon2_lab.data.importers import download, importer, parquet_reader, readers, records
 from moon2_lab.data.importers.download import Fetcher
 from moon2_lab.data.importers.importer import import_catalog
-from moon2_lab.data.importers.schemas import LAYOUTS
+from moon2_lab.data.importers.layouts import LAYOUTS
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.evaluate import evaluate
 from PIL import Image, ImageDraw
@@ -102,7 +102,7 @@ def test_mbe_as_documented(tmp_path):
 
 def test_the_hash_split_is_that_of_our_data():
     "r = first 8 hex digits of SHA-1 of 'moon2-split-v1:' + id, modulo 100."
-    from moon2_lab.data.importers.intake import hash_split
+    from moon2_lab.data.importers.splits import hash_split
 
     assert [hash_split(name) for name in ("fpi-1563", "fpi-1943", "fpi-1636", "gs-Galia-Melon")] == ["train", "valid", "test", "valid"]
 
@@ -798,7 +798,7 @@ def test_a_name_that_changes_its_address_gains_nothing(monkeypatch):
     "The connection goes to the address that was checked, whatever the name server says next."
     answers, connected = iter(["93.184.216.34", "127.0.0.1", "127.0.0.1"]), []
     monkeypatch.setattr(download.check_url, "__defaults__", (frozenset(), lambda host, port, type: [(0, 0, 0, "", (next(answers), port))]))
-    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: connected.append(address) or (_ for _ in ()).throw(ConnectionRefusedError("closed")))
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout, **options: connected.append(address) or (_ for _ in ()).throw(ConnectionRefusedError("closed")))
     with pytest.raises(DataError, match="no connection"):
         Fetcher(retries=0)("http://rebind.example/1.png")
     assert connected == [("93.184.216.34", 80)]
