@@ -134,7 +134,7 @@ def catalogue(args, products: int):
 
     def invented(number):
         facts = describe(0, number)
-        return Product(facts.product_id, make_title(facts, number % 7), None, *facts.shelf.category, facts.attributes, split=facts.split, refs=refs(number))
+        return Product(facts.product_id, make_title(facts, number % 7), None, *facts.category, facts.attributes, split=facts.split, refs=refs(number))
 
     return Catalog.from_products([invented(number) for number in range(products)])
 

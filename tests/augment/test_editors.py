@@ -25,7 +25,7 @@ from moon2_lab.augment.llm_client import Refused
 from moon2_lab.augment.subject_mask import GrabCut, Subject
 from moon2_lab.data.synthetic.generator import describe
 from moon2_lab.data.synthetic.materials import Shot, photo
-from moon2_lab.data.synthetic.shapes import KINDS as DRAWN, draw_look
+from moon2_lab.data.synthetic.shapes import DRAWINGS as DRAWN, draw_look
 from moon2_lab.errors import DataError, LabError, UsageError
 
 

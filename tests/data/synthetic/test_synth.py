@@ -14,11 +14,11 @@ from PIL import Image
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import Product
 from moon2_lab.data.queries import Lexicon, fold, search_phrase, words
+from moon2_lab.data.synthetic.shapes import DRAWINGS
 from moon2_lab.data.synthetic.generator import (
-    COLOURS, FILLERS, GENERATOR_VERSION, SHARES, SHELVES, STATED, SYNONYMS, describe, drawn_from, family_splits,
-    make_catalog, make_title,
+    GENERATOR_VERSION, SHARES, STATED, describe, drawn_from, family_splits, make_catalog, make_title,
 )
-from moon2_lab.data.synthetic.shapes import KINDS
+from moon2_lab.data.synthetic.vocabulary import COLOURS, FILLERS, KIND_INFO, SYNONYMS
 from moon2_lab.data.triplets import TripletSampler, build_triplets
 from moon2_lab.errors import LabError, UsageError
 from moon2_lab.evaluation.ranking import bm25
@@ -166,7 +166,7 @@ def test_titles_are_a_sellers():
     assert .4 < np.mean(["colour" in one for one in stated]) < .9
     assert 0 < np.mean(["pattern" in one for one in stated]) < .5
     assert any("pattern" not in one.attributes for one in facts)
-    assert any(title.endswith(one.shelf.nouns[0]) for title, one in zip(titles, facts)) and any(f"{one.brand} {one.shelf.nouns[0]}" in title for title, one in zip(titles, facts))
+    assert any(title.endswith(one.info.nouns[0]) for title, one in zip(titles, facts)) and any(f"{one.brand} {one.info.nouns[0]}" in title for title, one in zip(titles, facts))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -178,7 +178,7 @@ def test_words_alone_do_not_settle_it(seed):
         while make_title(one, attempt).casefold() in seen:
             attempt += 1
         seen.add(make_title(one, attempt).casefold())
-        products.append(Product(one.product_id, make_title(one, attempt), "", *one.shelf.category, one.attributes, split=one.split))
+        products.append(Product(one.product_id, make_title(one, attempt), "", *one.category, one.attributes, split=one.split))
     catalog = Catalog.from_products(products)
     assert len({product.key for product in catalog}) == 2000
     test, lexicon = catalog.split("test"), Lexicon(catalog)
@@ -191,8 +191,8 @@ def test_words_alone_do_not_settle_it(seed):
 
 def test_kinds_and_shelves():
     "Every kind is drawn, sold somewhere, and made of something."
-    assert set(SHELVES) == set(KINDS) and len(KINDS) >= 14
-    assert {describe(2, index).kind for index in range(300)} == set(KINDS)
+    assert set(KIND_INFO) == set(DRAWINGS) and len(DRAWINGS) >= 14
+    assert {describe(2, index).kind for index in range(300)} == set(DRAWINGS)
 
 
 def test_refuses_what_it_cannot_draw(tmp_path):
