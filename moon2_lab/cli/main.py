@@ -154,7 +154,7 @@ def add_augment_command(data) -> None:
 def add_import_command(data) -> None:
     "moon2 data import."
     parser = add_command(data, "import", data_import, "moon2 data import mbe path/to/mbe.jsonl catalogues/mbe --images path/to/photos --map title=doc_title")
-    parser.add_argument("layout", metavar="LAYOUT", choices=["mbe", "mbe2", "m5product", "fashion200k", "csv", "st", "mmeb"], help="mbe, mbe2, m5product, fashion200k, csv, st or mmeb")
+    parser.add_argument("layout", metavar="LAYOUT", help="mbe, mbe2, m5product, fashion200k, csv, st, mmeb, or MODULE:NAME of a Layout of your own")
     parser.add_argument("source", metavar="SRC", help="file or folder of the data set")
     parser.add_argument("out", metavar="OUT", help="catalogue folder, new or empty")
     parser.add_argument("--map", metavar="OURS=THEIRS", nargs="+", action="extend", default=[], help="our name and their column, for example title=name attributes.colour=baseColour")

@@ -69,9 +69,10 @@ def drawn_catalogue(
 ) -> Path:
     "The folder of a drawn catalogue, made on first use."
     from moon2_lab.data import triplets
-    from moon2_lab.data.synthetic import generator, materials, shapes
+    from moon2_lab.data.synthetic import garments, generator, materials, shapes, vocabulary
 
-    code = "".join(inspect.getsource(module) for module in (shapes, materials, generator, triplets))
+    modules = (shapes, garments, materials, vocabulary, generator, triplets)
+    code = "".join(inspect.getsource(module) for module in modules)
     name = f"v{generator.GENERATOR_VERSION}-{hashlib.sha256(code.encode()).hexdigest()[:8]}"
     folder = cache_dir("catalogues", name) / f"drawn-{products}-seed-{seed}-noise-{noise:g}"
     started, new = time.perf_counter(), not folder.exists()

@@ -36,9 +36,7 @@ from .splits import Listings, read_listings
 from ..products import QUARANTINE_COLUMNS, TEXT_FIELDS
 from ..text_fields import is_empty
 from ...errors import DataError, LabError, UsageError
-from moon2_lab.files import (
-    LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json,
-)
+from ...files import LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json
 from ...runtime import progress
 
 # %% ../../../nbs/data/importers/235_importer.ipynb #fee1c3f8
