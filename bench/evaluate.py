@@ -18,7 +18,8 @@ def images_of(question) -> list:
 
 
 def main() -> None:
-    from moon2_lab.evaluation.evaluate import answer, ask
+    from moon2_lab.evaluation.evaluate import run_benchmark
+    from moon2_lab.evaluation.protocol import make_benchmark
 
     parser = options(__doc__, repeats=3)
     parser.add_argument("--split", default="test")
@@ -35,12 +36,12 @@ def main() -> None:
         seconds, whole = {"ask": [], "embeddings": [], "baselines and labels": []}, []
         for turn in range(args.repeats + 1):  # the first one warms up
             begun = time.perf_counter()
-            question = ask(catalog, split, limit=limit)
+            question = make_benchmark(catalog, split, limit=limit)
             asked = time.perf_counter()
             if turn == 0:
                 give_features(encoder, images_of(question))
                 asked = begun = time.perf_counter()
-            metrics = answer(encoder, question).metrics
+            metrics = run_benchmark(encoder, question).metrics
             ended = time.perf_counter()
             if turn:
                 encoding = metrics["timing"]["encode_seconds"] + metrics["timing"]["query_seconds"]

@@ -82,9 +82,10 @@ class Milvus:
     name = "milvus_lite"
 
     def __init__(self, kind: str, rows: np.ndarray, nlist: int, folder: Path):
-        from moon2_lab.retrieval.milvus import IndexChoice, build_index, connect, make_collection, quiet
+        from moon2_lab.retrieval.milvus import IndexChoice, build_index, make_collection
+        from moon2_lab.retrieval.milvus_client import open_store, quiet
 
-        self.client, begun = connect(folder / f"{kind}.db", create=True), time.perf_counter()
+        self.client, begun = open_store(folder / f"{kind}.db", create=True), time.perf_counter()
         self.kind = kind
         choice = IndexChoice(kind, {"HNSW": {"M": 16, "efConstruction": 200}, "IVF_FLAT": {"nlist": nlist}}.get(kind, {}), {})
         with quiet():

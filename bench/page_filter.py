@@ -32,8 +32,8 @@ def seconds(act, repeats: int) -> float:
 
 
 def main() -> None:
-    from moon2_lab.retrieval.search import top_candidates
     from moon2_lab.retrieval.filters import FacetTable
+    from moon2_lab.retrieval.search import top_candidates
 
     args = options(__doc__, repeats=5).parse_args()
     about, sizes, rows = start(args), (1_000, 2_000) if args.quick else (10_000, 50_000, 200_000), []

@@ -84,7 +84,7 @@ def errors(design: Design, recall: float, repeats: int, seed: int = 0, same: flo
 
 def macro_coverage(rarest: int, repeats: int, classes: int = 6, right: float = 0.7, seed: int = 0) -> dict[str, float]:
     "Coverage of the percentile bootstrap of macro F1, where the rarest of the classes has `rarest` products in the mean and the others 10 times as many."
-    from moon2_lab.evaluation.ranking import _macro_rates, class_marks, classification_scores, fewest_keys
+    from moon2_lab.evaluation.ranking import _class_marks, _fewest_keys, _macro_rates, classification_scores
     from moon2_lab.evaluation.statistics import key_draws, percentile_ci
 
     rng, weight = np.random.default_rng(seed), np.r_[1.0, np.full(classes - 1, 10.0)]
@@ -95,12 +95,12 @@ def macro_coverage(rarest: int, repeats: int, classes: int = 6, right: float = 0
     for turn in range(repeats):
         truth = rng.choice(classes, products, p=share)
         answer = np.where(rng.random(products) < right, truth, rng.integers(0, classes, products))
-        marks = class_marks(truth[:, None] == np.arange(classes), answer)
-        samples = [_macro_rates(*(part.per_class(times, classes) for part in marks.values())) for times in key_draws(products, 400, turn)]
+        marks = _class_marks(truth[:, None] == np.arange(classes), answer)
+        samples = [_macro_rates(*(part.per_class(times, classes) for part in marks)) for times in key_draws(products, 400, turn)]
         low, high = percentile_ci(np.concatenate(samples))[2]
         held += low <= truth_f1 <= high
         shown += bool(classification_scores(truth, answer, n_classes=classes, resamples=1)["macro_f1"]["ci95"])
-        assert fewest_keys(marks["true"], np.arange(products)) >= 0
+        assert _fewest_keys(marks[2], np.arange(products)) >= 0
     return {"coverage": held / repeats, "interval_shown": shown / repeats}
 
 

@@ -74,7 +74,7 @@ def _made_up_recall(at_1: float) -> dict:
 
 def _made_up_tests(block: dict, baseline: dict, queries: int = 974) -> dict:
     "The baseline's block with paired tests as such shares of `queries` could have; the answers mostly agree."
-    from moon2_lab.evaluation.statistics import judged
+    from moon2_lab.evaluation.statistics import holm_corrected
 
     tests = []
     for metric in baseline:
@@ -84,19 +84,19 @@ def _made_up_tests(block: dict, baseline: dict, queries: int = 974) -> dict:
         tests.append(
             {"difference": gap, "ci95": [gap - 1.96 * spread, gap + 1.96 * spread], "p": p, "p_bound": p == 0.001}
         )
-    return {metric: baseline[metric] | {"paired": test} for metric, test in zip(baseline, judged(tests))}
+    return {metric: baseline[metric] | {"paired": test} for metric, test in zip(baseline, holm_corrected(tests))}
 
 
 def _made_up_labels(accuracy: float, majority: float, match: float, classes: int) -> dict:
     "Classification scores for the three views."
-    from moon2_lab.evaluation.statistics import judged
+    from moon2_lab.evaluation.statistics import holm_corrected
 
     def view(share):
         test = {"baseline": "majority" if majority >= match else "string_match", "p": 0.001, "p_bound": True}
         test["difference"] = accuracy * share - max(majority, match)
         scores = {"accuracy": _made_up_score(accuracy * share), "macro_f1": _made_up_score(accuracy * share * 0.8)}
         known = {"majority": majority, "string_match": match, "n_classes": classes, "n_left_out": 3}
-        return scores | known | {"paired": judged([test])[0]}
+        return scores | known | {"paired": holm_corrected([test])[0]}
 
     return {"mm": view(1.0), "i": view(0.93), "t": view(0.9)}
 

@@ -25,7 +25,7 @@ def chosen_pairs(catalog, split: str, count: int) -> tuple[list[tuple], int]:
 
     products = sorted(catalog.split(split), key=lambda product: hash_order(product.product_id))
     queries = catalog_queries(products, Lexicon(catalog))
-    able = {int(row) for row in queries.rows("mm") if products[row].has_text and products[row].has_image}
+    able = {int(row) for row in queries.places_with("mm") if products[row].has_text and products[row].has_image}
     places = sorted(able)[:count]
     last = places[-1] if places else len(products) - 1
     return [(products[place], queries.items[place], products[place].item("mm")) for place in places], last + 1 - len(places)

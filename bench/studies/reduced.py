@@ -43,14 +43,15 @@ def trained(catalog, part, config, folder: Path):
 
 def run_arm(catalog, part, config, out: Path, arm: str, seed: int, dims: list[int]) -> None:
     "Train, and score each form of the products' vectors."
-    from moon2_lab.evaluation.evaluate import answer, ask
+    from moon2_lab.evaluation.evaluate import run_benchmark
+    from moon2_lab.evaluation.protocol import make_benchmark
     from moon2_lab.retrieval.vectors import StoredForm
 
-    question = ask(catalog, "test")
+    question = make_benchmark(catalog, "test")
     kept = Kept(trained(catalog, part, config, out / f"{arm}-{seed}" / "model"))
     for dim in (*dims, kept.embedding_dim):
         for dtype in reversed(DTYPES):
-            answer(kept, question, stored=StoredForm(dtype, dim)).write(out / f"{arm}.{dtype}.{dim}-{seed}")
+            run_benchmark(kept, question, stored=StoredForm(dtype, dim)).write(out / f"{arm}.{dtype}.{dim}-{seed}")
     (out / f"{arm}-{seed}.json").write_text(json.dumps({"dim": kept.embedding_dim}))
 
 

@@ -20,7 +20,7 @@ from ..config import DIRECTIONS
 from ..data.images import ImageRef
 from ..data.products import Product
 from ..errors import LabError
-from ..evaluation.statistics import p_words
+from ..evaluation.statistics import p_text
 from ..explain.heatmap_data import PairMaps
 from ..model.backbone import square
 from ..reporting.comparison import KINDS
@@ -162,7 +162,7 @@ def tested_words(row: Mapping) -> str:
     clear = "no clear difference" if row["verdict"] == "level" else "a clear difference"
     value = lambda share: f"{100 * share:+.1f}".replace("-", "−")
     return (f"{row['direction']}, {row['metric']}: A {percent(row['value_a'])} %, B {percent(row['value_b'])} %, B − A {value(row['difference'])} points (95 % {value(row['lo'])} to {value(row['hi'])}), "
-            f"{p_words(row)} after Holm: {clear}.")
+            f"{p_text(row)} after Holm: {clear}.")
 
 
 def compare_html(

@@ -24,7 +24,8 @@ from ..data.catalog import Catalog
 from ..data.products import Item, Product
 from ..data.queries import Lexicon, search_phrase
 from ..errors import UsageError
-from ..evaluation.evaluate import answer, ask
+from ..evaluation.evaluate import run_benchmark
+from ..evaluation.protocol import make_benchmark
 from ..explain.attention import evaluating
 from ..explain.explainer import ExplainerCache
 from ..explain.heatmap_data import Attribution, PairMaps, trust_facts
@@ -298,7 +299,7 @@ class Counted:
 
 
 def with_stored_vectors(model: SearchModel):
-    "A copy of the model's encoder for `answer`, that looks products up where all their views are stored in full length."
+    "A copy of the model's encoder for `run_benchmark`, that looks products up where all their views are stored in full length."
     encoder = shared_copy(model.encoder)
     if model.read_vectors is None:
         return encoder
@@ -318,7 +319,7 @@ def comparison(
         raise UsageError("there is only one model", where="compare", advice="start the page with two: moon2 demo MODEL MODEL_B --catalog DIR")
     with self.compare_lock:
         if self.compared is None:
-            question, tables, read = ask(self.catalog, "all", limit=COMPARED, lexicon=self.lexicon), [], [0]
+            question, tables, read = make_benchmark(self.catalog, "all", limit=COMPARED, lexicon=self.lexicon), [], [0]
             total = len(self.models) * (len(question.gallery.items) + len(question.queries.items))
             for letter, model in self.models.items():
                 def count(more, letter=letter):
@@ -326,7 +327,7 @@ def comparison(
                     tell(read[0] / (total + 1), f"asking model {letter}")
 
                 counted = Counted(with_stored_vectors(model), count)
-                tables.append(answer(counted, question, baselines=False, labels=False, resamples=0).per_query)
+                tables.append(run_benchmark(counted, question, baselines=False, labels=False, resamples=0).per_query)
             names = tuple(model.name for model in self.models.values())
             self.compared = compare_tables(*tables, self.catalog, "all", names=names, question=question)
         return self.compared

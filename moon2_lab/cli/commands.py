@@ -379,13 +379,13 @@ def run_names(*models: str) -> tuple[str, ...]:
 
 def compare_lines(facts: dict) -> list[str]:  # of Comparison.summary
     "One line a direction: both values, the difference with its interval, and the counts."
-    from moon2_lab.evaluation.statistics import p_words
+    from moon2_lab.evaluation.statistics import p_text
 
     metric, lines = f"R@{facts['k']}", []
     for name, row in facts["directions"].items():
         test, counted = row[metric], ", ".join(f"{kind} {row[kind]}" for kind in ("won", "lost", "moved", "same"))
         low, high = test["ci95"]
-        lines.append(f"{name:7} {metric} {test['a']:.3f} -> {test['b']:.3f}  {test['difference']:+.3f} [{low:+.3f}, {high:+.3f}]  {p_words(test)}  {counted}")
+        lines.append(f"{name:7} {metric} {test['a']:.3f} -> {test['b']:.3f}  {test['difference']:+.3f} [{low:+.3f}, {high:+.3f}]  {p_text(test)}  {counted}")
     return lines
 
 # %% ../../nbs/cli/910_commands.ipynb #57496084

@@ -20,9 +20,9 @@ from ..config import DIRECTIONS
 from ..data.catalog import Catalog
 from ..data.products import Item, Product
 from ..errors import DataError, UsageError, printable
-from ..evaluation.evaluate import Question, answer, ask, query_items
-from ..evaluation.protocol import LEVELS
-from ..evaluation.statistics import judged, paired_test, with_interval
+from ..evaluation.evaluate import run_benchmark
+from ..evaluation.protocol import Benchmark, LEVELS, make_benchmark, query_items
+from ..evaluation.statistics import holm_corrected, paired_test, with_interval
 from ..files import plain
 from ..retrieval.filters import field_values, fold_value, parse_filter
 
@@ -96,7 +96,7 @@ class Comparison:
     table: pd.DataFrame  # one row per direction and query, see `compare_tables`
     names: tuple[str, str]  # what A and B are called
     catalog: Catalog  # the whole catalogue
-    question: Question = field(repr=False)  # for the queries' texts and pictures
+    question: Benchmark = field(repr=False)  # for the queries' texts and pictures
     k: int = 10  # won and lost are counted at R@k
     about: dict = field(default_factory=dict)  # protocol, split, catalogue, fingerprints of the models
     resamples: int = 1000  # of intervals and tests
@@ -118,7 +118,7 @@ class Comparison:
         return replace(self, table=self.table.assign(kind=kinds), k=int(k))
 
 # %% ../../nbs/reporting/770_comparison.ipynb #e3e274a1
-def asked_items(question: Question) -> dict[tuple[str, str], Item]:
+def asked_items(question: Benchmark) -> dict[tuple[str, str], Item]:
     "(direction, query id) -> what is asked: text, picture or both."
     views = {direction: direction.split("->")[0] for direction in DIRECTIONS}
     return {(direction, name): Item(None if views[direction] == "i" else item.text, None if views[direction] == "t" else item.image, name) for (direction, name), item in query_items(question).items()}
@@ -142,14 +142,14 @@ def compare_tables(
     k: int = 10,  # won and lost are counted at R@k
     names: tuple[str, str] = ("A", "B"),
     *,
-    question: Question | None = None,  # made already; else it is asked again, without encoding anything
+    question: Benchmark | None = None,  # made already; else it is asked again, without encoding anything
     resamples: int = 1000,
     seed: int = 0,
-    **asking,  # protocol, limit, gallery, lexicon of `ask`
+    **asking,  # protocol, limit, gallery, lexicon of `make_benchmark`
 ) -> Comparison:
     "Compare two finished evaluations. `DataError` when they did not ask the same, or asked something else than this catalogue does."
     a, b = paired_rows(table_a, table_b)
-    question = question or ask(catalog, split, **asking)
+    question = question or make_benchmark(catalog, split, **asking)
     whole, items = catalog.whole, asked_items(question)
     strange = [query for query in a.index if query not in items]
     if strange:
@@ -179,11 +179,11 @@ def compare_encoders(
     *,
     resamples: int = 1000,
     seed: int = 0,
-    **asking,  # protocol, limit, gallery, lexicon of `ask`
+    **asking,  # protocol, limit, gallery, lexicon of `make_benchmark`
 ) -> Comparison:
     "Ask both encoders the same."
-    question = ask(catalog, split, **asking)
-    runs = [answer(encoder, question, baselines=False, labels=False, resamples=0, seed=seed) for encoder in (a, b)]
+    question = make_benchmark(catalog, split, **asking)
+    runs = [run_benchmark(encoder, question, baselines=False, labels=False, resamples=0, seed=seed) for encoder in (a, b)]
     found = compare_tables(*(run.per_query for run in runs), catalog, split, k, names, question=question, resamples=resamples, seed=seed)
     found.about |= {"models": [encoder.fingerprint for encoder in (a, b)], "resamples": resamples, "seed": seed}
     return found
@@ -270,7 +270,7 @@ def tests(
         raise UsageError(f"resamples={self.resamples}", where="resamples", advice="at least 1; 1000 is the protocol")
     parts = {direction: self.select(direction) for direction in self.directions}
     rows = [{"direction": direction, "metric": f"R@{k}"} | _test_row(part, k) for k in dict.fromkeys(ks or (1, self.k)) for direction, part in parts.items()]
-    return pd.DataFrame(judged(rows))
+    return pd.DataFrame(holm_corrected(rows))
 
 # %% ../../nbs/reporting/770_comparison.ipynb #96c578eb
 def product_facts(product: Product) -> dict[tuple[str, str], tuple[str, str]]:

@@ -16,7 +16,7 @@ from ..data.images import ImageRef
 from ..data.products import Product
 from ..errors import UsageError, printable
 from ..evaluation.protocol import LEVELS
-from ..evaluation.statistics import p_words
+from ..evaluation.statistics import p_text
 from ..files import plain, static_text
 from .comparison import Comparison, KINDS, asked_items, product_facts
 from moon2_lab.reporting.html import (
@@ -179,7 +179,7 @@ def difference_cells(row: dict) -> list:
     "A, B, the difference with its interval, and the test, of one direction and metric."
     change = f"{100 * row['difference']:+.1f}".replace("-", "−")
     interval = f"{100 * row['lo']:+.1f} to {100 * row['hi']:+.1f}".replace("-", "−")
-    tested = tag("span", p_words(row), class_="ci")
+    tested = tag("span", p_text(row), class_="ci")
     return [score(row["value_a"], row["lo_a"], row["hi_a"]), score(row["value_b"], row["lo_b"], row["hi_b"]), join(change, tag("span", interval, class_="ci"), tested)]
 
 

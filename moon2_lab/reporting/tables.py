@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..config import DIRECTIONS, VIEWS
-from ..evaluation.statistics import p_words
+from ..evaluation.statistics import p_text
 from ..objective.omega_alarm import objectives_in
 
 # %% ../../nbs/reporting/750_tables.ipynb #8525885a
@@ -79,7 +79,7 @@ def _score_rows(block: dict, direction: str, name: str, kind: str) -> list[dict]
             rows.append({
                 "direction": direction, "name": name, "kind": kind, "metric": metric,
                 "value": value, "lower": lower, "upper": upper,
-                "verdict": test.get("verdict", "unknown"), "p": p_words(test) if "p_holm" in test else "",
+                "verdict": test.get("verdict", "unknown"), "p": p_text(test) if "p_holm" in test else "",
             })
     return rows
 
@@ -146,7 +146,7 @@ def _label_row(kind: str, task: str, view: str, block: dict) -> dict:
         "macro_f1": estimate(block.get("macro_f1"))[0],
         **{name: number(block.get(name)) for name in ("majority", "string_match", "n_classes", "n_left_out")},
         "baseline": test.get("baseline", ""), "verdict": test.get("verdict", "unknown"),
-        "p": p_words(test) if test else "",
+        "p": p_text(test) if test else "",
     }
 
 # %% ../../nbs/reporting/750_tables.ipynb #56347f4b

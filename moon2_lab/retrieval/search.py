@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -22,10 +22,8 @@ from ..data.products import Item, Product
 from ..errors import LabError, UsageError
 from ..evaluation.ranking import dot_rows
 from .filters import FacetTable, field_values, milvus_filter
-from moon2_lab.retrieval.milvus import (
-    GRAPH_EF, connect, count_rows, disconnect, read_about, read_fields, require_filled, store_address, store_errors,
-    store_folder,
-)
+from .milvus import GRAPH_EF, count_rows, read_about, read_fields, require_complete
+from .milvus_client import close_store, open_store, store_address, store_errors, store_folder
 from .vectors import PAYLOAD, VectorBlock, VectorFile, attribute_texts, shorten
 
 # %% ../../nbs/retrieval/720_search.ipynb #d35dfba8
@@ -45,10 +43,11 @@ class Hit:
     image: str | None = None  # path of the main picture in the catalogue's folder
 
 
+@runtime_checkable
 class Searcher(Protocol):
     """Finds the products whose vectors have the highest dot products with a query, among those that a filter keeps.
 
-    Implemented in memory by `MemorySearcher`, in a Milvus store by `MilvusSearcher`. It is opened for one view of the products."""
+    In memory it is a `MemorySearcher`, in a Milvus store a `MilvusSearcher`; opened for one view of the products."""
     view: str  # t, i or mm: whose vectors are searched
     about: dict  # what is known of the vectors: model_fingerprint, model, catalog, split
     source: str  # the file or store, for messages
@@ -67,13 +66,14 @@ class Searcher(Protocol):
         k: int = 10,
         filter: str | None = None,  # of `moon2_lab.retrieval.filters`; None or empty: every product may be found
     ) -> list[list[Hit]]:
-        "The k best hits of each query, best first; fewer only where fewer fit. `UsageError` for a wrong filter, k or length."
+        "The k best hits of each query, best first; fewer where fewer fit. `UsageError` for a wrong filter or k."
 
     def check(self, fingerprint: str) -> None:
         "`UsageError` unless this model made the vectors; vectors of unknown origin are only warned of."
         made_by = self.about.get("model_fingerprint")
         if made_by and made_by != fingerprint:
-            what = f"{self.source_kind} by another model ({made_by} {self.about.get('model', '')}, this one is {fingerprint})"
+            models = f"{made_by} {self.about.get('model', '')}, this one is {fingerprint}"
+            what = f"{self.source_kind} by another model ({models})"
             advice = "search with that model, or embed and index again"
             raise UsageError(what, where=self.source, advice=advice)
         if not made_by:
@@ -146,7 +146,7 @@ def top_candidates(
 class MemorySearcher(Searcher):
     """Exact search in memory over the vectors of one view.
 
-    Of equal scores the earlier product comes first; scores are summed in float64, so that equal vectors have equal ones."""
+    Of equal scores the earlier product comes first; scores are summed in float64: equal vectors have equal ones."""
     source_kind = "the vectors were made"
 
     def __init__(
@@ -159,8 +159,9 @@ class MemorySearcher(Searcher):
         about: dict | None = None,
         source: str = "vectors",
     ):
-        self.view, self.about, self.source = _pick_view(view, sorted(set(vectors.views)), source, ""), about or {}, source
-        of_view = {vectors.ids[line]: line for line, name in enumerate(vectors.views) if name == self.view}  # the last one counts
+        self.view = _pick_view(view, sorted(set(vectors.views)), source, "")
+        self.about, self.source = about or {}, source
+        of_view = {vectors.ids[line]: line for line, name in enumerate(vectors.views) if name == self.view}
         self._products = vectors.take(list(of_view.values())).products() if products is None else products
         self._facets = facets or FacetTable([field_values(product) for product in self._products])
         places = [place for place, product in enumerate(self._products) if product.product_id in of_view]
@@ -235,7 +236,7 @@ class MilvusSearcher(Searcher):
         uri: str | Path,
         view: str | None = None,  # None: mm if it is there, else the only one
     ):
-        self.client, self.source = connect(uri), store_address(uri)
+        self.client, self.source = open_store(uri), store_address(uri)
         try:
             with store_errors(uri, "the store cannot be read"):
                 self._open(view)
@@ -256,7 +257,7 @@ class MilvusSearcher(Searcher):
             what = f"the store does not say its {', '.join(sorted(missing))}: another version filled it"
             raise UsageError(what, where=self.source, advice="index the vectors again with --replace")
         self.client.load_collection(self.collection)
-        require_filled(self.about, count_rows(self.client, self.collection), self.source)
+        require_complete(self.about, count_rows(self.client, self.collection), self.source)
 
     def __len__(self) -> int:
         with store_errors(self.source, "the products cannot be counted"):
@@ -264,7 +265,7 @@ class MilvusSearcher(Searcher):
 
     def close(self) -> None:
         "Let go of the store."
-        disconnect(self.client, self.source)
+        close_store(self.client, self.source)
 
     @functools.cached_property
     def fields(self) -> set[str]:
@@ -310,7 +311,8 @@ class MilvusSearcher(Searcher):
 
     def _compare_matches(self, queries: np.ndarray, k: int, expression: str) -> list[list[Hit]] | None:
         "The hits among all products that fit, compared one by one; None when they are too many for that."
-        most, fields = self._most_compared(k, count_rows(self.client, self.collection)), ["product_id", "vector", *PAYLOAD]
+        most = self._most_compared(k, count_rows(self.client, self.collection))
+        fields = ["product_id", "vector", *PAYLOAD]
         matches = self.client.query(
             self.collection, filter=expression, limit=most, output_fields=fields, consistency_level="Strong")
         if len(matches) >= most:

@@ -169,7 +169,8 @@ def vector_schema(
     vector = pa.list_(numbers, (dim + 7) // 8 if dtype == "binary" else dim)
     texts = [(name, pa.string()) for name in PAYLOAD]
     metadata = {name: str(value) for name, value in {**about, "dtype": dtype, "dim": dim}.items()}
-    return pa.schema([("product_id", pa.string()), ("view", pa.string()), ("vector", vector), *texts], metadata=metadata)
+    columns = [("product_id", pa.string()), ("view", pa.string()), ("vector", vector), *texts]
+    return pa.schema(columns, metadata=metadata)
 
 
 def _payload(product: Product) -> tuple:
@@ -185,7 +186,7 @@ class VectorBlock:
     ids: list[str]
     views: list[str]  # t, i or mm of each line
     vectors: np.ndarray = field(repr=False)  # (N, D) float32, l2-normalised
-    payload: pd.DataFrame | None = field(repr=False)  # (N, PAYLOAD), None where not known; attributes as JSON; None: not read
+    payload: pd.DataFrame | None = field(repr=False)  # (N, PAYLOAD), attributes as JSON; None: not read
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -211,7 +212,7 @@ class VectorBlock:
         return cls(ids, views, np.concatenate([block.vectors for block in blocks]), payload)
 
     def products(self) -> list[Product]:
-        "What the payload tells of each product: title, categories, attributes, path of the picture. `DataError` when it is damaged."
+        "What the payload tells of each product: title, categories, attributes, path of the picture."
         columns = [self.payload[name].tolist() for name in PAYLOAD]
         return [_told_product(*line) for line in zip(self.ids, *columns, strict=True)]
 
@@ -225,8 +226,9 @@ class VectorBlock:
 
     def write(self, path: str | Path, dtype: str = "float32", about: dict | None = None) -> Path:
         "Write a file of vectors with `about` in its metadata, whole or not at all; returns its path."
+        table = self.table(vector_schema(dtype, self.vectors.shape[1], about or {}))
         with atomic_path(path) as temporary:
-            pq.write_table(self.table(vector_schema(dtype, self.vectors.shape[1], about or {})), temporary, compression="zstd")
+            pq.write_table(table, temporary, compression="zstd")
         return Path(path)
 
 
@@ -267,7 +269,7 @@ def _first_line(error: Exception) -> str:
 
 
 class VectorFile:
-    "A file of vectors: its length, type and metadata, and its lines, read in blocks. `DataError` for a file that is none."
+    "A file of vectors: its length, type and metadata, and its lines, read in blocks. `DataError` for another file."
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -293,13 +295,14 @@ class VectorFile:
             what = f"the column vector is of type {kind}"
             raise DataError(what, where=where, advice="store lists of numbers, all of one length")
         self.columns = [name for name in ("product_id", "view", "vector", *PAYLOAD) if name in schema.names]
-        told = {name: text for name, text in (schema.metadata or {}).items() if name not in (b"pandas", b"ARROW:schema")}
-        self.about = {name.decode("utf-8", "replace"): text.decode("utf-8", "replace") for name, text in told.items()}
+        texts = [[text.decode("utf-8", "replace") for text in pair] for pair in (schema.metadata or {}).items()]
+        self.about = {name: text for name, text in texts if name not in ("pandas", "ARROW:schema")}
         self.dtype, dim = self.about.get("dtype", "float32"), self.about.get("dim", "any")
         self.dim = None if dim == "any" else int(dim) if dim.isdecimal() and len(dim) < 8 else 0
         if self.dtype not in DTYPES or self.dim == 0:
             what = f"the metadata say numbers of type {self.dtype[:20]!r}, {dim[:20]} a vector"
-            raise DataError(what, where=where, advice=f"one of {', '.join(DTYPES)}; the file may be damaged: make it again")
+            advice = f"one of {', '.join(DTYPES)}; the file may be damaged: make it again"
+            raise DataError(what, where=where, advice=advice)
 
     def __len__(self) -> int:
         return self.file.metadata.num_rows
@@ -376,7 +379,7 @@ class VectorFile:
 
 
 _INFINITE = "the vector holds NaN or infinity", "leave such products out, or embed them again"
-_UNEVEN = "the vector is not l2-normalised", "divide each vector by its length; one of zeros holds nothing: leave it out"
+_UNEVEN = "the vector is not l2-normalised", "divide each vector by its length; leave out one of zeros"
 
 
 def _wrong_name(product_id: Any, view: Any) -> str | None:

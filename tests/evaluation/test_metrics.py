@@ -1,4 +1,6 @@
-"""Metrics against independent references: a naive O(N^2) ranking, all orders of a tie, scikit-learn, rank-bm25, explicit resampling."""
+"""Metrics against independent references: a naive O(N^2) ranking, all orders of a tie, scikit-learn, rank-bm25,
+explicit resampling."""
+
 import itertools
 import math
 import tracemalloc
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from moon2_lab.errors import DataError, LabError, UsageError
+from moon2_lab.evaluation.baselines import bm25
 from moon2_lab.evaluation.ranking import (
-    average_precision_at, bm25, classification_scores, dot_rows, expected_hit_at, hit_at, ndcg_at, nearest_class,
+    average_precision_at, classification_scores, dot_rows, expected_hit_at, hit_at, ndcg_at, nearest_class,
     precision_at, rank_scores, ranks_chunked, recall_at, recall_share_at,
 )
 from moon2_lab.evaluation.statistics import with_interval
@@ -27,6 +30,7 @@ def unit(count, width, seed=0):
 
 def naive_list(scores, hits):
     "One query's gallery in the order of the protocol, by plain Python: worst case for the model first."
+
     def against(position):
         score = scores[position]
         if math.isnan(score):
@@ -65,16 +69,23 @@ def test_ranks_equal_the_naive_ones(case):
     query, gallery, query_keys, gallery_keys, chunk, k = case
     ranks = ranks_chunked(query, gallery, query_keys, gallery_keys, chunk=chunk, k=k)
     for row in range(len(query)):
-        scores = [float("nan") if np.isnan(query[row]).any() or np.isnan(vector).any() else float(query[row] @ vector) for vector in gallery]
+        scores = [
+            float("nan") if np.isnan(query[row]).any() or np.isnan(vector).any() else float(query[row] @ vector)
+            for vector in gallery
+        ]
         hits = [bool(key == query_keys[row]) for key in gallery_keys]
         expected = naive_list(scores, hits)[:k]
         assert ranks.rank[row] == naive_rank(scores, hits)
         assert ranks.n_hits[row] == sum(hits)
         assert ranks.top_index[row].tolist() == expected + [-1] * (k - len(expected))
-        np.testing.assert_array_equal(ranks.top_score[row, : len(expected)], [scores[position] for position in expected])
+        np.testing.assert_array_equal(
+            ranks.top_score[row, : len(expected)], [scores[position] for position in expected]
+        )
         assert np.isnan(ranks.top_score[row, len(expected) :]).all()
         assert ranks.top_hit[row].tolist() == [hits[position] for position in expected] + [False] * (k - len(expected))
-        assert bool(hit_at(ranks, k)[row]) == ranks.top_hit[row].any(), "rank <= k exactly when the list of k holds a hit"
+        assert bool(hit_at(ranks, k)[row]) == ranks.top_hit[row].any(), (
+            "rank <= k exactly when the list of k holds a hit"
+        )
     assert recall_at(ranks, k) == pytest.approx(np.mean(ranks.top_hit.any(axis=1)))
 
 
@@ -107,14 +118,18 @@ def test_a_better_model_never_ranks_worse():
 
 @pytest.mark.parametrize("width", [16, 577])
 def test_equal_vectors_tie_exactly_wherever_they_stand(width):
-    "Copies of the right answer count against the model, in every chunk and block, though a float32 kernel may give them different last bits."
+    """Copies of the right answer count against the model, in every chunk and block,
+    though a float32 kernel may give them different last bits."""
     query, gallery = unit(64, width), unit(700, width, 1)
     gallery[::7] = query[:1]
     ranks = ranks_chunked(query[:1], gallery, np.array([0]), np.arange(700), k=3)
     assert ranks.rank[0] == 100  # 99 equal copies stand before it
     assert (np.diff(dot_rows(query, gallery)[:, ::7], axis=1) == 0).all()
     for chunk in (1, 5, 64):
-        np.testing.assert_array_equal(ranks_chunked(query, gallery, np.arange(64), np.arange(700), chunk=chunk).rank, ranks_chunked(query, gallery, np.arange(64), np.arange(700)).rank)
+        np.testing.assert_array_equal(
+            ranks_chunked(query, gallery, np.arange(64), np.arange(700), chunk=chunk).rank,
+            ranks_chunked(query, gallery, np.arange(64), np.arange(700)).rank,
+        )
 
 
 def test_degenerate_models_score_nothing():
@@ -185,7 +200,9 @@ def test_ranked_list_measures_equal_sklearn():
         by_hand = [sum(row[: i + 1].mean() for i in np.flatnonzero(row)) for row in found]
         np.testing.assert_allclose(average_precision_at(ranks, k), by_hand / np.minimum(truth.sum(axis=1), k))
         np.testing.assert_allclose(average_precision_at(ranks, k, over="all"), by_hand / truth.sum(axis=1))
-    np.testing.assert_allclose(average_precision_at(ranks, 60, over="all"), [average_precision_score(t, s) for t, s in zip(truth, scores)])
+    np.testing.assert_allclose(
+        average_precision_at(ranks, 60, over="all"), [average_precision_score(t, s) for t, s in zip(truth, scores)]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- ties of baselines
@@ -194,10 +211,14 @@ def test_ranked_list_measures_equal_sklearn():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6), st.integers(1, 7))
 def test_expected_hits_equal_the_mean_over_all_orders(gallery, k):
-    "Every order of the gallery, sorted by score with ties as they come: the share of orders with a hit among the first k."
+    """Every order of the gallery, sorted by score with ties as they come:
+    the share of orders with a hit among the first k."""
     scores, hits = (np.array(column) for column in zip(*gallery))
     ranks = rank_scores(lambda start, stop: scores[None].astype(np.float32), np.array([1]), hits.astype(int), k=3)
-    found = [any(hits[i] for i in sorted(order, key=lambda i: -scores[i])[:k]) for order in itertools.permutations(range(len(scores)))]
+    found = [
+        any(hits[i] for i in sorted(order, key=lambda i: -scores[i])[:k])
+        for order in itertools.permutations(range(len(scores)))
+    ]
     assert expected_hit_at(ranks, k)[0] == pytest.approx(np.mean(found))
     assert hit_at(ranks, k)[0] <= expected_hit_at(ranks, k)[0] + 1e-12  # ties against the model: the lower end
 
@@ -232,7 +253,13 @@ def sklearn_scores(truth, predicted, labels):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(2, 6).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.tuples(st.integers(0, c - 1), st.integers(-1, c - 1)), min_size=1, max_size=40))))
+@given(
+    st.integers(2, 6).flatmap(
+        lambda c: st.tuples(
+            st.just(c), st.lists(st.tuples(st.integers(0, c - 1), st.integers(-1, c - 1)), min_size=1, max_size=40)
+        )
+    )
+)
 def test_classification_equals_sklearn(case):
     "Accuracy and macro scores over the classes present in the truth; -1 = no answer."
     n_classes, rows = case
@@ -240,7 +267,9 @@ def test_classification_equals_sklearn(case):
     scores = classification_scores(truth, predicted, n_classes=n_classes, resamples=0)
     assert scores["accuracy"]["value"] == pytest.approx(np.mean(truth == predicted))
     expected = sklearn_scores(truth, predicted, np.unique(truth))
-    assert [scores[name]["value"] for name in ("macro_precision", "macro_recall", "macro_f1")] == pytest.approx(list(expected))
+    assert [scores[name]["value"] for name in ("macro_precision", "macro_recall", "macro_f1")] == pytest.approx(
+        list(expected)
+    )
 
 
 def test_several_right_values_equal_sklearn_multilabel():
@@ -252,7 +281,9 @@ def test_several_right_values_equal_sklearn_multilabel():
     scores = classification_scores(truth, predicted, resamples=0)
     expected = sklearn_scores(truth, chosen, np.flatnonzero(truth.any(axis=0)))
     assert scores["accuracy"]["value"] == pytest.approx(np.mean(truth[np.arange(200), predicted]))
-    assert [scores[name]["value"] for name in ("macro_precision", "macro_recall", "macro_f1")] == pytest.approx(list(expected))
+    assert [scores[name]["value"] for name in ("macro_precision", "macro_recall", "macro_f1")] == pytest.approx(
+        list(expected)
+    )
 
 
 def test_classification_intervals_equal_explicit_resampling():
@@ -267,17 +298,27 @@ def test_classification_intervals_equal_explicit_resampling():
         samples.append(sklearn_scores(truth[rows], predicted[rows], np.unique(truth[rows])))
     scores = classification_scores(truth, predicted, keys, n_classes=5, resamples=40, seed=7)
     for column, name in enumerate(("macro_precision", "macro_recall", "macro_f1")):
-        assert scores[name]["ci95"] == pytest.approx(list(np.percentile([sample[column] for sample in samples], [2.5, 97.5])), abs=1e-6)
+        assert scores[name]["ci95"] == pytest.approx(
+            list(np.percentile([sample[column] for sample in samples], [2.5, 97.5])), abs=1e-6
+        )
     assert scores["accuracy"] == with_interval(truth == predicted, keys)
 
 
 def test_macro_interval_is_left_out_where_a_class_is_rare():
-    "Nine keys of a class come and go from resample to resample; ten are enough. Accuracy keeps its interval; a class that is not in the split does not count."
+    """Nine keys of a class come and go from resample to resample; ten are enough. Accuracy keeps its interval;
+    a class that is not in the split does not count."""
     for rare, shown in ((9, False), (10, True)):
         truth = np.r_[np.zeros(40, dtype=int), np.ones(rare, dtype=int)]
         scores = classification_scores(truth, truth, n_classes=3, resamples=20)
-        assert [bool(scores[name]["ci95"]) for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1")] == [True, shown, shown, shown]
-    listings = classification_scores(truth, truth, np.r_[np.arange(40), np.zeros(10, dtype=int) + 50], n_classes=2, resamples=20)
+        assert [bool(scores[name]["ci95"]) for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1")] == [
+            True,
+            shown,
+            shown,
+            shown,
+        ]
+    listings = classification_scores(
+        truth, truth, np.r_[np.arange(40), np.zeros(10, dtype=int) + 50], n_classes=2, resamples=20
+    )
     assert listings["macro_f1"]["ci95"] == []  # ten listings of one product are one key
 
 
@@ -333,7 +374,11 @@ def plain_bm25(query, documents, k1=1.2, b=0.75):
         for term in query:
             containing = sum(term in other for other in documents)
             idf = math.log(1 + (len(documents) - containing + 0.5) / (containing + 0.5))
-            score += idf * times[term] * (k1 + 1) / (times[term] + k1 * (1 - b + b * len(document) / mean)) if times[term] else 0.0
+            score += (
+                idf * times[term] * (k1 + 1) / (times[term] + k1 * (1 - b + b * len(document) / mean))
+                if times[term]
+                else 0.0
+            )
         scores.append(score)
     return scores
 
@@ -344,7 +389,7 @@ terms = st.lists(st.sampled_from("abcdef"), max_size=6)
 @settings(max_examples=80, deadline=None)
 @given(st.lists(terms, min_size=1, max_size=5), st.lists(terms, min_size=1, max_size=8))
 def test_bm25_equals_the_plain_formula(queries, documents):
-    rows = bm25(queries, documents)
+    rows = bm25(queries, documents, tokenize=list)
     expected = [plain_bm25(query, documents) if any(documents) else [0.0] * len(documents) for query in queries]
     np.testing.assert_allclose(rows(0, len(queries)), expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(rows(len(queries) - 1, len(queries)), rows(0, len(queries))[-1:])
@@ -359,7 +404,9 @@ def test_bm25_equals_rank_bm25():
     other = library.BM25Okapi(documents, k1=1.2, b=0.75)
     containing = Counter(term for document in documents for term in set(document))
     other.idf = {term: math.log(1 + (80 - count + 0.5) / (count + 0.5)) for term, count in containing.items()}
-    np.testing.assert_allclose(bm25(queries, documents)(0, 30), [other.get_scores(query) for query in queries], rtol=1e-5)
+    np.testing.assert_allclose(
+        bm25(queries, documents, tokenize=list)(0, 30), [other.get_scores(query) for query in queries], rtol=1e-5
+    )
 
 
 def test_errors_are_lab_errors_of_one_line():

@@ -18,8 +18,9 @@ from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
 from moon2_lab.errors import DataError, UsageError
-from moon2_lab.evaluation.evaluate import answer, ask
-from moon2_lab.evaluation.statistics import holm, p_words, paired_test_tables
+from moon2_lab.evaluation.evaluate import run_benchmark
+from moon2_lab.evaluation.protocol import make_benchmark
+from moon2_lab.evaluation.statistics import holm, p_text, paired_test_tables
 from moon2_lab.reporting.comparison import KINDS, compare_encoders, compare_tables, matching_attributes, query_product
 from moon2_lab.reporting.comparison_heatmaps import explain_changes
 from moon2_lab.reporting.comparison_report import diff_page, page_data, write_diff_page
@@ -78,7 +79,7 @@ def test_by_direction_and_category(catalog):
 
 
 def test_paired_tests_are_those_of_metrics(made):
-    runs = [answer(MadeUpEncoder(noise, seed), made.question, baselines=False, labels=False, resamples=0).per_query for noise, seed in ((1.1, 1), (0.9, 2))]
+    runs = [run_benchmark(MadeUpEncoder(noise, seed), made.question, baselines=False, labels=False, resamples=0).per_query for noise, seed in ((1.1, 1), (0.9, 2))]
     rows = made.tests([1, 3, 10]).to_dict("records")
     assert len(rows) == 15
     for row in rows:
@@ -100,7 +101,7 @@ def test_every_view_of_a_comparison_says_the_same_p(made):
             for row in made.as_json(direction, k=10, kind=kind)["tests"]:
                 known = page[row["direction"], row["metric"]]
                 assert row["direction"] == direction and (row["p"], row["p_holm"], row["n"]) == (known["p"], known["p_holm"], known["n"])
-                said = p_words(known)
+                said = p_text(known)
                 assert said in tested_words(row) and said in str(difference_cells(known)[2])
                 line = next(line for line in compare_lines(facts) if line.startswith(direction))
                 assert row["metric"] != "R@10" or said in line
@@ -129,9 +130,9 @@ def test_swapped_models_swap_won_and_lost(made):
 
 def test_tables_from_disk_give_the_same(made, tmp_path):
     "Without the encoders, after a trip through parquet."
-    question = ask(made.catalog, "test")
+    question = make_benchmark(made.catalog, "test")
     for name, encoder in (("a", MadeUpEncoder(1.1, 1)), ("b", MadeUpEncoder(0.9, 2))):
-        answer(encoder, question, baselines=False, labels=False, resamples=0).write(tmp_path / name)
+        run_benchmark(encoder, question, baselines=False, labels=False, resamples=0).write(tmp_path / name)
     found = compare_tables(*(pd.read_parquet(tmp_path / name / "per_query.parquet") for name in "ab"), made.catalog, names=made.names)
     pd.testing.assert_frame_equal(found.table, made.table)
     assert found.as_json("i->t", k=5) == made.as_json("i->t", k=5)

@@ -1,4 +1,6 @@
-"The two searchers, in memory and in Milvus: the same queries and filters, the hits of exact arithmetic, the same refusals, the same command."
+"""The two searchers, in memory and in Milvus: the same queries and filters, the hits of exact arithmetic,
+the same refusals, the same command."""
+
 import json
 import random
 
@@ -29,17 +31,26 @@ def goods(count, seed=0):
         attributes = {"colour": "|".join(chance.sample(COLOURS, chance.randrange(1, 3)))} if number % 5 else {}
         attributes |= {"Neck Type": chance.choice(KINDS)} if number % 3 else {}
         level = {"category_l1": "Home" if number % 4 else None, "category_l2": chance.choice(KINDS)}
-        products.append(Product(f"p{number}", f"title {number}", attributes=attributes, image_paths=[f"{number}.jpg"], **level))
+        products.append(
+            Product(f"p{number}", f"title {number}", attributes=attributes, image_paths=[f"{number}.jpg"], **level)
+        )
     return products
 
 
 def some_filter(chance):
     "A filter of one to three comparisons; sometimes none."
+
     def comparison():
-        field, values = chance.choice((("colour", COLOURS), ("'neck TYPE'", KINDS), ("category_l1", ("home",)), ("category_l2", KINDS)))
+        field, values = chance.choice(
+            (("colour", COLOURS), ("'neck TYPE'", KINDS), ("category_l1", ("home",)), ("category_l2", KINDS))
+        )
         if chance.random() < 0.5:
             return f"{field} {chance.choice(('==', '!='))} {chance.choice(values)!r}"
-        return f"{field} {chance.choice(('in', 'not in'))} {tuple(chance.sample(values, min(2, len(values))))!r}".replace(",)", ", )")
+        return (
+            f"{field} {chance.choice(('in', 'not in'))} {tuple(chance.sample(values, min(2, len(values))))!r}".replace(
+                ",)", ", )"
+            )
+        )
 
     joined = chance.choice((" and ", " or ")).join(comparison() for _ in range(chance.randrange(0, 4)))
     return f"not ({joined})" if joined and chance.random() < 0.2 else joined
@@ -50,16 +61,22 @@ def both(request, tmp_path_factory):
     "400 products as stored: (products, vectors as a reader gets them, searcher in memory, searcher in Milvus)."
     folder, form = tmp_path_factory.mktemp("both"), StoredForm(request.param, 32)
     products, vectors = goods(400), normalised(np.random.default_rng(0).normal(size=(400, 32)))
-    path = VectorBlock.of(products, "mm", vectors).write(folder / "v.parquet", request.param, {"model_fingerprint": "aaaabbbbcccc"})
+    path = VectorBlock.of(products, "mm", vectors).write(
+        folder / "v.parquet", request.param, {"model_fingerprint": "aaaabbbbcccc"}
+    )
     index_vectors(path, folder / "v.db")
     with open_searcher(vectors=path) as memory, open_searcher(uri=folder / "v.db") as milvus:
         assert isinstance(memory, MemorySearcher) and isinstance(milvus, MilvusSearcher)
-        assert all(isinstance(searcher, Searcher) and len(searcher) == 400 and searcher.view == "mm" for searcher in (memory, milvus))
+        assert all(
+            isinstance(searcher, Searcher) and len(searcher) == 400 and searcher.view == "mm"
+            for searcher in (memory, milvus)
+        )
         yield products, form(vectors), memory, milvus
 
 
 def test_two_hundred_queries_with_filters(both):
-    "Ids, order and payload of both searchers are those of float64 products, a Python test of each product, and a sort; scores to 1e-6."
+    """Ids, order and payload of both searchers are those of float64 products, a Python test of each product,
+    and a sort; scores to 1e-6."""
     products, vectors, *searchers = both
     chance, queries = random.Random(1), normalised(np.random.default_rng(1).normal(size=(200, 32)))
     fields = {"product_id", "category_l1", "category_l2", "colour", "neck type"}
@@ -72,24 +89,42 @@ def test_two_hundred_queries_with_filters(both):
         best = fitting[np.argsort(-row[fitting], kind="stable")][:k]
         lengths.add(len(best))
         for searcher in searchers:
-            hits, = searcher.search(query, k, expression)
+            (hits,) = searcher.search(query, k, expression)
             assert [hit.product_id for hit in hits] == [f"p{place}" for place in best], (type(searcher), expression)
             assert np.allclose([hit.score for hit in hits], row[best], atol=1e-6)
             for hit, place in zip(hits[:3], best):
                 product = products[place]
-                wanted = product.title, product.category_l1, product.category_l2, product.category_l3, product.attributes, product.image_paths[0]
-                assert (hit.title, hit.category_l1, hit.category_l2, hit.category_l3, hit.attributes, hit.image) == wanted
+                wanted = (
+                    product.title,
+                    product.category_l1,
+                    product.category_l2,
+                    product.category_l3,
+                    product.attributes,
+                    product.image_paths[0],
+                )
+                assert (
+                    hit.title,
+                    hit.category_l1,
+                    hit.category_l2,
+                    hit.category_l3,
+                    hit.attributes,
+                    hit.image,
+                ) == wanted
     assert len(lengths) > 10 and {0, 400} & lengths
 
 
 def test_both_refuse_the_same(both):
-    "A misspelt field, a filter that cannot be read, a wrong k, a short vector, an item without a model, another model: one message."
+    """A misspelt field, a filter that cannot be read, a wrong k, a short vector, an item without a model,
+    another model: one message."""
     *_, memory, milvus = both
     query = normalised(np.ones((1, 32)))[0]
     for act in (
-        lambda searcher: searcher.search(query, filter="colur == 'red'"), lambda searcher: searcher.search(query, filter="colour ="),
-        lambda searcher: searcher.search(query, filter="colour == open('x')"), lambda searcher: searcher.search(query, 0),
-        lambda searcher: searcher.search(query, 20_000), lambda searcher: searcher.search(query[:8]),
+        lambda searcher: searcher.search(query, filter="colur == 'red'"),
+        lambda searcher: searcher.search(query, filter="colour ="),
+        lambda searcher: searcher.search(query, filter="colour == open('x')"),
+        lambda searcher: searcher.search(query, 0),
+        lambda searcher: searcher.search(query, 20_000),
+        lambda searcher: searcher.search(query[:8]),
         lambda searcher: searcher.search(query_item("lamp", None)),
     ):
         said = []
@@ -104,54 +139,133 @@ def test_both_refuse_the_same(both):
 
 
 def test_items_are_encoded_by_the_model_of_the_vectors(tmp_path):
-    "Words, a picture and both ask as their vectors do; a longer vector is cut; freshly embedded products are the file's."
+    """Words, a picture and both ask as their vectors do, in a file of shorter vectors, a store, and among products that
+    are embedded on the spot."""
     encoder, catalog = tiny(), shop(40)
     path = embed_catalog(encoder, catalog, tmp_path / "v.parquet", view="all", dim=16).path
     index_vectors(path, tmp_path / "v.db")
     items = [query_item("green ring", None), catalog[3].item("i"), catalog[7].item()]
+    vectors = encoder.encode(items)
     for view in ("t", "i", "mm"):
-        fresh = MemorySearcher.from_products(encoder, catalog.products, view)
-        exact = encoder.encode(catalog.products, view)[:, :16] @ encoder.encode(items)[:, :16].T
+        whole = encoder.encode(catalog.products, view)
+        short = normalised(whole[:, :16]) @ normalised(vectors[:, :16]).T
         with open_searcher(path, view=view) as memory, open_searcher(uri=tmp_path / "v.db", view=view) as milvus:
-            hits = memory.bind(encoder).search(items, 5)
-            assert [[hit.product_id for hit in some] for some in hits] == [[hit.product_id for hit in some] for some in milvus.bind(encoder).search(items, 5)]
-            assert memory.search(items[0], 5) == hits[:1] == memory.search(encoder.encode(items[:1]), 5)
-            assert max(hits[2], key=lambda hit: hit.score).product_id == catalog[int(np.argmax(normalised(encoder.encode(catalog.products, view)[:, :16]) @ encoder.encode(items)[2, :16]))].product_id
-            assert exact.shape == (40, 3) and len(fresh.search(items, 5)) == 3
-    assert fresh.search(catalog[7].item(), 1)[0][0].product_id == catalog[7].product_id
+            for searcher in (memory.bind(encoder), milvus.bind(encoder)):
+                for queries in (items, vectors, vectors[:, :16]):
+                    for hits, scores in zip(searcher.search(queries, 5), short.T, strict=True):
+                        found = [int(hit.product_id[1:]) for hit in hits]
+                        assert np.allclose([hit.score for hit in hits], np.sort(scores)[::-1][:5], atol=1e-5), queries
+                        assert np.allclose(scores[found], [hit.score for hit in hits], atol=1e-5)
+                one, same = searcher.search(items[0], 5)[0], searcher.search(items[:1], 5)[0]
+                assert [hit.product_id for hit in one] == [hit.product_id for hit in same]
+        fresh = MemorySearcher.from_products(encoder, catalog.products, view)
+        best = np.sort(whole @ vectors.T, axis=0)[::-1][0]
+        assert np.allclose([hits[0].score for hits in fresh.search(items, 1)], best, atol=1e-5)
 
 
-@pytest.mark.parametrize("expression", ["", "category_l1 == 'Fashion'", "category_l1 != 'Fashion' and not colour in ('black', 'white')"])
+@pytest.mark.parametrize(
+    "expression", ["", "category_l1 == 'Fashion'", "category_l1 != 'Fashion' and not colour in ('black', 'white')"]
+)
 def test_the_command_gives_the_same_from_a_file_and_from_a_store(moon2, drawn_catalogue, tmp_path, expression):
-    "`moon2 search --vectors` and `--uri`: the same ids and titles, the scores to 1e-5; one of the two has to be named, and not both."
+    """`moon2 search --vectors` and `--uri`: the same ids and titles, the scores to 1e-5;
+    one of the two has to be named, and not both."""
     tiny().save_pretrained(tmp_path / "model")
-    assert main(["embed", str(tmp_path / "model"), "--catalog", str(drawn_catalogue), "--out", str(tmp_path / "v.parquet"), "--view", "all"]) == 0
+    assert (
+        main(
+            [
+                "embed",
+                str(tmp_path / "model"),
+                "--catalog",
+                str(drawn_catalogue),
+                "--out",
+                str(tmp_path / "v.parquet"),
+                "--view",
+                "all",
+            ]
+        )
+        == 0
+    )
     assert main(["index", str(tmp_path / "v.parquet"), "--uri", str(tmp_path / "v.db")]) == 0
     hits = []
     for place in (["--vectors", tmp_path / "v.parquet"], ["--uri", tmp_path / "v.db"]):
-        code, out, err = moon2("search", tmp_path / "model", *place, "--text", "red summer dress", "--filter", expression, "--k", 7, "--json")
+        code, out, err = moon2(
+            "search",
+            tmp_path / "model",
+            *place,
+            "--text",
+            "red summer dress",
+            "--filter",
+            expression,
+            "--k",
+            7,
+            "--json",
+        )
         assert code == 0, err
         hits.append(json.loads(out)["hits"])
-    assert [(hit["product_id"], hit["title"]) for hit in hits[0]] == [(hit["product_id"], hit["title"]) for hit in hits[1]] and hits[0]
+    assert [(hit["product_id"], hit["title"]) for hit in hits[0]] == [
+        (hit["product_id"], hit["title"]) for hit in hits[1]
+    ] and hits[0]
     assert np.allclose(*([hit["score"] for hit in some] for some in hits), atol=1e-5)
     assert moon2("search", tmp_path / "model", "--text", "x")[0] == 2
-    assert moon2("search", tmp_path / "model", "--text", "x", "--vectors", tmp_path / "v.parquet", "--uri", tmp_path / "v.db")[0] == 2
+    assert (
+        moon2(
+            "search", tmp_path / "model", "--text", "x", "--vectors", tmp_path / "v.parquet", "--uri", tmp_path / "v.db"
+        )[0]
+        == 2
+    )
     code, out, err = moon2("search", tmp_path / "model", "--text", "x", "--vectors", tmp_path / "none.parquet")
     assert code == 2 and "moon2 embed" in err and out == ""
 
 
 def test_compare_takes_the_same_file(moon2, drawn_catalogue, tmp_path):
-    "`moon2 compare --vectors` with the files of both models: the numbers of a comparison that encodes all; a file of one view is refused."
+    """`moon2 compare --vectors` with the files of both models: the numbers of a comparison that encodes all;
+    a file of one view is refused."""
     for seed in (0, 1):
         tiny(seed=seed).save_pretrained(tmp_path / f"m{seed}")
         embed_catalog(tiny(seed=seed), Catalog.load(drawn_catalogue), tmp_path / f"v{seed}.parquet", view="all")
-    words = ["compare", tmp_path / "m0", tmp_path / "m1", "--catalog", drawn_catalogue, "--split", "all", "--limit", 20, "--explain", 0, "--json"]
+    words = [
+        "compare",
+        tmp_path / "m0",
+        tmp_path / "m1",
+        "--catalog",
+        drawn_catalogue,
+        "--split",
+        "all",
+        "--limit",
+        20,
+        "--explain",
+        0,
+        "--json",
+    ]
     code, plain, err = moon2(*words, "--out", tmp_path / "a.html")
     assert code == 0, err
-    code, stored, err = moon2(*words, "--out", tmp_path / "b.html", "--vectors", tmp_path / "v1.parquet", "--vectors", tmp_path / "v0.parquet")
+    code, stored, err = moon2(
+        *words, "--out", tmp_path / "b.html", "--vectors", tmp_path / "v1.parquet", "--vectors", tmp_path / "v0.parquet"
+    )
     assert code == 0, err
     same = ("n", "won", "lost", "moved", "same")
     assert [json.loads(plain)[name] for name in same] == [json.loads(stored)[name] for name in same]
     embed_catalog(tiny(), Catalog.load(drawn_catalogue), tmp_path / "mm.parquet")
     code, out, err = moon2(*words, "--out", tmp_path / "c.html", "--vectors", tmp_path / "mm.parquet")
     assert code == 2 and "--view all" in err
+
+
+def test_the_demo_takes_the_same_file_and_the_same_store(drawn_catalogue, tmp_path):
+    """`moon2 demo --vectors` and `--uri` search what `moon2 search` searches, and show the split that was embedded; a file
+    of another model is refused."""
+    from moon2_lab.app.interface import prepare
+
+    catalog = Catalog.load(drawn_catalogue)
+    for seed in (0, 1):
+        tiny(seed=seed).save_pretrained(tmp_path / f"m{seed}")
+    path = embed_catalog(tiny(), catalog, tmp_path / "v.parquet", split="train", view="all").path
+    index_vectors(path, tmp_path / "v.db")
+    with open_searcher(path) as searcher:
+        wanted = [hit.product_id for hit in searcher.bind(tiny()).search(query_item("red dress", None), 10)[0]]
+    for source in ({"vectors": [path]}, {"uris": [tmp_path / "v.db"]}):
+        shop_page = prepare(tmp_path / "m0", None, drawn_catalogue, **source).shop
+        assert {product.split for product in shop_page.catalog} == {"train"} and shop_page.views == ["t", "i", "mm"]
+        hits = shop_page.search("red dress", None, "mm", 10)["hits"]
+        assert [hit["product_id"] for hit in hits] == wanted
+        with pytest.raises(UsageError, match="by another model"):
+            prepare(tmp_path / "m1", None, drawn_catalogue, **source)

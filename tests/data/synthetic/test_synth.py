@@ -21,7 +21,7 @@ from moon2_lab.data.synthetic.generator import (
 from moon2_lab.data.synthetic.vocabulary import COLOURS, FILLERS, KIND_INFO, SYNONYMS
 from moon2_lab.data.triplets import TripletSampler, build_triplets
 from moon2_lab.errors import LabError, UsageError
-from moon2_lab.evaluation.ranking import bm25
+from moon2_lab.evaluation.baselines import bm25
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_words_alone_do_not_settle_it(seed):
     assert len({product.key for product in catalog}) == 2000
     test, lexicon = catalog.split("test"), Lexicon(catalog)
     queries, titles = ([[fold(word) for word in words(text)] for text in texts] for texts in ([search_phrase(p, 0, lexicon) for p in test], [p.title for p in test]))
-    scores = bm25(queries, titles)(0, len(test))
+    scores = bm25(queries, titles, tokenize=list)(0, len(test))
     ranks = 1 + (scores >= np.diag(scores)[:, None]).sum(1) - 1
     assert .5 < (ranks == 1).mean() < .88
     assert np.mean([lexicon.brand_prefix_length(p) > 0 for p in catalog]) > .85
