@@ -104,12 +104,13 @@ def valid_scorer(
     "A function encoder -> scores on the valid split; None where there is no such split."
     if "valid" not in catalog.splits:
         return None
-    from moon2_lab.evaluation.evaluate import answer, ask
+    from moon2_lab.evaluation.evaluate import run_benchmark
+    from moon2_lab.evaluation.protocol import make_benchmark
 
-    question = ask(catalog, "valid", limit=limit)
+    question = make_benchmark(catalog, "valid", limit=limit)
 
     def score(encoder) -> dict[str, float]:
-        directions = answer(encoder, question, baselines=False, labels=False, resamples=0).metrics["directions"]
+        directions = run_benchmark(encoder, question, baselines=False, labels=False, resamples=0).metrics["directions"]
         found = {f"R@10_{direction}": block["R@10"]["value"] for direction, block in directions.items()}
         return {"score": sum(found.values()) / len(found), **found}
 
@@ -293,9 +294,9 @@ def asked_items(
     protocol: dict,  # the entry of metrics.json
 ) -> dict:
     "(direction, query id) -> the item that asks, made again as the evaluation made it."
-    from moon2_lab.evaluation.evaluate import ask, query_items
+    from moon2_lab.evaluation.protocol import make_benchmark, query_items
 
-    return query_items(ask(catalog, protocol["split"], protocol["name"], protocol.get("limit")))
+    return query_items(make_benchmark(catalog, protocol["split"], protocol["name"], protocol.get("limit")))
 
 
 def query_hits(
