@@ -145,7 +145,7 @@ def _no_picture():
 
 def give_features(encoder, refs) -> int:
     "Random vision features for `refs`, so that the vision tower never runs: its speed is not what is measured. Returns how many were new."
-    store, keys = encoder.backbone.store, encoder.backbone._keys(list(refs))
+    store, keys = encoder.backbone.features, encoder.backbone._keys(list(refs))
     places = store.missing(keys)
     generator = np.random.default_rng(0)
     for begin in range(0, len(places), 512):
@@ -181,12 +181,12 @@ def one_batch(args, encoder, triplets: int) -> list:
     "The items of one batch of training triplets (queries, positives, negatives), with their features stored."
     from moon2_lab.data.queries import Lexicon
     from moon2_lab.data.triplets import TripletSampler, build_triplets
-    from moon2_lab.training.trainer import lay_out
+    from moon2_lab.training.trainer import collate
 
     catalog = catalogue(args, products=max(200, 8 * triplets))
     train = catalog.split("train")
     found = build_triplets(train, Lexicon(catalog), variants=1, negatives_per_query=1, seed=0, paired=True)
-    items, _ = lay_out(TripletSampler(found, triplets, seed=0, paired=True).batches(0)[0])
+    items, _ = collate(TripletSampler(found, triplets, seed=0, paired=True).batches(0)[0])
     give_features(encoder, {item.image.key: item.image for item in items if item.image is not None}.values())
     return items
 

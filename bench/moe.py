@@ -16,7 +16,7 @@ TARGET_DENSE, TARGET_THEIRS = 2.0, 1.0
 
 def floor(encoder, dense) -> float:
     "Multiply-adds of a token in the linear layers of the mixture over those of the dense model."
-    from moon2_lab.training.optim import flops_per_token
+    from moon2_lab.training.cost import flops_per_token
 
     return flops_per_token(encoder) / flops_per_token(dense)
 

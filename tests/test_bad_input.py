@@ -17,8 +17,8 @@ from moon2_lab.data.queries import Lexicon, search_phrase
 from moon2_lab.errors import DataError, LabError
 from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.files import write_json, write_parquet
-from moon2_lab.model import backbone
-from moon2_lab.model.backbone import FeatureStore
+from moon2_lab.model import feature_cache, vision
+from moon2_lab.model.feature_cache import FeatureCache
 from moon2_lab.training.trainer import Trainer
 from PIL import Image
 from small import picture, pretrained, product, settings, shop, tiny
@@ -109,7 +109,7 @@ def test_a_picture_that_vanishes_is_named(tmp_path):
 def store_of(folder, count, shape=(4, 6)):
     keys = [bytes([number]) * 32 for number in range(count)]
     features = np.arange(count * np.prod(shape), dtype=np.float16).reshape(count, *shape)
-    FeatureStore(folder, shape).add(keys, features)
+    FeatureCache(folder, shape).add(keys, features)
     return keys, features
 
 
@@ -117,7 +117,7 @@ def store_of(folder, count, shape=(4, 6)):
 def test_a_full_disk_while_features_are_stored(tmp_path, monkeypatch, fails_at):
     "What was stored is read as before; half a record is cut away by the next writer."
     keys, features = store_of(tmp_path, 5)
-    store, calls, real = FeatureStore(tmp_path, (4, 6)), [], backbone._write_at
+    store, calls, real = FeatureCache(tmp_path, (4, 6)), [], feature_cache._write_at
 
     def half(path, offset, data):
         calls.append(path)
@@ -128,15 +128,15 @@ def test_a_full_disk_while_features_are_stored(tmp_path, monkeypatch, fails_at):
 
     new, more = [b"\xff" * 32, b"\xfe" * 32], np.ones((2, 4, 6), np.float16)
     with monkeypatch.context() as patch:
-        patch.setattr(backbone, "_write_at", half)
+        patch.setattr(feature_cache, "_write_at", half)
         with pytest.raises(LabError, match=r"cannot write vision features.*MOON2_CACHE"):
             store.add(new, more)
-    for reader in (store, FeatureStore(tmp_path, (4, 6))):
+    for reader in (store, FeatureCache(tmp_path, (4, 6))):
         np.testing.assert_array_equal(reader.get(keys), features)
         assert reader.missing(new) == [0, 1]
     store.add(new, more)
     np.testing.assert_array_equal(store.get(new + keys), np.concatenate([more, features]))
-    again = FeatureStore(tmp_path, (4, 6))
+    again = FeatureCache(tmp_path, (4, 6))
     np.testing.assert_array_equal(again.get(new + keys), np.concatenate([more, features]))
 
 
@@ -145,16 +145,16 @@ def test_a_cut_feature_file_costs_the_cut_features_only(tmp_path, name):
     keys, features = store_of(tmp_path, 5)
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-10])
-    store = FeatureStore(tmp_path, (4, 6))
+    store = FeatureCache(tmp_path, (4, 6))
     assert store.missing(keys) == [4]
     np.testing.assert_array_equal(store.get(keys[:4]), features[:4])
     store.add(keys[4:], features[4:])
-    np.testing.assert_array_equal(FeatureStore(tmp_path, (4, 6)).get(keys), features)
+    np.testing.assert_array_equal(FeatureCache(tmp_path, (4, 6)).get(keys), features)
 
 
 def test_two_processes_may_write_features(tmp_path):
     "Each sees what the other has added, and nothing is stored twice."
-    one, two = FeatureStore(tmp_path, (1, 2)), FeatureStore(tmp_path, (1, 2))
+    one, two = FeatureCache(tmp_path, (1, 2)), FeatureCache(tmp_path, (1, 2))
     one.add([b"a" * 32, b"b" * 32], np.ones((2, 1, 2)))
     two.add([b"b" * 32, b"c" * 32], np.full((2, 1, 2), 2))
     one.refresh()
@@ -167,7 +167,7 @@ def test_a_picture_is_encoded_once_in_its_life(monkeypatch):
     encoder, other = tiny(), tiny(image_size=16)
     item = Item(None, ImageRef.from_pil(Image.new("RGB", (30, 20), "teal")))
     first = encoder.encode([item])
-    monkeypatch.setattr(backbone.PatchColours, "__call__", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(vision.PatchColours, "__call__", lambda *_: pytest.fail("encoded again"))
     np.testing.assert_array_equal(tiny().encode([item]), first)
     with pytest.raises(pytest.fail.Exception, match="encoded again"):
         other.encode([item])

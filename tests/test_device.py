@@ -17,11 +17,13 @@ from moon2_lab.data.products import Item
 from moon2_lab.errors import UsageError
 from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.explain import attention_recorder
-from moon2_lab.model import backbone, encoder, moe
+from moon2_lab.model import backbone, encoder, moe, vision
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective import contrastive
+from moon2_lab.training import step as step_module
 from moon2_lab.training import trainer as trainer_module
-from moon2_lab.training.trainer import PHASES, Trainer
+from moon2_lab.training.step import PHASES
+from moon2_lab.training.trainer import Trainer
 from small import picture, settings, shop, tiny
 
 METHODS = ("ig", "shapley", "occlusion", "attention_gradient", "rollout", "attention", "gradient")
@@ -140,7 +142,7 @@ def test_a_busy_machine_does_not_choose_the_kernel(monkeypatch):
     name, best = moe.faster_kernel(tiny().moe_blocks[0], 16)
     assert (name, turns["grouped"] > 8) == ("grouped", True)
     assert (round(best["loop"], 3), round(best["grouped"], 3)) == (13.0, 10.0)
-    monkeypatch.setattr(moe, "GROUPED_MM", None)  # another torch
+    monkeypatch.setattr(moe, "_GROUPED_MM", None)  # another torch
     turns["grouped"] = 8
     assert moe.faster_kernel(tiny().moe_blocks[0], 16)[0] == "loop"
     monkeypatch.setattr(moe, "mix_experts", plain)
@@ -187,7 +189,7 @@ def test_training_runs_on_the_device_and_agrees_with_the_cpu(fake, monkeypatch):
         there = trained()
         assert sum(fake_device.calls.values()) > 5000
     places = {parameter.device.type for parameter in there.encoder.parameters()}
-    state = {value.device.type for entry in there._adamw.state.values() for name, value in entry.items() if name != "step"}
+    state = {value.device.type for entry in there.optimizer.state.values() for name, value in entry.items() if name != "step"}
     assert places == state == {"fake"} and there.choices.device == "fake"
     without_device(monkeypatch)
     here = trained()
@@ -201,12 +203,10 @@ def test_a_step_waits_for_the_device_a_few_times(fake, kernel):
     trainer = Trainer(tiny(), shop(40, mixed=True), settings(device="auto", filter_warmup_ratio=0.0))
     trainer.encoder.set_expert_kernel(kernel)
     trainer.prepare_features()
-    now = SimpleNamespace(batch=trainer.current_batch(), seconds=0.0)
     with counted() as waits:
-        for phase in PHASES:
-            getattr(trainer, f"_{phase}")(now)
+        *_, last = trainer.events_of_step()
     layers = len(trainer.encoder.moe_blocks) if kernel == "loop" else 0  # the loop has to know the size of each block
-    pairs = 2 if now.host["masked_pairs"] else 0  # and which pairs were masked is fetched where there are any
+    pairs = 2 if last.data["row"]["masked_pairs"] else 0  # and which pairs were masked is fetched where there are any
     assert sum(waits.values()) == 3 + layers + pairs, dict(waits)  # which objectives have samples, the norms, the numbers of the history
 
 
@@ -215,20 +215,19 @@ def test_the_masks_of_a_batch_are_computed_once(fake, monkeypatch):
     for module in (contrastive, sys.modules["moon2_lab.objective.objective"]):
         monkeypatch.setattr(module, "candidate_masks", lambda *a, _make=module.candidate_masks, **k: made.append(1) or _make(*a, **k))
     trainer = Trainer(tiny(), shop(40), settings(device="auto"))
-    now = SimpleNamespace(batch=trainer.current_batch(), seconds=0.0)
-    for phase in PHASES[:5]:
-        getattr(trainer, f"_{phase}")(now)
+    for _, _phase in zip(PHASES[:5], trainer):
+        pass
     assert len(made) == 5  # query against item; picture and title of positives and of negatives, both ways
 
 
 LEFT_BEHIND = {
     "pooling": (encoder, "pool_index", lambda rows, view, device=None: _pool_index(rows, view)),
     "packing": (encoder, "Packing", lambda lengths, causal=True, device=None: _packing(lengths, causal)),
-    "keys": (trainer_module, "lay_out", lambda *a, **k: _stuck(*_lay_out(*a, **k))),
+    "keys": (step_module, "collate", lambda *a, **k: _stuck(*_collate(*a, **k))),
     "features": (backbone.Backbone, "vision_tokens", lambda self, features: self.connector(features.cpu().to(self.connector[1].weight.dtype))),
     "masks": (contrastive, "_or_true", lambda mask, size, device: torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).cpu()),
 }
-_pool_index, _packing, _lay_out = encoder.pool_index, encoder.Packing, trainer_module.lay_out
+_pool_index, _packing, _collate = encoder.pool_index, encoder.Packing, step_module.collate
 
 
 class Stuck(torch.Tensor):
@@ -257,8 +256,8 @@ def test_a_tensor_that_is_left_behind_is_found(fake, monkeypatch, what):
 
 def test_vision_works_where_the_weights_are(fake, monkeypatch):
     seen = []
-    plain = backbone.PatchColours.__call__
-    monkeypatch.setattr(backbone.PatchColours, "__call__", lambda self, *a: seen.append(plain(self, *a)) or seen[-1])
+    plain = vision.PatchColours.__call__
+    monkeypatch.setattr(vision.PatchColours, "__call__", lambda self, *a: seen.append(plain(self, *a)) or seen[-1])
     there = tiny().place("auto").backbone.vision_features([picture(n) for n in range(3)])
     assert seen[0].device.type == "fake"
     without_device(monkeypatch)
@@ -276,13 +275,13 @@ def test_the_weights_of_the_vision_encoder_move(fake, monkeypatch):
         def extract_features(self, pixels):
             return self.fold(pixels)
 
-    monkeypatch.setattr(backbone.EfficientNetLite0, "_build", lambda self: Small().eval().requires_grad_(False))
-    vision = backbone.EfficientNetLite0()
+    monkeypatch.setattr(vision.EfficientNetLite0, "_build", lambda self: Small().eval().requires_grad_(False))
+    frozen = vision.EfficientNetLite0()
     images = [picture(n).load() for n in range(2)]
-    expected = vision(images, 32, 4)
+    expected = frozen(images, 32, 4)
     assert expected.device.type == "cpu"
-    there = vision(images, 32, 4, fake)
-    assert there.device.type == "fake" and vision.model.fold.weight.device.type == "fake"
+    there = frozen(images, 32, 4, fake)
+    assert there.device.type == "fake" and frozen.model.fold.weight.device.type == "fake"
     assert torch.equal(there.cpu(), expected)
 
 

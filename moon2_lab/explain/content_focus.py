@@ -26,8 +26,8 @@ from ..evaluation.protocol import pick_products
 from ..evaluation.statistics import bootstrap_ci, paired_test
 from .attention import AttentionRows, SideTokens, attention_of
 from .attribution import check_eyes
-from ..model.backbone import square
 from ..model.encoder import Moon2Encoder
+from ..model.vision import square
 from ..runtime import progress
 
 # %% ../../nbs/explain/640_content_focus.ipynb #1bafe982

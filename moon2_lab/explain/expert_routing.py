@@ -16,7 +16,8 @@ from ..config import VIEWS
 from ..data.products import Item
 from ..errors import DataError, UsageError
 from .attention import SideTokens, evaluating, side_tokens
-from ..model.encoder import Moon2Encoder, pool_index
+from ..model.encoder import Moon2Encoder
+from ..model.item_views import pool_index
 from ..model.moe import LayerRouting
 
 # %% ../../nbs/explain/635_expert_routing.ipynb #35e2b846

@@ -26,8 +26,8 @@ from moon2_lab.explain.faithfulness import (
 )
 from .heatmap_data import Attribution, PairMaps, SideMaps
 from .pair_pieces import give_up
-from ..model.backbone import square
 from ..model.encoder import Moon2Encoder
+from ..model.vision import square
 from ..runtime import progress as progress_bar
 
 # %% ../../nbs/explain/650_explainer.ipynb #46e9193b

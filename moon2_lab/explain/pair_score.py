@@ -22,9 +22,9 @@ from ..augment.entities import is_unsegmented
 from ..data.images import ImageRef
 from ..data.products import Item
 from ..errors import DataError
-from ..model.backbone import Packing
 from ..model.encoder import Moon2Encoder
 from ..model.moe import LayerRouting, MoEFeedForward, mix_experts, route
+from ..model.packing import Packing
 
 # %% ../../nbs/explain/605_pair_score.ipynb #c7745c97
 class RowScore(nn.Module):

@@ -18,7 +18,7 @@ from moon2_lab.explain.attention_recorder import attention_layers, record_attent
 from moon2_lab.explain.expert_routing import expert_load, token_routing
 from moon2_lab.explain.heatmap_data import SideMaps
 from moon2_lab.explain.pair_score import row_score
-from moon2_lab.model.backbone import Packing
+from moon2_lab.model.packing import Packing
 from PIL import Image
 from small import picture, pretrained, product, tiny
 from torch import nn

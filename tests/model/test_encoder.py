@@ -11,13 +11,15 @@ import torch
 from moon2_lab.config import OBJECTIVES, VIEWS
 from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, LabError
-from moon2_lab.model.backbone import FeatureStore, Packing
-from moon2_lab.model.encoder import ItemViews, LayerGates, Moon2Encoder, perturb_experts
+from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.model.feature_cache import FeatureCache
+from moon2_lab.model.item_views import ItemViews, LayerGates
 from moon2_lab.model.moe import KERNELS, LayerRouting, MoEFeedForward, mix_experts
+from moon2_lab.model.packing import Packing
 from moon2_lab.objective.objective import Moon2Objective
 from moon2_lab.objective.objective_weights import load_balance_loss
 from moon2_lab.training.optim import prepare_trainable
-from moon2_lab.training.trainer import by_role, lay_out
+from moon2_lab.training.trainer import collate, split_roles
 from small import augmented_shop, picture, pretrained, settings, shop, some_triplets, tiny
 from torch.nn import functional as F
 
@@ -78,10 +80,10 @@ def apart(encoder, items):
 
 def measured(encoder, triplets, forward, expanded="one", **config):
     "(ItemViews, terms of the objective, gradients by name)."
-    items, keys = lay_out(triplets, expanded=expanded)
+    items, keys = collate(triplets, expanded=expanded)
     keys.progress, keys.filter_active = 0.5, True
     found = forward(items)
-    terms = Moon2Objective(settings(**config))(*by_role(found, keys, encoder.alignment), keys)
+    terms = Moon2Objective(settings(**config))(*split_roles(found, keys, encoder.alignment), keys)
     encoder.zero_grad()
     terms["loss"].backward()
     return found, terms, {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
@@ -129,7 +131,7 @@ def test_one_pass_equals_three_forwards_in_float64(whole, mode, routing):
 def test_any_mix_of_missing_views(mixed, first):
     "Triplets whose query, positive or negatives lack the picture or the title."
     triplets = some_triplets(shop(60, mixed=True), count=5, negatives=1 + first % 2, first=first)
-    items, _ = lay_out(triplets)
+    items, _ = collate(triplets)
     assert {(bool(item.text), item.image is not None) for item in items} == {(True, True), (True, False), (False, True)}
     encoder = tiny(perturbed=True, double=True)
     assert_same(measured(encoder, triplets, encoder.forward_items), measured(encoder, triplets, partial(apart, encoder)), 1e-9)
@@ -139,7 +141,7 @@ def test_any_mix_of_missing_views(mixed, first):
 def test_augmented_products(expanded):
     "Enriched titles and several pictures: images first, then title, then enriched title; three of four products have them."
     triplets = some_triplets(augmented_shop(), count=5)
-    items, _ = lay_out(triplets, expanded=expanded)
+    items, _ = collate(triplets, expanded=expanded)
     assert {len(item.pictures) for item in items} == {"one": {1, 2}, "all": {1, 2, 3}, "none": {1}}[expanded] and {len(item.texts) for item in items} == {1, 2}
     encoder = tiny(perturbed=True, double=True)
     shared, three = measured(encoder, triplets, encoder.forward_items, expanded), measured(encoder, triplets, partial(apart, encoder), expanded)
@@ -183,7 +185,7 @@ def token_ties(found):
 
 def float32_pair(encoder, triplets, capsys):
     "Both ways on triplets none of whose items has a near tie; prints the share of ties."
-    items, keys = lay_out(triplets)
+    items, keys = collate(triplets)
     with torch.no_grad():
         found = encoder.forward_items(items)
     ties, tokens = token_ties(found)
@@ -457,7 +459,7 @@ def test_encode_leaves_the_encoder_as_it_was():
 
 def test_bfloat16_training_stays_close(whole):
     encoder = tiny(perturbed=True)
-    exact = encoder.forward_items(lay_out(whole)[0])
+    exact = encoder.forward_items(collate(whole)[0])
     encoder.compute_dtype = torch.bfloat16
     found, terms, grads = measured(encoder, whole, encoder.forward_items)
     assert min((found.embedding[view] * exact.embedding[view]).sum(1).min().item() for view in VIEWS) > 0.99
@@ -593,7 +595,7 @@ def mini(tmp_path_factory):
 
         def make(items, **fields):
             encoder = Moon2Encoder.from_backbone("mini", **({"num_layers": 2, "num_experts": 4, "top_k": 2, "visual_tokens": 16} | fields))
-            store = FeatureStore(folder / str(encoder.config.visual_tokens), (encoder.config.visual_tokens, encoder.backbone.vision.channels))
+            store = FeatureCache(folder / str(encoder.config.visual_tokens), (encoder.config.visual_tokens, encoder.backbone.vision.channels))
             refs = list({item.image.key: item.image for item in items if item.image is not None}.values())
             new = encoder.backbone._keys(refs)
             features = np.random.default_rng(0).standard_normal((len(new), *store.shape)) * 0.5
@@ -609,7 +611,7 @@ def mini(tmp_path_factory):
 def test_mini_one_pass_equals_three_forwards(mini, capsys):
     "The pretrained backbone: float64 within 1e-9, float32 within 1e-5 away from near ties."
     triplets = some_triplets(shop(60, mixed=True), count=6, negatives=1)
-    encoder = perturb_experts(mini(lay_out(triplets)[0]), 0.02, seed=1)
+    encoder = perturb_experts(mini(collate(triplets)[0]), 0.02, seed=1)
     assert_same(*float32_pair(encoder, triplets, capsys), 1e-5)
     encoder.double()
     assert_same(measured(encoder, triplets, encoder.forward_items), measured(encoder, triplets, partial(apart, encoder)), 1e-9)
@@ -629,7 +631,7 @@ def test_mini_saved_and_cut(mini, tmp_path):
     encoder = mini(ITEMS, num_layers=1)
     encoder.save_pretrained(tmp_path)
     loaded = Moon2Encoder.from_pretrained(tmp_path)
-    loaded.backbone._store = encoder.backbone.store
+    loaded.backbone._features = encoder.backbone.features
     assert np.array_equal(loaded.encode(ITEMS), encoder.encode(ITEMS))
     text = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text[: len(text) // 2])

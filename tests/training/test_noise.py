@@ -16,7 +16,7 @@ from moon2_lab.errors import UsageError
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective.objective import batch_masks
 from moon2_lab.training.label_noise import FilterWatch, auc, filter_auc, inject_noise, triplet_gaps
-from moon2_lab.training.trainer import Trainer, lay_out
+from moon2_lab.training.trainer import Trainer, collate
 from small import product, settings, shop, tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -66,7 +66,7 @@ def test_no_mask_gives_it_away(catalog, clean):
     "A pseudo negative counts as a negative of its query: its key is no product's, and no two share one."
     noisy = [triplet for triplet in inject_noise(clean, 0.5, Lexicon(catalog)) if triplet.noise == "pseudo_negative"]
     assert len({triplet.negatives[0].key for triplet in noisy}) == len(noisy) and max(triplet.negatives[0].key for triplet in noisy) < -1
-    _, keys = lay_out(noisy[:6])
+    _, keys = collate(noisy[:6])
     masks = batch_masks(keys)
     assert masks.allowed[:, 6:].diagonal().all()
 

@@ -26,7 +26,8 @@ from moon2_lab.objective.contrastive import inter_product_loss
 from moon2_lab.objective.objective import Moon2Objective, TripletKeys, TripletRouting, TripletViews, objective_routing
 from moon2_lab.training import trainer as trainer_module
 from moon2_lab.training.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
-from moon2_lab.training.trainer import PHASES, Trainer, lay_out
+from moon2_lab.training.step import PHASES
+from moon2_lab.training.trainer import Trainer, collate
 from small import product, settings, shop, tiny
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -995,7 +996,7 @@ def test_a_query_of_words_alone_counts_once_for_the_load():
     event = first(trainer, "routing")
     queries = {triplet.query.content for triplet in trainer.current_batch()}
     rows = trainer.encoder.rows_of([triplet.query for triplet in trainer.current_batch()])
-    products = trainer.encoder.rows_of(lay_out(trainer.current_batch())[0][8:])
+    products = trainer.encoder.rows_of(collate(trainer.current_batch())[0][8:])
     assert len(queries) > 4 and event.data["routing"].layers[0].weight.sum().item() == sum(map(len, rows)) + 2 * sum(map(len, products))
     history = trainer.train()
     assert history["loss_inter_mm"].isna().all() and history["loss_inter_i"].isna().all() and history["omega_inter_mm"].eq(0).all()
@@ -1011,13 +1012,13 @@ def on_meta(choices):
 
 
 def test_a_second_trainer_has_a_device_of_its_own(catalog, monkeypatch):
-    "accelerate keeps the first device of a process; the encoder stands where its own config says."
+    "The encoder stands where its own config says, whatever the first trainer of the process did."
     first_one = Trainer(tiny(), catalog, settings())
     real = trainer_module.choose_numerics
     monkeypatch.setattr(trainer_module, "choose_numerics", lambda *args, **options: on_meta(real(*args, **options)))
     second = Trainer(tiny(), catalog, settings())
-    assert {p.device.type for p in second.model.parameters()} == {"meta"} == {p.device.type for g in second.optimizer.param_groups for p in g["params"]}
-    assert {p.device.type for p in first_one.model.parameters()} == {"cpu"} and len(first_one.train()) == 6
+    assert {p.device.type for p in second.encoder.parameters()} == {"meta"} == {p.device.type for g in second.optimizer.param_groups for p in g["params"]}
+    assert {p.device.type for p in first_one.encoder.parameters()} == {"cpu"} and len(first_one.train()) == 6
 
 
 def test_resumed_moments_stand_where_the_optimizer_reads_them():
