@@ -181,7 +181,7 @@ def one_batch(args, encoder, triplets: int) -> list:
     "The items of one batch of training triplets (queries, positives, negatives), with their features stored."
     from moon2_lab.data.queries import Lexicon
     from moon2_lab.data.triplets import TripletSampler, build_triplets
-    from moon2_lab.training.trainer import collate
+    from moon2_lab.training.collate import collate
 
     catalog = catalogue(args, products=max(200, 8 * triplets))
     train = catalog.split("train")

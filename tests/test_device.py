@@ -20,8 +20,7 @@ from moon2_lab.explain import attention_recorder
 from moon2_lab.model import backbone, encoder, moe, vision
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective import contrastive
-from moon2_lab.training import step as step_module
-from moon2_lab.training import trainer as trainer_module
+from moon2_lab.training import step as step_module, trainer as trainer_module
 from moon2_lab.training.step import PHASES
 from moon2_lab.training.trainer import Trainer
 from small import picture, settings, shop, tiny

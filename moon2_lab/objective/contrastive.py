@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['contrastive_loss', 'at_least_float32', 'truncated', 'prefix_loss', 'fits_dim', 'CandidateMasks', 'candidate_masks',
-           'LossReceipt', 'loss_receipt', 'inter_product_loss', 'intra_product_loss']
+           'loss_receipt', 'inter_product_loss', 'intra_product_loss']
 
 # %% ../../nbs/objective/500_contrastive.ipynb #1dfe8565
 import math
@@ -202,7 +202,7 @@ def _or_true(mask: Tensor | None, size: int, device) -> Tensor:
 
 # %% ../../nbs/objective/500_contrastive.ipynb #bc393f9f
 @dataclass
-class LossReceipt:
+class _LossReceipt:
     "How many negatives each query had and what was left out, each (B,) int."
     hard: Tensor  # own explicit negatives
     in_batch: Tensor  # positives and negatives of other triplets
@@ -217,13 +217,13 @@ class LossReceipt:
 
 def loss_receipt(
     masks: CandidateMasks,  # of B rows with the same number of explicit negatives
-) -> LossReceipt:
+) -> _LossReceipt:
     "Count what `masks` lets each row see."
     rows, columns = masks.allowed.shape
     row = torch.arange(rows, device=masks.allowed.device)
     owner = row.repeat_interleave(columns // max(rows, 1) - 1)
     hard = (masks.allowed[:, rows:] & (owner == row[:, None])).sum(1)
-    return LossReceipt(hard, masks.allowed.sum(1) - 1 - hard, masks.same_key.sum(1), masks.repeated.sum(1))
+    return _LossReceipt(hard, masks.allowed.sum(1) - 1 - hard, masks.same_key.sum(1), masks.repeated.sum(1))
 
 # %% ../../nbs/objective/500_contrastive.ipynb #571c9c80
 def inter_product_loss(

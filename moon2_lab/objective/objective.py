@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALIGNMENT', 'TripletViews', 'TripletRouting', 'TripletKeys', 'triplet_reliability', 'batch_masks', 'ObjectiveBatch',
-           'AlignmentObjective', 'InterProduct', 'IntraProduct', 'objective_routing', 'Moon2Objective', 'aux_loss',
-           'receipt_terms']
+           'AlignmentObjective', 'objective_routing', 'Moon2Objective', 'aux_loss']
 
 # %% ../../nbs/objective/530_objective.ipynb #b9d037ec
 import copy
@@ -39,7 +38,7 @@ class TripletRouting:
     "How the tokens were routed."
     weights: dict[str, dict[str, Tensor]]  # [role][view]: (B, Z) or (B, K, Z), G~, mean over MoE layers and tokens
     alignment: Tensor | None  # (Z, M), W*
-    layers: list = field(default_factory=list)  # by MoE layer: gates (T, Z), selected (T, k), weight (T,); empty: no experts
+    layers: list = field(default_factory=list)  # by MoE layer: gates, selected, weight; empty: no experts
 
 
 @dataclass
@@ -157,7 +156,7 @@ class AlignmentObjective:
 
 # %% ../../nbs/objective/530_objective.ipynb #92abb4db
 @dataclass(frozen=True)
-class InterProduct(AlignmentObjective):
+class _InterProduct(AlignmentObjective):
     "L_inter^theta: a query in one view finds its positive, multimodal, among positives and negatives of the batch."
     view: str  # theta: t, i or mm
 
@@ -186,7 +185,7 @@ class InterProduct(AlignmentObjective):
 
 # %% ../../nbs/objective/530_objective.ipynb #6103fc47
 @dataclass(frozen=True)
-class IntraProduct(AlignmentObjective):
+class _IntraProduct(AlignmentObjective):
     """L_intra^v: the picture of a product finds the product's own text. Rivals are the texts of the other polarity, and
     with `intra_negatives=batch` all of the batch. Of several negatives each is an anchor, and the positive is its
     one rival."""
@@ -250,8 +249,8 @@ class IntraProduct(AlignmentObjective):
 
 
 ALIGNMENT: dict[str, AlignmentObjective] = {  # the M objectives, in the order of W*'s columns; add to it
-    "inter_t": InterProduct("t"), "inter_i": InterProduct("i"), "inter_mm": InterProduct("mm"),
-    "intra_p": IntraProduct("p"), "intra_n": IntraProduct("n"),
+    "inter_t": _InterProduct("t"), "inter_i": _InterProduct("i"), "inter_mm": _InterProduct("mm"),
+    "intra_p": _IntraProduct("p"), "intra_n": _IntraProduct("n"),
 }
 
 # %% ../../nbs/objective/530_objective.ipynb #b82956d9
@@ -320,7 +319,7 @@ class Moon2Objective:
             present = torch.stack([m.samples(views, keys.negative_mask).any() for m in self.alignment.values()])
             losses, relative = self.alignment_losses(batch, present)
             terms |= (
-                losses | self.weight_terms(views, routing, keys, present, relative) | receipt_terms(batch.candidates)
+                losses | self.weight_terms(views, routing, keys, present, relative) | _receipt_terms(batch.candidates)
             )
             weighted = [terms["omega"][m] * losses[name] for m, name in enumerate(self.alignment) if name in losses]
             extra = {"aux": self.config.aux_weight, "sparsity": self.config.sparsity_weight, "balance": 1.0}
@@ -407,7 +406,7 @@ def aux_loss(routing: TripletRouting) -> Tensor:
     ).mean()
 
 
-def receipt_terms(candidates: CandidateMasks) -> dict[str, Tensor]:
+def _receipt_terms(candidates: CandidateMasks) -> dict[str, Tensor]:
     "What each query was compared with, as terms."
     receipt = loss_receipt(candidates)
     negatives = (receipt.hard + receipt.in_batch).float().mean()

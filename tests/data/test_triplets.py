@@ -225,7 +225,7 @@ def relevance_list(queries=20, answers=6, products=240):
 
 def test_no_right_answer_is_a_negative():
     "Of the same query or of one with equal words: not filled in, not in the batch (masked), and queries with the same id seldom meet."
-    from moon2_lab.training.trainer import collate
+    from moon2_lab.training.collate import collate
 
     catalog = relevance_list()
     right = {}

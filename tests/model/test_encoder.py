@@ -18,8 +18,8 @@ from moon2_lab.model.moe import KERNELS, LayerRouting, MoEFeedForward, mix_exper
 from moon2_lab.model.packing import Packing
 from moon2_lab.objective.objective import Moon2Objective
 from moon2_lab.objective.objective_weights import load_balance_loss
+from moon2_lab.training.collate import collate, split_roles
 from moon2_lab.training.optim import prepare_trainable
-from moon2_lab.training.trainer import collate, split_roles
 from small import augmented_shop, picture, pretrained, settings, shop, some_triplets, tiny
 from torch.nn import functional as F
 

@@ -15,8 +15,9 @@ from moon2_lab.data.triplets import build_triplets, category_path
 from moon2_lab.errors import UsageError
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective.objective import batch_masks
+from moon2_lab.training.collate import collate
 from moon2_lab.training.label_noise import FilterWatch, auc, filter_auc, inject_noise, triplet_gaps
-from moon2_lab.training.trainer import Trainer, collate
+from moon2_lab.training.trainer import Trainer
 from small import product, settings, shop, tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -26,8 +26,9 @@ from moon2_lab.objective.contrastive import inter_product_loss
 from moon2_lab.objective.objective import Moon2Objective, TripletKeys, TripletRouting, TripletViews, objective_routing
 from moon2_lab.training import trainer as trainer_module
 from moon2_lab.training.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
+from moon2_lab.training.collate import collate
 from moon2_lab.training.step import PHASES
-from moon2_lab.training.trainer import Trainer, collate
+from moon2_lab.training.trainer import Trainer
 from small import product, settings, shop, tiny
 
 TESTS = Path(__file__).resolve().parents[1]
