@@ -22,7 +22,7 @@ from ..data.products import Product
 from ..errors import LabError
 from ..evaluation.statistics import p_text
 from ..explain.heatmap_data import PairMaps
-from ..model.backbone import square
+from ..model.vision import square
 from ..reporting.comparison import KINDS
 from ..reporting.heatmap_page import heat_page
 from ..reporting.html import Safe, foreign, join, percent, picture, picture_uri, score, table, tag, text
