@@ -270,7 +270,7 @@ TORCH_FREE = (  # useful without a model
     "evaluation.evaluate",
     "objective.omega_alarm", "retrieval.filters", "retrieval.vectors", "retrieval.milvus_client", "retrieval.milvus",
     "retrieval.search", "reporting.tables", "reporting.alarms",
-    "reporting.run_figures", "reporting.html", "reporting.run_charts", "reporting.run_report", "reporting.comparison",
+    "reporting.run_figures", "reporting.html", "reporting.figure_svg", "reporting.run_report", "reporting.comparison",
     "reporting.comparison_report", "cli.commands", "cli.main",
     "data.text_fields", "data.category_fields", "data.attribute_fields", "data.image_fields", "data.image_folder",
     "data.images", "data.products", "data.catalog_tables", "data.catalog", "data.queries", "data.negatives",

@@ -26,7 +26,7 @@ from ..explain.faithfulness import Faithfulness
 from ..explain.heatmap_data import Attribution, PairMaps, check_map, map_json, maps_json, pair_payload
 from ..files import static_text
 from ..model.encoder import Moon2Encoder
-from ..reporting.still_heatmap import static_png
+from ..reporting.heatmap_figures import static_png
 
 # %% ../../nbs/widgets/805_heatmap.ipynb #197228e8
 def count_of(

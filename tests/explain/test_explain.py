@@ -24,8 +24,8 @@ from moon2_lab.explain.pair_pieces import (
 )
 from moon2_lab.explain.pair_score import mean_cell
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.reporting.heatmap_figures import static_png
 from moon2_lab.reporting.heatmap_page import heat_page
-from moon2_lab.reporting.still_heatmap import static_png
 from moon2_lab.widgets.heatmap import compare_heatmaps, heatmap
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore:attention=bidirectional")]

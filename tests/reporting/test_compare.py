@@ -22,8 +22,7 @@ from moon2_lab.evaluation.evaluate import run_benchmark
 from moon2_lab.evaluation.protocol import make_benchmark
 from moon2_lab.evaluation.statistics import holm, p_text, paired_test_tables
 from moon2_lab.reporting.comparison import KINDS, compare_encoders, compare_tables, matching_attributes, query_product
-from moon2_lab.reporting.comparison_heatmaps import explain_changes
-from moon2_lab.reporting.comparison_report import diff_page, page_data, write_diff_page
+from moon2_lab.reporting.comparison_report import diff_page, explain_changes, page_data, write_diff_page
 from moon2_lab.testing import MadeUpEncoder, made_up_catalog, made_up_comparison
 
 HOSTILE = "<script>window.pwned=1</script> </script><img src=x onerror=window.pwned=2> 红色杯子 😀 \u202egnol &amp;"
@@ -93,16 +92,16 @@ def test_every_view_of_a_comparison_says_the_same_p(made):
     "Tab, endpoint, page and terminal: tested among all directions and both k, whatever is shown."
     from moon2_lab.app.components import tested_words
     from moon2_lab.cli.commands import compare_lines
-    from moon2_lab.reporting.comparison_report import difference_cells
 
-    facts, page = made.summary(), {(row["direction"], row["metric"]): row for row in made.tests().to_dict("records")}
+    content, facts = diff_page(made), made.summary()
+    page = {(row["direction"], row["metric"]): row for row in made.tests().to_dict("records")}
     for direction in made.directions:
         for kind in (None, "won", "same"):
             for row in made.as_json(direction, k=10, kind=kind)["tests"]:
                 known = page[row["direction"], row["metric"]]
                 assert row["direction"] == direction and (row["p"], row["p_holm"], row["n"]) == (known["p"], known["p_holm"], known["n"])
                 said = p_text(known)
-                assert said in tested_words(row) and said in str(difference_cells(known)[2])
+                assert said in tested_words(row) and f'<span class="ci">{said}</span>' in content
                 line = next(line for line in compare_lines(facts) if line.startswith(direction))
                 assert row["metric"] != "R@10" or said in line
     assert {entry["p_holm"] for block in facts["directions"].values() for name, entry in block.items() if name.startswith("R@")} == {row["p_holm"] for row in page.values()}

@@ -25,7 +25,7 @@ from moon2_lab.data.products import Product
 from moon2_lab.errors import DataError, LabError
 from moon2_lab.evaluation.evaluate import evaluate, run_benchmark
 from moon2_lab.evaluation.protocol import make_benchmark
-from moon2_lab.reporting.comparison import asked_items
+from moon2_lab.reporting.comparison import direction_queries
 from moon2_lab.retrieval.embed import embed_catalog, pieces_folder
 from moon2_lab.retrieval.filters import field_values, parse_filter
 from moon2_lab.retrieval.milvus import index_vectors
@@ -261,7 +261,7 @@ def test_scores_of_a_smaller_form_are_those_of_a_search(tmp_path, dtype, dim, di
     question = make_benchmark(catalog, "all")
     found, items = (
         run_benchmark(encoder, question, resamples=0, stored=StoredForm(dtype, dim)).per_query,
-        asked_items(question),
+        direction_queries(question),
     )
     index_vectors(
         embed_catalog(encoder, catalog, tmp_path / "v.parquet", view=view, dtype=dtype, dim=dim).path, tmp_path / "v.db"
