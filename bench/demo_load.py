@@ -124,7 +124,7 @@ def make_questions(shop, count: int, pictures: int, seed: int = 0) -> list[Quest
 
 def expected_answers(shop, questions: Sequence[Question], pictures: Sequence[Path]) -> list[dict]:
     "For each question the score of every product that may be found, and the ids of the hits, best first."
-    from moon2_lab.reporting.named_queries import query_item
+    from moon2_lab.retrieval.query_input import query_item
 
     told = []
     for one in questions:

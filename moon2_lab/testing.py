@@ -38,7 +38,8 @@ def made_up_side(
         image.paste((190, 60, 40), (24, 20, 72, 80))
     pooled = rng.dirichlet(np.ones(patches + count), (layers, heads))
     share, shape = pooled.mean((0, 1)), (grid, grid)
-    attention = Attribution("attention", share[patches:], share[:patches].reshape(shape) if grid else None, signed=False)
+    parts = share[patches:], share[:patches].reshape(shape) if grid else None
+    attention = Attribution("attention", *parts, signed=False)
     words_first = rng.normal(size=count), rng.normal(size=shape) if grid else None
     title = "gradient x activation"
     gradient = Attribution("gradient", *words_first, note="Invented numbers.", title=title)

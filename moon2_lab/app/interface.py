@@ -37,7 +37,7 @@ from ..data.catalog import Catalog
 from ..errors import LabError, UsageError
 from ..files import cache_dir, model_folder, model_name, read_json, static_text
 from ..model.encoder import Moon2Encoder
-from ..reporting.named_queries import MAX_LETTERS
+from ..retrieval.query_input import MAX_LETTERS
 from ..retrieval.search import open_searcher
 from ..retrieval.vectors import VectorFile
 from ..training.trainer import Trainer

@@ -31,9 +31,9 @@ from ..explain.explainer import ExplainerCache
 from ..explain.heatmap_data import Attribution, PairMaps, trust_facts
 from ..model.encoder import Moon2Encoder
 from ..reporting.comparison import Comparison, compare_tables
-from ..reporting.named_queries import named_query, query_note, read_upload
 from ..retrieval.embed import LookupEncoder, cached_vectors
 from ..retrieval.filters import FacetTable, field_values, fold_value
+from ..retrieval.query_input import named_query, query_note, read_upload
 from ..retrieval.search import Searcher, memory_searchers, milvus_searchers
 from ..retrieval.vectors import VectorBlock, VectorFile
 

@@ -29,10 +29,13 @@ from ..data.products import Item
 from ..errors import LabError, UsageError, printable
 from ..evaluation.protocol import LEVELS
 from ..explain.attribution import METHODS, fitting_methods
-from ..reporting.comparison import asked_items, category_paths
+from ..reporting.comparison import direction_queries
 from ..reporting.html import Safe, tag
-from ..reporting.named_queries import MAX_LETTERS, matches, named_item, pick_product, query_note, read_upload
+from ..reporting.named_queries import matches
 from ..reporting.tables import DIRECTION_WORDS
+from moon2_lab.retrieval.query_input import (
+    MAX_LETTERS, category_paths, named_item, pick_product, query_note, read_upload,
+)
 
 # %% ../../nbs/app/865_tabs.ipynb #c34abb64
 VIEW_LABELS = [("title + picture", "mm"), ("title", "t"), ("picture", "i")]
@@ -257,7 +260,7 @@ def changes_html(shop: Shop, direction: str, category: str, k: int, kind: str, m
     data = shop.compare(direction, category, k, most=0 if kind else min(int(most), 50), hits=4)  # counts and tests are never over one kind only
     data |= {name: value for name, value in shop.compare(direction, category, k, kind=kind, most=min(int(most), 50), hits=4).items() if name in ("rows", "rows_left_out")} if kind else {}
     paths = sorted({path for row in made.table[list(LEVELS)].drop_duplicates().to_dict("records") for path in category_paths(row)})
-    items, find = asked_items(made.question), shop.catalog.whole.get
+    items, find = direction_queries(made.question), shop.catalog.whole.get
     about = f"{data['n']:,} queries fit; the most changed come first, by how far 1 / rank moved."
     return compare_html(data, about, lambda row: items[row["direction"], row["query_id"]].image, lambda name: find(name).image_ref()), [("all", ""), *((path, path) for path in paths)]
 

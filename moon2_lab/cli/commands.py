@@ -263,7 +263,7 @@ def heatmap(args: argparse.Namespace) -> Outcome:
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.reporting.heatmap_page import write_heat_page
     from moon2_lab.reporting.html import page_file
-    from moon2_lab.reporting.named_queries import named_item, named_query, query_note
+    from moon2_lab.retrieval.query_input import named_item, named_query, query_note
 
     folder, methods = model_folder(args.model), list(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
     device = chosen_device(args)
@@ -334,7 +334,7 @@ def search(args: argparse.Namespace) -> Outcome:
     "Search a file of vectors, or a store, by words, by a picture, or by both."
     from moon2_lab.files import model_folder
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.reporting.named_queries import query_item
+    from moon2_lab.retrieval.query_input import query_item
     from moon2_lab.retrieval.search import open_searcher
 
     folder, device, query = model_folder(args.model), chosen_device(args), query_item(args.text, args.image)
@@ -351,8 +351,7 @@ def compare(args: argparse.Namespace) -> Outcome:
     from moon2_lab.files import model_folder, try_file
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.reporting.comparison import compare_encoders
-    from moon2_lab.reporting.comparison_heatmaps import explain_changes
-    from moon2_lab.reporting.comparison_report import write_diff_page
+    from moon2_lab.reporting.comparison_report import explain_changes, write_diff_page
     from moon2_lab.reporting.html import page_file
     from moon2_lab.retrieval.embed import lookup_encoders
 

@@ -17,9 +17,22 @@ from .html import render, write_page
 def _page_state(maps: PairMaps, method: str) -> dict:
     "The traits of the widget, as they are when the page opens."
     payload, data = pair_payload(maps)
-    view = {"method": method, "side": "both", "layer": None, "head": None, "expert": None, "moe_layer": 0, "opacity": 0.7}
+    view = {
+        "method": method,
+        "side": "both",
+        "layer": None,
+        "head": None,
+        "expert": None,
+        "moe_layer": 0,
+        "opacity": 0.7,
+    }
     return {
-        "payload": payload, "data": base64.b64encode(data).decode(), "found": maps_json(maps), "offered": [], "job": {"state": "idle"}, **view,
+        "payload": payload,
+        "data": base64.b64encode(data).decode(),
+        "found": maps_json(maps),
+        "offered": [],
+        "job": {"state": "idle"},
+        **view,
     }
 
 # %% ../../nbs/reporting/782_heatmap_page.ipynb #86f8477d

@@ -332,9 +332,16 @@ def write_report(
     catalog = Path(str(section(metrics, "protocol").get("catalog") or "a catalogue")).name
     version = section(settings, "versions").get("moon2_lab", "")
     content = render(
-        "report.html", title=title or f"MOON2.0 encoder on {catalog}", badges=_badges(metrics, history, settings),
-        summary=_summary(metrics, history, settings), run_facts=_run_facts(metrics, history, settings),
-        cards=_cards(scores), parts=parts, objective_words=OBJECTIVE_WORDS, metrics=list(METRICS), omega_rule=OMEGA_RULE,
+        "report.html",
+        title=title or f"MOON2.0 encoder on {catalog}",
+        badges=_badges(metrics, history, settings),
+        summary=_summary(metrics, history, settings),
+        run_facts=_run_facts(metrics, history, settings),
+        cards=_cards(scores),
+        parts=parts,
+        objective_words=OBJECTIVE_WORDS,
+        metrics=list(METRICS),
+        omega_rule=OMEGA_RULE,
         made=f"Made by moon2_lab {version}".strip() + ". One file without scripts; it asks nothing of the network.",
     )
     return write_page(content, path, path.name)

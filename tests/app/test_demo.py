@@ -28,8 +28,8 @@ from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
 from moon2_lab.errors import LabError, UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.reporting.named_queries import query_item
 from moon2_lab.retrieval.filters import field_values, parse_filter
+from moon2_lab.retrieval.query_input import query_item
 from moon2_lab.testing import made_up_metrics
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -19,7 +19,7 @@ from moon2_lab.app.service import SearchModel
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.errors import LabError, UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.reporting.named_queries import query_item
+from moon2_lab.retrieval.query_input import query_item
 from bench.demo_load import serving
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -30,7 +30,7 @@ from moon2_lab.data.images import ImageRef, decode_image, examine_image
 from moon2_lab.data.products import Item, Product, Quarantine, read_records
 from moon2_lab.errors import DataError, LabError
 from moon2_lab.reporting.html import picture_uri
-from moon2_lab.reporting.named_queries import query_item
+from moon2_lab.retrieval.query_input import query_item
 
 DATA = os.environ.get("MOON2_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="MOON2_DATA is not set")

@@ -15,8 +15,16 @@ from moon2_lab.reporting.run_report import write_report
 from moon2_lab.testing import drawn_shape, made_up_history, made_up_metrics, made_up_query
 
 HOSTILE = [
-    "<script>window.pwned = 1</script>", '"><img src=x onerror="window.pwned = 1">', "</style></title><svg onload='window.pwned = 1'>", "javascript:window.pwned=1",
-    "\u202eright to left\x00\x07", "😀" * 50, "word " * 2_000, "a" * 10_000, "\ud800 half a pair", "&lt;b&gt; &amp; 'x'",
+    "<script>window.pwned = 1</script>",
+    '"><img src=x onerror="window.pwned = 1">',
+    "</style></title><svg onload='window.pwned = 1'>",
+    "javascript:window.pwned=1",
+    "\u202eright to left\x00\x07",
+    "😀" * 50,
+    "word " * 2_000,
+    "a" * 10_000,
+    "\ud800 half a pair",
+    "&lt;b&gt; &amp; 'x'",
 ]
 
 
@@ -27,18 +35,35 @@ def made_up_run(**changes) -> dict:
     for place, title in enumerate(HOSTILE):
         queries[place].query_text = title
         queries[place].hits[0].title = queries[place].hits[1].product_id = title
-    heatmap = PairHeatmap([(title, 0.1 * place - 0.4) for place, title in enumerate(HOSTILE)], drawn_shape(0), np.linspace(-1, 1, 49).reshape(7, 7), 0.5, HOSTILE[0], HOSTILE[1])
+    heatmap = PairHeatmap(
+        [(title, 0.1 * place - 0.4) for place, title in enumerate(HOSTILE)],
+        drawn_shape(0),
+        np.linspace(-1, 1, 49).reshape(7, 7),
+        0.5,
+        HOSTILE[0],
+        HOSTILE[1],
+    )
     metrics = made_up_metrics()
     metrics["attributes"][HOSTILE[1]] = metrics["attributes"]["season"]
     metrics["trivial"]["t->i"][HOSTILE[0]] = metrics["trivial"]["t->i"]["untrained"]
     metrics["protocol"]["catalog"] = HOSTILE[0]
     run = {
-        "metrics": metrics, "history": made_up_history(1500), "queries": queries, "heatmap": heatmap, "notes": HOSTILE, "comparison": {HOSTILE[1]: made_up_metrics(-0.05)},
+        "metrics": metrics,
+        "history": made_up_history(1500),
+        "queries": queries,
+        "heatmap": heatmap,
+        "notes": HOSTILE,
+        "comparison": {HOSTILE[1]: made_up_metrics(-0.05)},
         "settings": {
-            "label": HOSTILE[0], "facts": {HOSTILE[1]: HOSTILE[2]}, "config": {"backbone": HOSTILE[0], "num_layers": 2, "seed": 0}, "command": HOSTILE[7],
+            "label": HOSTILE[0],
+            "facts": {HOSTILE[1]: HOSTILE[2]},
+            "config": {"backbone": HOSTILE[0], "num_layers": 2, "seed": 0},
+            "command": HOSTILE[7],
             "differs_from_paper": {HOSTILE[1]: {"paper": HOSTILE[0], "here": HOSTILE[2]}},
         },
-        "quarantine": pd.DataFrame({"product_id": storable, "file": [None, *storable[1:]], "field": "image", "reason": storable}),
+        "quarantine": pd.DataFrame(
+            {"product_id": storable, "file": [None, *storable[1:]], "field": "image", "reason": storable}
+        ),
     }
     return run | changes
 
@@ -110,12 +135,20 @@ def test_any_part_may_be_missing(tmp_path, missing):
 
 def test_missing_views_and_broken_numbers(tmp_path):
     history = made_up_history(40)
-    history = history.drop(columns=[name for name in history if name.startswith("load_i")]).assign(loss=np.nan, omega_inter_t=np.inf, grad_norm=0.0, phi_q05=None, masked_pairs="three")
+    history = history.drop(columns=[name for name in history if name.startswith("load_i")]).assign(
+        loss=np.nan, omega_inter_t=np.inf, grad_norm=0.0, phi_q05=None, masked_pairs="three"
+    )
     metrics = made_up_metrics()
-    metrics["directions"]["i->t"] = {"R@1": {"value": None, "ci95": []}, "R@10": {"value": float("nan")}, "n_queries": 0}
+    metrics["directions"]["i->t"] = {
+        "R@1": {"value": None, "ci95": []},
+        "R@10": {"value": float("nan")},
+        "n_queries": 0,
+    }
     metrics["classification"] = {"category_l2": {"mm": {"accuracy": None}}}
     del metrics["trivial"], metrics["balance"], metrics["timing"]
-    page = write_report(tmp_path / "report.html", **made_up_run(metrics=metrics, history=history)).read_text(encoding="utf-8")
+    page = write_report(tmp_path / "report.html", **made_up_run(metrics=metrics, history=history)).read_text(
+        encoding="utf-8"
+    )
     assert "the loss was not a finite number in 40 of 40 steps" in page and "i-&gt;t: the score is not a number" in page
     assert not re.search(r'[ "\d](nan|inf)[ "%]', page)
 
@@ -170,10 +203,14 @@ def test_renders(report, browser, scheme, width):
     page.goto(report.as_uri())
     assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()] and not messages
     assert page.evaluate("window.pwned") is None
-    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing but tables and hits scrolls sideways
+    assert (
+        page.evaluate("document.documentElement.scrollWidth") <= width
+    )  # nothing but tables and hits scrolls sideways
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert page.evaluate(CONTRAST) == []  # 4.5:1 for all text
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ("rgb(253, 253, 252)" if scheme == "light" else "rgb(18, 22, 29)")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(253, 253, 252)" if scheme == "light" else "rgb(18, 22, 29)"
+    )
     page.close()
 
 
@@ -188,7 +225,10 @@ def test_keyboard_and_print(report, browser):
     assert page.evaluate(unfolded) is False
     page.set_viewport_size({"width": 720, "height": 1000})  # A4 between its margins
     page.emulate_media(media="print", color_scheme="dark")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)" and page.evaluate(CONTRAST) == []
+    assert (
+        page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        and page.evaluate(CONTRAST) == []
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= 720
     assert page.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert page.evaluate(unfolded) is True  # on paper nothing can be unfolded, so everything is

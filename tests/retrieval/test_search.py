@@ -66,7 +66,7 @@ def test_search_finds_what_a_matrix_product_finds(moon2, model, stored, drawn_ca
     assert code == 0, err
     hits = json.loads(out)["hits"]
     assert list(hits[0]) == ["product_id", "score", "title"] and len(hits) == 5
-    from moon2_lab.reporting.named_queries import query_item
+    from moon2_lab.retrieval.query_input import query_item
 
     scores = vectors @ encoder.encode([query_item(query, None)])[0]
     order = np.argsort(-scores, kind="stable")[:5]

@@ -12,10 +12,10 @@ from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import Product
 from moon2_lab.errors import UsageError
 from moon2_lab.evaluation.ranking import normalised
-from moon2_lab.reporting.named_queries import query_item
 from moon2_lab.retrieval.embed import embed_catalog
 from moon2_lab.retrieval.filters import field_values, parse_filter
 from moon2_lab.retrieval.milvus import index_vectors
+from moon2_lab.retrieval.query_input import query_item
 from moon2_lab.retrieval.search import MemorySearcher, MilvusSearcher, Searcher, open_searcher
 from moon2_lab.retrieval.vectors import StoredForm, VectorBlock
 from small import shop, tiny
