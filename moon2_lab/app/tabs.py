@@ -31,10 +31,9 @@ from ..evaluation.protocol import LEVELS
 from ..explain.attribution import METHODS, fitting_methods
 from ..reporting.comparison import direction_queries
 from ..reporting.html import Safe, tag
-from ..reporting.named_queries import matches
 from ..reporting.tables import DIRECTION_WORDS
 from moon2_lab.retrieval.query_input import (
-    MAX_LETTERS, category_paths, named_item, pick_product, query_note, read_upload,
+    MAX_LETTERS, category_paths, matches, named_item, pick_product, query_note, read_upload,
 )
 
 # %% ../../nbs/app/865_tabs.ipynb #c34abb64
