@@ -31,9 +31,10 @@ from .llm_client import NOT_ASKED, NO_ANSWER
 from .subject_mask import GrabCut
 from .title_enrichment import enrich_request, make_enricher
 from ..data.catalog import Catalog, examine_paths
+from ..data.catalog_tables import AUGMENTED_COLUMNS, AUGMENTED_FILE, PRODUCTS_FILE
 from ..data.image_folder import ImageFolder
 from ..data.images import ImageRef
-from ..data.products import AUGMENTED, AUGMENTED_COLUMNS, Product, TABLE
+from ..data.products import Product
 from ..errors import DataError, LabError, UsageError
 from moon2_lab.files import (
     atomic_path, clear_rubbish, copy_whole, file_sha256, held, plain, read_json, require_new, try_folder, write_json,
@@ -404,9 +405,9 @@ def _all_pictures(products: Sequence[Product], recipe: Recipe, out: Path, worker
 
 def _finish(catalog: Catalog, out: Path, table: pd.DataFrame, settings: dict, summary: dict) -> dict:
     "Write the table, check that the evaluation sees what it saw before, and sum up."
-    write_parquet(out / AUGMENTED, typed(table))
+    write_parquet(out / AUGMENTED_FILE, typed(table))
     made = Catalog.load(out)
-    if evaluation_hash(made) != evaluation_hash(catalog) or (out / TABLE).read_bytes() != (catalog.folder / TABLE).read_bytes():
+    if evaluation_hash(made) != evaluation_hash(catalog) or (out / PRODUCTS_FILE).read_bytes() != (catalog.folder / PRODUCTS_FILE).read_bytes():
         differs = next((str(path.relative_to(catalog.folder)) for path in _files(catalog.folder) if not _same_bytes(path, out / path.relative_to(catalog.folder))), "the catalogue")
         raise LabError(f"the evaluation splits differ from those of the original: {differs} is not the same in both", where=str(out), advice="the catalogue was changed while it was augmented: start again with a new folder")
     summary |= summarise_attempts(table) | {"evaluation_hash": evaluation_hash(made), "products_outside_train": sum(product.split != "train" for product in made)}

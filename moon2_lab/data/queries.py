@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 # %% ../../nbs/data/140_queries.ipynb #30351d4f
-from .catalog import Catalog, folded_title
+from .catalog import Catalog
 from .images import ImageRef
-from .products import Product
+from .products import Product, folded_title
 from ..errors import DataError
 
 # %% ../../nbs/data/140_queries.ipynb #0341c4f4

@@ -22,7 +22,7 @@ from moon2_lab.augment.pipeline import (
 )
 from moon2_lab.augment.title_enrichment import Enriched
 from moon2_lab.data.catalog import Catalog
-from moon2_lab.data.products import AUGMENTED
+from moon2_lab.data.catalog_tables import AUGMENTED_FILE
 from moon2_lab.data.synthetic.generator import make_catalog
 from moon2_lab.errors import DataError, LabError, UsageError
 
@@ -51,9 +51,9 @@ def test_nothing_but_the_train_split_is_touched(drawn, tmp_path):
     before, after = Catalog.load(drawn), Catalog.load(tmp_path / "out")
     old, new = content(drawn), content(tmp_path / "out")
     assert {name: data for name, data in new.items() if name in old} == old
-    assert all(re.fullmatch(r"expanded/[0-9a-f]{2}/[0-9a-f]{20}-(background|viewpoint|detail)\.jpg", name) for name in set(new) - set(old) - {AUGMENTED})
+    assert all(re.fullmatch(r"expanded/[0-9a-f]{2}/[0-9a-f]{20}-(background|viewpoint|detail)\.jpg", name) for name in set(new) - set(old) - {AUGMENTED_FILE})
     assert evaluation_hash(after) == evaluation_hash(before) == summary["evaluation_hash"]
-    table = pd.read_parquet(tmp_path / "out" / AUGMENTED)
+    table = pd.read_parquet(tmp_path / "out" / AUGMENTED_FILE)
     assert {after.get(name).split for name in table.product_id} == {"train"}
     assert table.method.notna().all() and table.source.notna().all() and table.seed.notna().all() and table.parameters.map(json.loads).map(type).eq(dict).all()
     assert table[~table.kept].reason.notna().all() and table[table.kept].reason.isna().all()
@@ -84,7 +84,7 @@ pipeline.augment_catalog({str(drawn)!r}, {str(tmp_path / 'out')!r}, pipeline.Rec
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
     done = sorted((tmp_path / "out" / ".parts").glob("pictures-*"))
-    assert len(done) == 2 and not (tmp_path / "out" / AUGMENTED).exists()
+    assert len(done) == 2 and not (tmp_path / "out" / AUGMENTED_FILE).exists()
     stamps = [path.stat().st_mtime_ns for path in done]
     import moon2_lab.augment.pipeline as module
 

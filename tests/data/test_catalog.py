@@ -24,10 +24,11 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 import moon2_lab.data.images as images_module
-from moon2_lab.data.catalog import Catalog, key_words, large_keys, product_keys
+from moon2_lab.data.catalog import Catalog
+from moon2_lab.data.catalog_tables import Quarantine, read_product_table
 from moon2_lab.data.image_folder import FileSpan, ImageFolder
 from moon2_lab.data.images import ImageRef, decode_image, examine_image
-from moon2_lab.data.products import Item, Product, Quarantine, read_records
+from moon2_lab.data.products import Item, Product, describe_large_key, large_keys, product_keys
 from moon2_lab.errors import DataError, LabError
 from moon2_lab.reporting.html import picture_uri
 from moon2_lab.retrieval.query_input import query_item
@@ -405,8 +406,8 @@ VALUES = st.recursive(
 @given(st.lists(st.fixed_dictionaries(dict.fromkeys(("product_id", "title", "attributes", "image_paths", "split"), VALUES)), max_size=6))
 def test_no_row_can_crash_the_reader(rows):
     aside = Quarantine()
-    records = read_records(rows, aside)
-    assert len(records) + sum(1 for entry in aside.rows if entry[2] == "product_id") == len(rows)  # each row is kept or has a reason
+    records = read_product_table(rows, aside)
+    assert len(records) + sum(1 for entry in aside.entries if entry[2] == "product_id") == len(rows)  # each row is kept or has a reason
     for product in records.values():
         assert all(isinstance(text, str) for text in [*product.attributes.values(), *product.image_paths])
 
@@ -570,7 +571,7 @@ def test_a_placeholder_may_be_kept_and_is_then_named(tmp_path):
     catalog = Catalog.load(with_placeholder(tmp_path / "c"), placeholder=0)
     group, = catalog.summary()["large_keys"]
     assert (group["products"], group["share"], group["by"], group["titles"]) == (12, 0.5, "picture", 12) and not len(catalog.quarantine)
-    assert "12 products (50%) share one picture (a placeholder?)" in key_words(group)
+    assert "12 products (50%) share one picture (a placeholder?)" in describe_large_key(group)
 
 
 @pytest.mark.parametrize("how", [{"shared": 9}, {"kinds": ("Ring",)}, {"kinds": ("Ring", "Band")}, {"titles": False}])

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 from moon2_lab.data.catalog import Catalog
-from moon2_lab.data.products import AUGMENTED, AUGMENTED_COLUMNS
+from moon2_lab.data.catalog_tables import AUGMENTED_COLUMNS, AUGMENTED_FILE
 from moon2_lab.data.synthetic.generator import make_catalog
 from moon2_lab.errors import DataError
 from moon2_lab.evaluation.evaluate import evaluate
@@ -41,7 +41,7 @@ def expanded_file(folder, product, name):
 def test_train_products_get_what_was_added(drawn):
     folder, train, _ = drawn
     path = expanded_file(folder, train[0], "a.jpg")
-    write_parquet(folder / AUGMENTED, rows((train[0].product_id, "enriched_title", "A better title", {}), (train[0].product_id, "expanded_image", path, {}), (train[1].product_id, "enriched_title", "Refused", {"kept": False})))
+    write_parquet(folder / AUGMENTED_FILE, rows((train[0].product_id, "enriched_title", "A better title", {}), (train[0].product_id, "expanded_image", path, {}), (train[1].product_id, "enriched_title", "Refused", {"kept": False})))
     catalog = Catalog.load(folder)
     product = catalog.get(train[0].product_id)
     assert (product.enriched_title, len(product.expanded), len(catalog.quarantine)) == ("A better title", 1, 0)
@@ -54,10 +54,10 @@ def test_evaluation_products_never_do(drawn, split):
     "A row that names one is set aside with product, file and reason; the product stays as it was."
     folder, train, others = drawn
     path = expanded_file(folder, train[0], "a.jpg")
-    write_parquet(folder / AUGMENTED, rows((others[split].product_id, "enriched_title", "Sneaked in", {}), (others[split].product_id, "expanded_image", path, {})))
+    write_parquet(folder / AUGMENTED_FILE, rows((others[split].product_id, "enriched_title", "Sneaked in", {}), (others[split].product_id, "expanded_image", path, {})))
     catalog = Catalog.load(folder)
     assert catalog.get(others[split].product_id) == others[split]
-    assert catalog.quarantine[["product_id", "file"]].drop_duplicates().values.tolist() == [[others[split].product_id, AUGMENTED]]
+    assert catalog.quarantine[["product_id", "file"]].drop_duplicates().values.tolist() == [[others[split].product_id, AUGMENTED_FILE]]
     assert set(catalog.quarantine.reason) == {f"augmented outside train: split {split}"}
 
 
@@ -65,7 +65,7 @@ def test_an_expanded_picture_is_no_original(drawn):
     "A table that lists an expanded picture as a product's own picture loses that picture, not the product."
     folder, train, others = drawn
     path = expanded_file(folder, train[0], "a.jpg")
-    write_parquet(folder / AUGMENTED, rows((train[0].product_id, "expanded_image", path, {})))
+    write_parquet(folder / AUGMENTED_FILE, rows((train[0].product_id, "expanded_image", path, {})))
     table = pd.read_parquet(folder / "products.parquet")
     listed = table.product_id == others["test"].product_id
     table.loc[listed, "image_paths"] = json.dumps([path, *others["test"].image_paths])
@@ -81,7 +81,7 @@ def test_bad_rows_are_set_aside(drawn):
     (folder / "expanded").mkdir()
     (folder / "expanded" / "text.jpg").write_text("no picture")
     name = train[0].product_id
-    write_parquet(folder / AUGMENTED, rows(
+    write_parquet(folder / AUGMENTED_FILE, rows(
         ("nobody", "enriched_title", "x", {}), (name, "enriched_title", " ", {}), (name, "price", "x", {}), (name, "expanded_image", "expanded/none.jpg", {}), (name, "expanded_image", "expanded/text.jpg", {}),
         (name, "expanded_image", "../outside.jpg", {}), (name, "enriched_title", "First", {}), (name, "enriched_title", "Second", {}),
     ))
@@ -93,7 +93,7 @@ def test_bad_rows_are_set_aside(drawn):
 
 def test_a_table_without_its_columns(drawn):
     folder, *_ = drawn
-    pd.DataFrame({"product_id": ["a"]}).to_parquet(folder / AUGMENTED)
+    pd.DataFrame({"product_id": ["a"]}).to_parquet(folder / AUGMENTED_FILE)
     with pytest.raises(DataError, match="no column field, value, kept.*columns found: product_id"):
         Catalog.load(folder)
 
