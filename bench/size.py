@@ -74,7 +74,8 @@ def measure(folder: Path, products: int, queries: int) -> dict:
 
     from moon2_lab.cli.main import main
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.data.triplets import TripletSampler, build_triplets
+    from moon2_lab.data.sampler import TripletSampler
+    from moon2_lab.data.triplets import build_triplets
     from moon2_lab.evaluation.evaluate import evaluate
     from moon2_lab.evaluation.ranking import ranks_chunked
     from moon2_lab.model.encoder import Moon2Encoder

@@ -19,10 +19,10 @@ def chosen_products(catalog, count: int):
 
 def make_trainer(catalog, part, config, objective=None):
     "A trainer on fresh triplets of `part` with `config.noise` put in, its vision features ready."
+    from moon2_lab.data.label_noise import inject_noise
     from moon2_lab.data.queries import Lexicon
     from moon2_lab.data.triplets import build_triplets
     from moon2_lab.model.encoder import Moon2Encoder
-    from moon2_lab.training.label_noise import inject_noise
     from moon2_lab.training.trainer import Trainer
 
     lexicon = Lexicon(catalog)

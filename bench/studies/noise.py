@@ -26,7 +26,7 @@ def arm_settings(arm: str) -> dict:
 def run_arm(catalog, part, arm: str, config, out: Path, most: int) -> dict:
     "Train one arm; writes its tables; its row."
     from moon2_lab.evaluation.evaluate import evaluate
-    from moon2_lab.training.label_noise import FilterWatch, filter_auc, triplet_gaps
+    from moon2_lab.training.noise_watch import FilterWatch, filter_auc, triplet_gaps
 
     trainer = make_trainer(catalog, part, config.replace(**arm_settings(arm)))
     encoder, triplets = trainer.encoder, trainer.triplets

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..data.products import Product
-from ..data.queries import NAMING, fold, words
+from ..data.queries import IDENTIFYING, fold, words
 from ..errors import UsageError
 
 # %% ../../nbs/augment/450_entities.ipynb #a0b6e61f
@@ -103,7 +103,7 @@ def stated_values(
 ) -> Iterator[tuple[str, str]]:
     "(attribute name, value), each of several values by itself, in the order of the record."
     for name, value in product.attributes.items():
-        if name.casefold() in TITLED or name.casefold() not in NAMING:
+        if name.casefold() in TITLED or name.casefold() not in IDENTIFYING:
             yield from ((name, part.strip()) for part in value.split("|") if is_value(part))
 
 

@@ -36,7 +36,7 @@ from ..runtime import progress, usable_cores
 # %% ../../nbs/data/115_images.ipynb #417918a2
 MAX_SIDE = 1024  # longest side of a picture handed out, in pixels
 MAX_PIXELS = 8192 * 8192  # more pixels are refused before decoding
-_FORMAT_PIXELS = {  # lower limits, where decoding takes several times the picture's memory or a few bytes make a huge one
+_FORMAT_PIXELS = {  # lower limits, where a decoder needs several times the picture's memory
     "WEBP": 25_000_000, "AVIF": 25_000_000, "GIF": 25_000_000, "TIFF": 25_000_000, "JPEG2000": 8_000_000,
 }
 Image.init()  # registers every reader; without it only the common ones are known
@@ -142,7 +142,7 @@ def _from_sixteen_bits(picture: Image.Image, clear: int | None = None) -> Image.
 
 
 def _scale_transparency(picture: Image.Image) -> None:
-    "Bring the transparent colour of an undecoded PNG to 8 bits, as Pillow does with the pixels but not with the colour."
+    "Bring the transparent colour of an undecoded PNG to 8 bits, as Pillow does with the pixels only."
     clear, tile = picture.info.get("transparency"), getattr(picture, "tile", None)
     packing = str(tile[0][3]) if tile else ""
     if isinstance(clear, tuple) and ";16" in packing:

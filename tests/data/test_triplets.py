@@ -12,12 +12,12 @@ from PIL import Image
 
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
+from moon2_lab.data.label_noise import WRITTEN_NOISE, spoil
+from moon2_lab.data.negatives import NegativeFinder, mutual_partners
 from moon2_lab.data.products import Product
 from moon2_lab.data.queries import Lexicon
-from moon2_lab.data.triplets import (
-    NegativeFinder, TripletSampler, WRITTEN_NOISE, build_triplets, image_refs, mutual_partners, spoil,
-    triplets_from_products,
-)
+from moon2_lab.data.sampler import TripletSampler
+from moon2_lab.data.triplets import build_triplets, image_refs, triplets_from_products
 from moon2_lab.errors import DataError, UsageError
 
 COLOURS, KINDS = ("red", "blue", "green"), ("Mugs", "Bowls", "Chairs", "Lamps")
