@@ -14,12 +14,13 @@ from PIL import Image
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import Product
 from moon2_lab.data.queries import Lexicon, fold, search_phrase, words
-from moon2_lab.data.synthetic.shapes import DRAWINGS
+from moon2_lab.data.sampler import TripletSampler
 from moon2_lab.data.synthetic.generator import (
     GENERATOR_VERSION, SHARES, STATED, describe, drawn_from, family_splits, make_catalog, make_title,
 )
+from moon2_lab.data.synthetic.shapes import DRAWINGS
 from moon2_lab.data.synthetic.vocabulary import COLOURS, FILLERS, KIND_INFO, SYNONYMS
-from moon2_lab.data.triplets import TripletSampler, build_triplets
+from moon2_lab.data.triplets import build_triplets
 from moon2_lab.errors import LabError, UsageError
 from moon2_lab.evaluation.baselines import bm25
 
