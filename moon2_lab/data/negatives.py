@@ -21,9 +21,7 @@ from ..errors import DataError
 _Values = dict[str, frozenset[str]]  # attribute name -> its values
 
 
-def category_path(
-    product: Product,
-) -> tuple[str, ...]:
+def category_path(product: Product) -> tuple[str, ...]:
     "The category levels the product has, coarse to fine."
     path = (product.category_l1, product.category_l2, product.category_l3)
     return path[: path.index(None)] if None in path else path
@@ -288,10 +286,7 @@ class _Matching:
         return None
 
 # %% ../../nbs/data/150_negatives.ipynb #0bca4977
-def mutual_partners(
-    finder: NegativeFinder,
-    rng: random.Random,
-) -> dict[str, Product]:
+def mutual_partners(finder: NegativeFinder, rng: random.Random) -> dict[str, Product]:
     "Product id -> partner of the same deepest category, the same both ways; products without a partner are missing."
     groups, partner = defaultdict(list), {}
     for product in rng.sample(finder.products, len(finder.products)):

@@ -46,9 +46,7 @@ _RUN = rf"[^\W_](?:[^\W_]|[{_marks()}]|[\u200c\u200d](?=[^\W_]))*"  # letters, d
 WORD = re.compile(rf"{_RUN}(?:['’.&/-]{_RUN})*")
 
 
-def words(
-    title: str,
-) -> list[str]:
+def words(title: str) -> list[str]:
     "The words of a title, as written."
     return WORD.findall(title)
 
@@ -61,9 +59,7 @@ def _belongs(letter: str) -> bool:
 
 
 @lru_cache(maxsize=2**17)  # a catalogue says the same words again and again
-def fold(
-    word: str,
-) -> str:
+def fold(word: str) -> str:
     "A word as it is compared: NFKC, one case, letters with their script's marks and digits only, without a plural s."
     folded, carried = "", False  # carried: a letter or digit stands before, which may carry marks
     for letter in unicodedata.normalize("NFKC", word).casefold():
@@ -78,9 +74,7 @@ IDENTIFYING = {  # attributes that identify rather than describe
 }
 
 
-def own_words(
-    product: Product,
-) -> set[str]:
+def own_words(product: Product) -> set[str]:
     "Folded words of the product's categories and describing attributes."
     texts = [product.category_l1, product.category_l2, product.category_l3]
     texts += [value for name, value in product.attributes.items() if name.casefold() not in IDENTIFYING]
@@ -237,10 +231,7 @@ class QueryMarks(NamedTuple):
     whole: Hashable
 
 
-def query_marks(
-    query_id: str,
-    query: Item,
-) -> QueryMarks:
+def query_marks(query_id: str, query: Item) -> QueryMarks:
     "The marks of a query; two queries that share one are the same query for that view (or by id)."
     text = " ".join(query.text.split()).casefold() if query.text else None
     image = query.image.key if query.image else None

@@ -100,9 +100,7 @@ class _AnswerSets:
         return self._joined[by_id, mark]
 
 
-def with_answers(
-    triplets: Sequence[Triplet],
-) -> list[Triplet]:
+def with_answers(triplets: Sequence[Triplet]) -> list[Triplet]:
     "The triplets with `answers` as the whole list says them."
     found = _right_answers([(triplet.query_id, triplet.query, triplet.key) for triplet in triplets])
     pairs = zip(triplets, found)
@@ -178,11 +176,7 @@ def triplets_from_products(
     return made
 
 # %% ../../nbs/data/160_triplets.ipynb #777c32c1
-def _triplets_from_file(
-    catalog: Catalog,
-    negatives_per_query: int = 1,
-    seed: int = 0,
-) -> TripletList:
+def _triplets_from_file(catalog: Catalog, negatives_per_query: int = 1, seed: int = 0) -> TripletList:
     "The triplets of `catalog.triplets`; of more negatives than asked for the first are taken, missing ones are found."
     finder, rows = None, Counter()
     made = TripletList(source="triplets.parquet")

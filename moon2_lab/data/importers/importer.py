@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..catalog import TRIPLET_COLUMNS
+from ..catalog_tables import QUARANTINE_COLUMNS, TEXT_FIELDS, TRIPLET_COLUMNS
 from moon2_lab.data.importers.catalog_writer import (
     CatalogWriter, GALLERY, ImportSettings, ImportSummary, StagedTables, open_ledger,
 )
@@ -33,7 +33,6 @@ from moon2_lab.data.importers.schemas import (
     ColumnMap, Layout, ParsedProduct, ParsedTriplet, SPLITS, map_columns, parse_record, split_in_name,
 )
 from .splits import Listings, read_listings
-from ..products import QUARANTINE_COLUMNS, TEXT_FIELDS
 from ..text_fields import is_empty
 from ...errors import DataError, LabError, UsageError
 from ...files import LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json

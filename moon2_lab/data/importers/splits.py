@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ..catalog import folded_title
 from ..image_folder import ImageFolder
 from ..images import MAX_PIXELS, examine_images
 from .catalog_writer import StagedTables
+from ..products import connected_components, folded_title
 from ...files import sha256_hex
 
 # %% ../../../nbs/data/importers/234_splits.ipynb #078cfcdc
@@ -25,26 +25,6 @@ def hash_split(product_id: str) -> str:
     "train, valid or test by SHA-1 of the id, 80 : 10 : 10."
     r = int(hashlib.sha1(f"moon2-split-v1:{product_id}".encode()).hexdigest()[:8], 16) % 100
     return "train" if r < 80 else "valid" if r < 90 else "test"
-
-# %% ../../../nbs/data/importers/234_splits.ipynb #5acd85e4
-def _linked(*hashes: np.ndarray) -> np.ndarray:
-    "For each row the first row of its connected component: rows with an equal hash (0: none) are linked."
-    parent = np.arange(len(hashes[0]))
-
-    def root(place: int) -> int:
-        while parent[place] != place:
-            parent[place] = place = parent[parent[place]]
-        return place
-
-    for values in hashes:
-        order = np.argsort(values, kind="stable")
-        same = np.flatnonzero((values[order[1:]] == values[order[:-1]]) & (values[order[1:]] != 0))
-        for first, second in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
-            first, second = root(first), root(second)
-            parent[max(first, second)] = min(first, second)
-    while (parent[parent] != parent).any():
-        parent = parent[parent]
-    return parent
 
 # %% ../../../nbs/data/importers/234_splits.ipynb #e0c0de52
 _ORDER = (None, "train", "valid", "test")
@@ -61,7 +41,7 @@ class Listings:
     hashed: np.ndarray  # (N,) split by the hash of the id
 
     def __post_init__(self):
-        self.key = _linked(self.titles, self.pictures) if len(self.titles) else np.zeros(0, np.int64)
+        self.key = connected_components(self.titles, self.pictures) if len(self.titles) else np.zeros(0, np.int64)
         self.size = np.bincount(self.key, minlength=len(self.key))
         large = self.size > max(_LARGE_KEY[0], _LARGE_KEY[1] * len(self.key))
         said = np.zeros(len(self.key), np.int8)

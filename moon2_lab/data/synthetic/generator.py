@@ -19,13 +19,15 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from ..label_noise import WRITTEN_NOISE, spoil
+from ..negatives import NegativeFinder
 from ..products import Item, Product
 from .materials import BACKDROPS, Look, PALE, Shot, photo
 from .shapes import DRAWINGS, MARKS, draw_look
 from moon2_lab.data.synthetic.vocabulary import (
     BRANDS, COLOURS, FILLERS, KIND_INFO, KindInfo, LINES, PATTERN_WEIGHTS, SYNONYMS,
 )
-from ..triplets import NegativeFinder, Triplet, WRITTEN_NOISE, propose, spoil
+from ..triplets import Triplet, propose
 from ...errors import DataError, UsageError
 from ...files import holds_nothing, read_json, whole_folder, write_json, write_parquet
 from ...runtime import progress
