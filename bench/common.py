@@ -180,7 +180,8 @@ def choose_kernel(encoder, tokens: int, dtype: torch.dtype) -> str:
 def one_batch(args, encoder, triplets: int) -> list:
     "The items of one batch of training triplets (queries, positives, negatives), with their features stored."
     from moon2_lab.data.queries import Lexicon
-    from moon2_lab.data.triplets import TripletSampler, build_triplets
+    from moon2_lab.data.sampler import TripletSampler
+    from moon2_lab.data.triplets import build_triplets
     from moon2_lab.training.collate import collate
 
     catalog = catalogue(args, products=max(200, 8 * triplets))

@@ -251,7 +251,7 @@ def score_lines(
     metrics: dict,  # of metrics.json
 ) -> str:
     "One line per direction: R@1, R@10 with its interval, the best trivial baseline, the verdict."
-    from moon2_lab.data.catalog import key_words
+    from moon2_lab.data.products import describe_large_key
     from moon2_lab.reporting.alarms import cut_words
     from moon2_lab.reporting.tables import against_baselines, score_table
 
@@ -274,7 +274,7 @@ def score_lines(
         lines.append(f"{', '.join(small)}: no more than {max(small.values())} products are searched, so R@10 is reached by any order: it says nothing")
     cut = metrics["protocol"].get("text_tokens") or {}
     lines += [cut_words(cut)] if cut.get("cut") else []
-    lines += [key_words(group) for group in metrics["protocol"].get("large_keys", ())]
+    lines += [describe_large_key(group) for group in metrics["protocol"].get("large_keys", ())]
     return "\n".join(lines + [f"{name:<10} not scored: {reason}" for name, reason in metrics.get("skipped", {}).items()])
 
 # %% ../../nbs/cli/900_pipeline.ipynb #98fc2768

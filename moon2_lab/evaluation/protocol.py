@@ -18,8 +18,8 @@ import numpy as np
 
 # %% ../../nbs/evaluation/410_protocol.ipynb #6fddab4b
 from ..config import DIRECTIONS, VIEWS
-from ..data.catalog import Catalog, folded_title, large_keys
-from ..data.products import Item, Product
+from ..data.catalog import Catalog
+from ..data.products import Item, Product, folded_title, large_keys
 from ..data.queries import Lexicon, query_image_ref, search_phrase, uses_photo_view
 from ..data.synthetic.generator import drawn_from
 from ..errors import DataError, UsageError

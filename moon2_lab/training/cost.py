@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..config import TrainConfig
-from ..data.triplets import Triplet, TripletSampler, image_refs
+from ..data.sampler import TripletSampler
+from ..data.triplets import Triplet, image_refs
 from ..model.encoder import Moon2Encoder
 from ..runtime import NumericChoices
 from .collate import collate

@@ -18,8 +18,10 @@ import pandas as pd
 from ..config import EncoderConfig, OBJECTIVES, TrainConfig
 from ..data.catalog import Catalog
 from ..data.images import ImageRef
+from ..data.label_noise import inject_noise
 from ..data.queries import Lexicon
-from ..data.triplets import Triplet, TripletSampler, build_triplets, image_refs
+from ..data.sampler import TripletSampler
+from ..data.triplets import Triplet, build_triplets, image_refs
 from ..errors import LabError, UsageError
 from ..files import plain
 from ..model.encoder import Moon2Encoder
@@ -32,7 +34,6 @@ from moon2_lab.training.checkpoint import (
 )
 from .clock import calibrated_steps, fitted_steps
 from .cost import adamw_seconds, run_plan
-from .label_noise import inject_noise
 from moon2_lab.training.optim import (
     apply_numerics, choose_numerics, make_optimizer, prepare_trainable, release_memory, resumed_choices,
 )

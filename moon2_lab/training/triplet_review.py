@@ -348,7 +348,7 @@ def triplet_phi(
     kappa: float = 10.0,  # slope
 ) -> pd.DataFrame:  # query_id, noise, phi_t, phi_i, phi_mm; NaN where the query lacks the view
     "phi of each triplet for each query view, under the weights as they are."
-    from moon2_lab.training.label_noise import triplet_gaps
+    from moon2_lab.training.noise_watch import triplet_gaps
 
     gaps = triplet_gaps(encoder, triplets)
     alone = np.array([not triplet.negatives for triplet in triplets], dtype=bool)

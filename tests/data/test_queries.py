@@ -19,14 +19,7 @@ from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
 from moon2_lab.data.queries import (
-    Lexicon,
-    fold,
-    own_words,
-    photo_settings,
-    photo_view,
-    query_image_ref,
-    search_phrase,
-    words,
+    Lexicon, fold, own_words, photo_settings, photo_view, query_image_ref, search_phrase, words,
 )
 from moon2_lab.errors import DataError
 

@@ -294,7 +294,7 @@ def relevance_list(queries=20, answers=6, products=240):
 
 def test_no_right_answer_is_a_negative():
     "Of the same query or of one with equal words: not filled in, masked in the batch, and kept apart."
-    from moon2_lab.training.trainer import lay_out
+    from moon2_lab.training.collate import collate
 
     catalog = relevance_list()
     right = {}
@@ -302,7 +302,7 @@ def test_no_right_answer_is_a_negative():
         right.setdefault(row.query_text, set()).add(catalog.product_key(row.positive_id))
     sampler = TripletSampler(build_triplets(catalog, negatives_per_query=2), 6)
     for batch in sampler.batches(0):
-        keys = lay_out(batch)[1]
+        keys = collate(batch)[1]
         columns = keys.positive.tolist() + keys.negative.flatten().tolist()
         for row, triplet in enumerate(batch):
             wanted = [key in right[triplet.query.text] for key in columns]

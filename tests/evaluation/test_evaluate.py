@@ -558,7 +558,7 @@ def triplets(catalog, rows):
         columns=columns,
         dtype=object,
     )
-    return Catalog(catalog.products, triplets=table, found={"photos/q.jpg": picture("green", 5)})
+    return Catalog(catalog.products, triplets=table, images={"photos/q.jpg": picture("green", 5)})
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,15 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from moon2_lab.data.catalog import Catalog
+from moon2_lab.data.label_noise import inject_noise
+from moon2_lab.data.negatives import category_path
 from moon2_lab.data.queries import Lexicon
-from moon2_lab.data.triplets import build_triplets, category_path
+from moon2_lab.data.triplets import build_triplets
 from moon2_lab.errors import UsageError
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective.objective import batch_masks
 from moon2_lab.training.collate import collate
-from moon2_lab.training.label_noise import FilterWatch, auc, filter_auc, inject_noise, triplet_gaps
+from moon2_lab.training.noise_watch import FilterWatch, auc, filter_auc, triplet_gaps
 from moon2_lab.training.trainer import Trainer
 from small import product, settings, shop, tiny
 
