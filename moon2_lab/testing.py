@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['made_up_side', 'made_up_pair', 'made_up_metrics', 'made_up_history', 'drawn_shape', 'made_up_query',
-           'made_up_catalog', 'MadeUpEncoder', 'made_up_comparison', 'made_up_routing']
+           'made_up_catalog', 'MadeUpEncoder', 'made_up_comparison', 'flat_picture', 'made_up_shop', 'made_up_routing']
 
 # %% ../nbs/016_testing.ipynb #b34c2508
 import math
@@ -237,6 +237,35 @@ def made_up_comparison(count: int = 60, noise: tuple[float, float] = (1.1, 0.9),
 
     encoders = MadeUpEncoder(noise[0], 1), MadeUpEncoder(noise[1], 2)
     return compare_encoders(*encoders, made_up_catalog(count), names=("before", "after"), **choices)
+
+# %% ../nbs/016_testing.ipynb #f1f9f7c6
+def flat_picture(number: int):
+    "An `ImageRef` of one colour."
+    from moon2_lab.data.images import ImageRef
+
+    return ImageRef.from_pil(Image.new("RGB", (8, 8), (number * 9 % 256, 40, 90)))
+
+
+def made_up_shop(
+    count: int = 24,
+    keys_every: int = 0,  # every so-manieth product shares its title, and so its key, with the first; 0: none does
+):
+    "A `Catalog` of mugs and bowls in four colours, all in the train split."
+    from moon2_lab.data.catalog import Catalog
+    from moon2_lab.data.products import Product
+
+    colours, kinds, products = ["red", "blue", "green", "black"], ["Mug", "Bowl"], []
+    for n in range(count):
+        colour, kind = colours[n % 4], kinds[n // 4 % 2]
+        title = f"Nordhollow {colour.title()} {kind} number {n}"
+        if keys_every and n % keys_every == 0:
+            title = "Plain thing"
+        levels = {"category_l1": "Home", "category_l2": "Tableware", "category_l3": f"{kind}s"}
+        pictures = (flat_picture(n),)
+        products.append(
+            Product(f"p{n:03d}", title, **levels, attributes={"colour": colour}, refs=pictures, split="train")
+        )
+    return Catalog.from_products(products)
 
 # %% ../nbs/016_testing.ipynb #9a4b08ce
 def made_up_routing(

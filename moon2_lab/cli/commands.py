@@ -117,7 +117,7 @@ def check_lines(
     facts: dict,  # of Catalog.summary
 ) -> list[str]:
     "A summary for a reader."
-    from moon2_lab.data.catalog import key_words
+    from moon2_lab.data.products import describe_large_key
     from moon2_lab.reporting.alarms import cut_words
 
     lines = [f"{facts['products']:,} of {facts['records']:,} records usable: {facts['with_title']:,} with a title, {facts['with_image']:,} with a picture, {facts['with_both']:,} with both"]
@@ -125,7 +125,7 @@ def check_lines(
     lines += [f"{without:,} products have no picture"] if without else []
     lines += [f"{facts['scaled_copies']:,} pictures are an earlier picture of the same product in another size or compression"] if facts.get("scaled_copies") else []
     lines += [f"{facts['keys']:,} different products ({facts['shared_titles']:,} share their title with another)"]
-    lines += [f"  {key_words(group)}" for group in facts["large_keys"]]
+    lines += [f"  {describe_large_key(group)}" for group in facts["large_keys"]]
     lines += [f"  {cut_words(facts['text_tokens'])} ({facts['text_tokens']['backbone']})"] if (facts.get("text_tokens") or {}).get("cut") else []
     for name, split in facts["splits"].items():
         seen = f", {split['key_in_train']:,} of them also in train by key" if name != "train" and split["key_in_train"] else ""

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..config import DIRECTIONS
-from ..data.catalog import key_words
+from ..data.products import describe_large_key
 from ..errors import printable
 from ..objective.omega_alarm import omega_alarms_of_run
 from moon2_lab.reporting.tables import (
@@ -75,7 +75,7 @@ def query_alarms(metrics: dict) -> list[Alarm]:
             text = f"{text} that they look for; to find that is no search."
             alarms.append(Alarm("warning" if share >= 0.5 else "note", text))
     for group in section(metrics, "protocol").get("large_keys") or ():
-        alarms.append(Alarm("note" if group["by"] == "title" else "warning", printable(key_words(group), 200) + "."))
+        alarms.append(Alarm("note" if group["by"] == "title" else "warning", printable(describe_large_key(group), 200) + "."))
     return alarms
 
 

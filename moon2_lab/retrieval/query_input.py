@@ -21,8 +21,7 @@ from moon2_lab.data.images import (
     ImageRef, MAX_SIDE, decode_image, open_image, scale_down, to_rgb, turn_upright, without_metadata,
 )
 from ..data.products import Item, Product
-from ..data.queries import Lexicon, fold, words as words_of
-from ..data.triplets import make_query
+from ..data.queries import Lexicon, fold, make_query, words as words_of
 from ..errors import DataError, UsageError, printable
 from ..evaluation.protocol import LEVELS
 from .filters import fold_value, nearest_names
