@@ -236,7 +236,7 @@ def test_a_wide_gallery_gives_the_same_scores_bit_for_bit(monkeypatch):
     gallery[[5, 40, 69]] = gallery[2]
     once = ranks_chunked(query, gallery, np.arange(30), np.arange(70), k=70)
     for chunk, limit in ((256, 0), (7, 0), (7, 2**30), (1, 2**30)):
-        monkeypatch.setattr("moon2_lab.evaluation.ranking.WIDE_BYTES", limit)
+        monkeypatch.setattr("moon2_lab.evaluation.ranking._WIDE_BYTES", limit)
         again = ranks_chunked(query, gallery, np.arange(30), np.arange(70), chunk=chunk, k=70)
         assert (again.top_score == once.top_score).all() and (again.rank == once.rank).all()
     copies = np.take_along_axis(once.top_score, np.argsort(once.top_index, axis=1), axis=1)[:, [2, 5, 40, 69]]

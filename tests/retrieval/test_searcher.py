@@ -151,7 +151,7 @@ def test_items_are_encoded_by_the_model_of_the_vectors(tmp_path):
         short = normalised(whole[:, :16]) @ normalised(vectors[:, :16]).T
         with open_searcher(path, view=view) as memory, open_searcher(uri=tmp_path / "v.db", view=view) as milvus:
             for searcher in (memory.bind(encoder), milvus.bind(encoder)):
-                for queries in (items, vectors, vectors[:, :16]):
+                for queries in (items, vectors, normalised(vectors[:, :16])):
                     for hits, scores in zip(searcher.search(queries, 5), short.T, strict=True):
                         found = [int(hit.product_id[1:]) for hit in hits]
                         assert np.allclose([hit.score for hit in hits], np.sort(scores)[::-1][:5], atol=1e-5), queries
@@ -251,8 +251,9 @@ def test_compare_takes_the_same_file(moon2, drawn_catalogue, tmp_path):
 
 
 def test_the_demo_takes_the_same_file_and_the_same_store(drawn_catalogue, tmp_path):
-    """`moon2 demo --vectors` and `--uri` search what `moon2 search` searches, and show the split that was embedded; a file
-    of another model is refused."""
+    """`moon2 demo --vectors` and `--uri` search what `moon2 search` searches, and show the split that was embedded.
+
+    A file of another model is refused."""
     from moon2_lab.app.interface import prepare
 
     catalog = Catalog.load(drawn_catalogue)
