@@ -42,22 +42,23 @@ def open_rows(out: Path, about: dict) -> list[dict]:
 
 def pair_rows(encoder, twin, product, query, item, methods: list[str], about: dict) -> list[dict]:
     "Rows of one pair: its rows of vectors, the frozen copies and the random maps are made once."
-    from moon2_lab.explain.attribution import METHODS, make_case
-    from moon2_lab.explain.faithfulness import faith_row, faithfulness, random_gains
-    from moon2_lab.explain.pair_pieces import run_case
+    from moon2_lab.explain.attribution import METHODS, attribution_inputs, run_method
+    from moon2_lab.explain.faithfulness import faithfulness_row, measure_faithfulness, random_gains
 
     settings = {name: about[name] for name in ("steps", "most_steps", "samples", "seed")}
-    free, held, theirs = make_case(encoder, item, query, routing="free", **settings), make_case(encoder, item, query, **settings), make_case(twin, item, query, **settings)
-    side, rows = (free.score, free.real, free.blank, free.pieces), []
-    random = random_gains(*side, about["trials"], about["seed"])  # the same for all methods
+    free = attribution_inputs(encoder, item, query, routing="free", **settings)
+    fixed, redrawn = (attribution_inputs(model, item, query, **settings) for model in (encoder, twin))
+    rows, random = [], random_gains(free, about["trials"], about["seed"])  # the same for all methods
     for name in methods:
-        mine, other = copy.copy(held), copy.copy(theirs)  # a method notes its steps and its gap in its case
+        side, other = copy.copy(fixed), copy.copy(redrawn)  # a method notes its steps and its delta in its inputs
         begun = time.perf_counter()
-        values = run_case(mine, METHODS[name].run)
+        values = run_method(side, METHODS[name])
         seconds = time.perf_counter() - begun
-        faith = faithfulness(*side, values, random, about["seed"], run_case(other, METHODS[name].run))
-        points = [case.settings["steps"] if name == "ig" else 0 for case in (mine, other)]
-        rows.append(faith_row(name, product.product_id, product.key, faith, seconds) | {"pieces": mine.count, "points": points[0], "gap": mine.gap, "redrawn_points": points[1], "redrawn_gap": other.gap})
+        faith = measure_faithfulness(free, values, random, about["seed"], run_method(other, METHODS[name]))
+        points = [inputs.settings["steps"] if name == "ig" else 0 for inputs in (side, other)]
+        row = faithfulness_row(name, product.product_id, product.key, faith, seconds)
+        rows.append(row | {"pieces": side.count, "points": points[0], "gap": side.delta,
+                           "redrawn_points": points[1], "redrawn_gap": other.delta})
     return rows
 
 
@@ -83,7 +84,7 @@ def main() -> None:
 
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.errors import LabError
-    from moon2_lab.explain.faithfulness import faith_table, redrawn_twin
+    from moon2_lab.explain.faithfulness import faithfulness_table, redrawn_copy
     from moon2_lab.files import write_json, write_parquet
     from moon2_lab.model.encoder import Moon2Encoder
 
@@ -91,7 +92,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     folder, out = Path(args.model), Path(args.out)
     encoder = Moon2Encoder.from_pretrained(folder / "model" if (folder / "model").is_dir() else folder)
-    twin = redrawn_twin(encoder, args.seed)
+    twin = redrawn_copy(encoder, args.seed)
     pairs, lacking = chosen_pairs(Catalog.load(args.catalog), args.split, args.pairs)
     print(f"{len(pairs)} pairs of split {args.split}; {lacking} products passed over for want of a view", flush=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ def main() -> None:
     found = pd.DataFrame([row for row in rows if row["pair"] in wanted and row["method"] in args.methods])
     if not len(found):
         raise SystemExit("no pair could be measured")
-    table = faith_table(found, args.seed)
+    table = faithfulness_table(found, args.seed)
     write_json(out / "faithful.json", {"about": about, "pairs": len(pairs), "passed_over": lacking, "failed": failed, "table": table.astype(object).where(table.notna(), None).to_dict("records")})
     print(table[SHOWN].to_string(index=False, float_format="%.4f", na_rep="-"))
 

@@ -17,8 +17,8 @@ from moon2_lab.explain.attention import (
 from moon2_lab.explain.attention_recorder import attention_layers, record_attention
 from moon2_lab.explain.expert_routing import expert_load, token_routing
 from moon2_lab.explain.heatmap_data import SideMaps
-from moon2_lab.explain.pair_score import row_score
-from moon2_lab.model.packing import Packing
+from moon2_lab.explain.pair_score import score_function
+from moon2_lab.model.backbone import Packing
 from PIL import Image
 from small import picture, pretrained, product, tiny
 from torch import nn
@@ -442,7 +442,7 @@ def test_rollout_equals_the_product_of_matrices(attention, monkeypatch):
 
 def scored(monkeypatch, name="tiny", **fields):
     encoder = encoder_of(name, monkeypatch, **fields)
-    return row_score(encoder, item_of(), Item("a red box", picture(5)))
+    return score_function(encoder, item_of(), Item("a red box", picture(5)))
 
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
@@ -504,7 +504,7 @@ def test_attention_gradient_takes_its_probes_out_again(monkeypatch):
     before = score(*real).detach()
     words = attention_gradient(score, real)[-1]
     assert not hasattr(score.encoder.backbone.decoder.layers[0].self_attn, "attention_probe") and torch.equal(score(*real).detach(), before)
-    text = row_score(encoder_of("tiny", monkeypatch), Item("kurta", None), item_of())
+    text = score_function(encoder_of("tiny", monkeypatch), Item("kurta", None), item_of())
     assert [part.shape for part in attention_gradient(text[0], text[1])] == [(1,)] and np.isfinite(words).all()
 
 

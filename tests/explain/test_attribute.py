@@ -9,7 +9,7 @@ from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.data.synthetic.generator import draw_product
 from moon2_lab.errors import LabError
-from moon2_lab.explain.attribution import attribute_side, make_case
+from moon2_lab.explain.attribution import attribute_side, attribution_inputs
 from moon2_lab.explain.explainer import Explainer
 from moon2_lab.explain.heatmap_data import page_heatmap
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
@@ -54,9 +54,9 @@ def test_parts_add_up_to_the_score(fields):
     vectors = encoder.encode([query, item])
     for side in ("item", "query"):
         found = attribute_side(encoder, query, item, side)
-        case = make_case(encoder, *((item, query) if side == "item" else (query, item)))
-        assert case.ends[0] == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
-        assert adds_up(found, case.rise)
+        inputs = attribution_inputs(encoder, *((item, query) if side == "item" else (query, item)))
+        assert inputs.ends[0] == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
+        assert adds_up(found, inputs.rise)
         grid = int(encoder.config.visual_tokens**0.5)
         assert found.patches.shape == (grid, grid) and np.isfinite(found.patches).all()
 
@@ -82,10 +82,10 @@ def test_lora_is_explained_and_left_alone():
             if "lora_B" in name:
                 weight.normal_(std=0.2)
     encoder.eval()
-    found, case = attribute_side(encoder, query, item), make_case(encoder, item, query)
+    found, inputs = attribute_side(encoder, query, item), attribution_inputs(encoder, item, query)
     vectors = encoder.encode([query, item])
-    assert case.ends[0] == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-4) and np.abs(found.values - plain.values).max() > 1e-3
-    assert adds_up(found, case.rise) and encoder.lora
+    assert inputs.ends[0] == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-4) and np.abs(found.values - plain.values).max() > 1e-3
+    assert adds_up(found, inputs.rise) and encoder.lora
 
 
 def test_explaining_changes_nothing():

@@ -17,12 +17,12 @@ from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.data.synthetic.generator import draw_product
 from moon2_lab.errors import DataError, LabError, UsageError
-from moon2_lab.explain.attribution import METHODS, attribute_side, fitting_methods, upsample
-from moon2_lab.explain.explainer import Explainer, ExplainerCache, read_side
-from moon2_lab.explain.pair_pieces import (
-    Cancelled, Case, EmbedScore, by_gradient, by_ig, by_occlusion, by_shapley, run_case,
+from moon2_lab.explain.attribution import (
+    METHODS, AttributionInputs, Cancelled, attribute_side, attribution_inputs, fitting_methods, run_method, upsample,
 )
-from moon2_lab.explain.pair_score import mean_cell
+from moon2_lab.explain.explainer import Explainer, ExplainerCache, read_side
+from moon2_lab.explain.faithfulness import measure_faithfulness
+from moon2_lab.explain.pair_score import DecoderScore, mean_patch
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.reporting.heatmap_figures import static_png
 from moon2_lab.reporting.heatmap_page import heat_page
@@ -62,7 +62,7 @@ def test_each_method_gives_a_number_for_each_word_and_cell(method, fields):
 def test_sums_hold_with_the_experts_held(method):
     "|sum - (F(x) - F(blank))| <= 1 % + 0.001, on perturbed experts, several pairs, both sides, both baselines."
     encoder = tiny()
-    mean = mean_cell(encoder, [pair(index)[1].image for index in range(4)])
+    mean = mean_patch(encoder, [pair(index)[1].image for index in range(4)])
     for index in range(3):
         query, item = pair(index)
         for side in ("item", "query"):
@@ -81,14 +81,12 @@ def test_free_routing_tells_its_gap():
 
 def test_occlusion_by_hand():
     "The score without one word is what the score function says when that word is blank."
-    from moon2_lab.explain.attribution import make_case
-
     encoder, (query, item) = tiny(), pair(2)
-    found, case = attribute_side(encoder, query, item, method="occlusion"), make_case(encoder, item, query)
-    gone = case.real[1].clone()
-    gone[:, case.pieces[1] == 16] = case.blank[1][:, case.pieces[1] == 16]  # the first word comes after 16 cells
+    found, side = attribute_side(encoder, query, item, method="occlusion"), attribution_inputs(encoder, item, query)
+    gone, first = side.inputs[1].clone(), side.features[1] == 16  # the first word comes after 16 patches
+    gone[:, first] = side.baselines[1][:, first]
     with torch.no_grad():
-        fall = case.score(*case.real) - case.score(case.real[0], gone)
+        fall = side.score(*side.inputs) - side.score(side.inputs[0], gone)
     assert found.words[0] == pytest.approx(fall.item(), abs=1e-5)
 
 
@@ -125,28 +123,27 @@ def test_a_packed_backbone_through_its_connector_output(kind):
         whole = model.model(**inputs, use_cache=False).last_hidden_state
     hook.remove()
     ids = inputs["input_ids"][0]
-    slots = {"cells": (ids == 90).nonzero()[:, 0].tolist(), "words": (ids < 90).nonzero()[:, 0].tolist()[2:]}
+    slots = {"patches": (ids == 90).nonzero()[:, 0].tolist(), "words": (ids < 90).nonzero()[:, 0].tolist()[2:]}
     generator = torch.Generator().manual_seed(0)
     other = F.normalize(torch.randn(48, generator=generator), dim=0)
-    score = EmbedScore(model.model.language_model, seen["inputs_embeds"], slots, other, slots["cells"] + slots["words"], position_ids=seen["position_ids"])
+    score = DecoderScore(model.model.language_model, seen["inputs_embeds"], slots, other, slots["patches"] + slots["words"], position_ids=seen["position_ids"])
     real = score.vectors()
     if kind == "qwen2_5_vl":  # (Qwen3-VL also adds picture features in its first layers: the score is of the row as it stands)
         pooled = F.normalize(whole[0, score.pooled].mean(0), dim=0) @ other
         assert score(*real).item() == pytest.approx(pooled.item(), abs=1e-5)
     blank = tuple(part.mean(1, keepdim=True).expand_as(part) for part in real)
-    pieces = [np.arange(len(slots["cells"])), len(slots["cells"]) + np.arange(len(slots["words"]))]
-    for way in (by_ig, by_shapley, by_gradient, by_occlusion):
-        case = Case(score, real, blank, pieces, {"samples": 4})
-        values = run_case(case, way)
-        assert values.shape == (case.count,) and np.isfinite(values).all() and np.abs(values).max() > 0
-        if case.gap is not None:
-            assert abs(case.gap) <= 0.01 * abs(case.rise) + 1e-3
+    features = [np.arange(len(slots["patches"])), len(slots["patches"]) + np.arange(len(slots["words"]))]
+    for name in fitting_methods():
+        side = AttributionInputs(score, real, blank, features, {"samples": 4})
+        values = run_method(side, METHODS[name])
+        assert values.shape == (side.count,) and np.isfinite(values).all() and np.abs(values).max() > 0
+        assert side.delta is None or abs(side.delta) <= 0.01 * abs(side.rise) + 1e-3
 
 
 def test_a_method_that_does_not_fit_is_named(monkeypatch):
     "A model that shows no attention has the other methods, and a pair is opened without attention."
     encoder, (query, item) = tiny(), pair()
-    monkeypatch.setattr("moon2_lab.explain.attribution.shows_attention", lambda encoder: False)
+    monkeypatch.setattr("moon2_lab.explain.attribution._shows_attention", lambda encoder: False)
     assert fitting_methods(encoder) == ["ig", "gradient", "occlusion", "shapley"]
     with pytest.raises(UsageError, match="'rollout': this model shows no attention to read .method. -> one of ig, gradient"):
         attribute_side(encoder, query, item, method="rollout")
@@ -228,14 +225,12 @@ def test_progress_and_cancel():
 
 def test_a_map_is_faithful_where_the_score_is_known():
     "Over several pairs occlusion beats random maps far more often than chance, and a reversed map is worse than them."
-    from moon2_lab.explain.faithfulness import faithfulness
-
     encoder, found = tiny(), []
     for index in range(8):
         query, item = pair(index)
         explainer = Explainer(encoder, query, item, trials=20)
-        case, values = explainer._ready("item"), explainer.map("item", "occlusion").values
-        found.append([faithfulness(case.score, case.real, case.blank, case.pieces, one, 20).better_than for one in (values, -values)])
+        side, values = explainer._free_inputs("item"), explainer.map("item", "occlusion").values
+        found.append([measure_faithfulness(side, signed, 20).better_than for signed in (values, -values)])
     mine, reversed_one = np.mean(found, 0)
     assert mine > 0.85 and reversed_one < 0.15
 
@@ -257,15 +252,15 @@ def test_two_models_follow_one_another():
     assert (other.method, other.head) == ("attention", 1)
     one.expert = 2  # the dense model has no experts: it stays with its map
     assert (one.expert, other.expert) == (2, None)
-    assert [child.maps.model for child in both.box.children] == ["before", "after"]
+    assert [child.maps.model for child in both.children] == ["before", "after"]
 
 
-def test_a_shelf_keeps_the_last_pairs():
-    shelf, (query, item) = ExplainerCache(tiny(), size=2, trials=0), pair()
-    first = shelf.of(query, item)
-    assert shelf.of(query, item) is first
-    shelf.of(Item("a", None), item), shelf.of(Item("b", None), item)
-    assert shelf.of(query, item) is not first
+def test_the_cache_keeps_the_last_pairs():
+    cache, (query, item) = ExplainerCache(tiny(), size=2, trials=0), pair()
+    first = cache.get(query, item)
+    assert cache.get(query, item) is first
+    cache.get(Item("a", None), item), cache.get(Item("b", None), item)
+    assert cache.get(query, item) is not first
 
 
 def test_mini_is_open_within_two_seconds():
@@ -339,7 +334,7 @@ def test_a_script_that_ends_while_maps_are_computed_ends_well(tmp_path):
         from moon2_lab.widgets.heatmap import heatmap
 
         widget = heatmap(Moon2Encoder.from_backbone("tiny", seed=0), Item("a red mug", None), Item("a very red mug with a handle", None), trials=2000)
-        print("still at work:", widget._thread.is_alive())
+        print("still at work:", widget.computing)
     """))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "still at work: True"), done.stderr[-500:]

@@ -10,12 +10,13 @@ from torch import nn
 
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.statistics import bootstrap_ci
-from moon2_lab.explain.attribution import make_case
-from moon2_lab.explain.faithfulness import (
-    Faithfulness, areas, ask_rows, correct_for_methods, faith_row, faith_table, faithfulness, gains, kept_pieces,
-    mixed_rows, order_of, random_gains, redrawn_twin,
+from moon2_lab.explain.attribution import (
+    AttributionInputs, Cancelled, METHODS, attribution_inputs, features_of_tokens, run_method,
 )
-from moon2_lab.explain.pair_pieces import Cancelled, piece_of_tokens, run_case
+from moon2_lab.explain.faithfulness import (
+    Faithfulness, _areas, _gains, _kept_features, _masked, _ranks, _score_kept, correct_for_methods, faithfulness_row,
+    faithfulness_table, measure_faithfulness, random_gains, redrawn_copy,
+)
 
 pytestmark = [pytest.mark.usefixtures("own_cache")]
 
@@ -33,10 +34,14 @@ class Additive(nn.Module):
 
 
 def additive(*weights):
-    "(score, real, blank, pieces) with one piece for each weight: real tokens are 1, blank ones 0."
+    "A side with one feature for each weight: real tokens are 1, blank ones 0; no row is counted yet."
     real = tuple(torch.ones(1, len(part), 1) for part in weights)
+    blank = tuple(torch.zeros_like(part) for part in real)
     ends = np.cumsum([0, *(len(part) for part in weights)])
-    return Additive(*weights), real, tuple(torch.zeros_like(part) for part in real), [np.arange(start, end) for start, end in zip(ends, ends[1:])]
+    features = [np.arange(start, end) for start, end in zip(ends, ends[1:])]
+    side = AttributionInputs(Additive(*weights), real, blank, features)
+    side.score.rows = 0
+    return side
 
 
 # ---------------------------------------------------------------------------------------------- closed forms
@@ -45,7 +50,7 @@ def additive(*weights):
 def test_areas_by_hand():
     "4, 2, 1, 0, strongest first: insertion runs over 0 4 6 7 7, deletion over 7 3 1 0 0."
     side = additive([1.0, 4.0, 0.0, 2.0])
-    found = faithfulness(*side, np.array([1.0, 4.0, 0.0, 2.0]))
+    found = measure_faithfulness(side, np.array([1.0, 4.0, 0.0, 2.0]))
     assert found.curves["insertion"].tolist() == [0, 4, 6, 7, 7] and found.curves["deletion"].tolist() == [7, 3, 1, 0, 0]
     assert (found.insertion, found.deletion, found.gain) == pytest.approx(((0 / 2 + 4 + 6 + 7 + 7 / 2) / 4, (7 / 2 + 3 + 1 + 0 + 0) / 4, 3.25))
 
@@ -54,8 +59,8 @@ def test_areas_by_hand():
 def test_no_order_beats_the_true_weights(weights):
     "All 120 orders of five pieces that add up: the map of the true weights has the best gain, its opposite the worst."
     side = additive(weights[:2], weights[2:])  # cells and words
-    best, worst = (faithfulness(*side, sign * np.array(weights)) for sign in (1, -1))
-    every = gains(*side, np.array(list(permutations(range(5)))))[1]
+    best, worst = (measure_faithfulness(side, sign * np.array(weights)) for sign in (1, -1))
+    every = _gains(side, np.array(list(permutations(range(5)))))[1]
     every = every[1] - every[0]
     assert len(every) == 120 and every.max() == pytest.approx(best.gain) and every.min() == pytest.approx(worst.gain)
     assert every.mean() == pytest.approx(0, abs=1e-9)  # chance has no gain
@@ -66,8 +71,8 @@ def test_true_reversed_and_flat_maps_against_chance():
     "The true map is trusted, its opposite is worse than every random map, a map that says nothing is one of them; the warnings follow."
     weights = np.random.default_rng(0).normal(size=30)
     side = additive(weights.tolist())
-    true = faithfulness(*side, weights, random=100)
-    reverse, flat = (faithfulness(*side, values, random=true.random) for values in (-weights, np.zeros(30)))
+    true = measure_faithfulness(side, weights, random=100)
+    reverse, flat = (measure_faithfulness(side, values, random=true.random) for values in (-weights, np.zeros(30)))
     assert len(true.random) == 100 and true.p == 1 / 101 and (true.verdict, true.warning) == ("trusted", "")
     assert (reverse.better_than, reverse.p) == (0, 1) and "100 of 100 random maps do as well (p = 1)" in reverse.warning
     assert abs(flat.gain - true.random.mean()) < 4 * true.random.std()
@@ -78,54 +83,54 @@ def test_any_growing_change_of_a_map_is_the_same_map():
     "Only the order counts; which is why maps of different methods can be compared."
     weights = np.random.default_rng(1).normal(size=12)
     side = additive(weights.tolist())
-    first, second = faithfulness(*side, weights, random=3), faithfulness(*side, np.exp(3 * weights) + 7, random=3)
+    first, second = measure_faithfulness(side, weights, random=3), measure_faithfulness(side, np.exp(3 * weights) + 7, random=3)
     assert (first.gain, first.random.tolist()) == (second.gain, second.random.tolist())
 
 
 def test_pieces_of_several_tokens_go_together():
     "A word in three pieces is one step of the curve."
-    score, real, blank, _ = additive([1.0, 1.0, 1.0, 5.0])
-    pieces = piece_of_tokens(0, "handmade mug", [(0, 4), (4, 6), (6, 8), (8, 12)])
-    found = faithfulness(score, real, blank, pieces, np.array([1.0, 2.0]))
+    side = additive([1.0, 1.0, 1.0, 5.0])
+    side.features = features_of_tokens(0, "handmade mug", [(0, 4), (4, 6), (6, 8), (8, 12)])
+    found = measure_faithfulness(side, np.array([1.0, 2.0]))
     assert found.curves["insertion"].tolist() == [0, 5, 8] and found.curves["deletion"].tolist() == [8, 3, 0]
 
 
 def test_many_pieces_are_taken_several_at_a_time():
     "Ten places on the curve of 64 pieces; the area uses where they really are."
-    kept, taken = kept_pieces(np.arange(64)[None], 10)
+    kept, taken = _kept_features(np.arange(64)[None], 10)
     assert taken.tolist() == [0, 6, 13, 19, 26, 32, 38, 45, 51, 58, 64] and kept.sum(-1)[1, 0].tolist() == taken.tolist() and kept.sum(-1)[0, 0].tolist() == (64 - taken).tolist()
-    straight = faithfulness(*additive([1.0] * 64), np.zeros(64), random=2)
+    straight = measure_faithfulness(additive([1.0] * 64), np.zeros(64), random=2)
     assert (straight.insertion, straight.deletion) == pytest.approx((32, 32)) and straight.random == pytest.approx([0, 0])
-    assert areas(np.array([[0.0, 1.0, 1.0]]), np.array([0, 1, 4])) == pytest.approx([1 / 8 + 3 / 4])
+    assert _areas(np.array([[0.0, 1.0, 1.0]]), np.array([0, 1, 4])) == pytest.approx([1 / 8 + 3 / 4])
 
 
 def test_ties_are_broken_at_random_and_the_same_every_time():
     values = np.array([1.0, 0.0, 0.0, 0.0, 2.0])
-    orders = {tuple(order_of(values, np.random.default_rng(seed))) for seed in range(60)}
+    orders = {tuple(_ranks(values, np.random.default_rng(seed))) for seed in range(60)}
     assert len(orders) == 6 and {order[4] for order in orders} == {0} and {order[0] for order in orders} == {1}
     side = additive([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert faithfulness(*side, values, seed=3).gain == faithfulness(*side, values, seed=3).gain
+    assert measure_faithfulness(side, values, seed=3).gain == measure_faithfulness(side, values, seed=3).gain
 
 
 def test_rows_are_asked_once():
     "Rows that hold the same pieces are scored once, in groups, with progress; and somebody may give up."
-    score, real, blank, pieces = additive([1.0, 2.0, 4.0])
+    side = additive([1.0, 2.0, 4.0])
     kept, told = np.array([[1, 0, 1], [0, 0, 0], [1, 0, 1], [1, 1, 1]], dtype=bool), []
-    found = ask_rows(score, real, blank, pieces, kept, rows_at_once=2, progress=lambda done, total: told.append((done, total)))
-    assert found.tolist() == [5, 0, 5, 7] and score.rows == 3 and told == [(2, 3), (3, 3)]
-    assert mixed_rows(real, blank, pieces, kept)[0][..., 0].tolist() == kept.astype(float).tolist()
+    found = _score_kept(side, kept, rows_at_once=2, progress=lambda done, total: told.append((done, total)))
+    assert found.tolist() == [5, 0, 5, 7] and side.score.rows == 3 and told == [(2, 3), (3, 3)]
+    assert _masked(side, kept)[0][..., 0].tolist() == kept.astype(float).tolist()
     with pytest.raises(Cancelled):
-        faithfulness(score, real, blank, pieces, np.ones(3), cancelled=lambda: True)
+        measure_faithfulness(side, np.ones(3), cancelled=lambda: True)
 
 
 def test_random_gains_can_be_handed_on():
     "They depend on the seed alone, not on the map; given ones cost no rows."
     side = additive(np.linspace(-1, 2, 9).tolist())
-    first, second = faithfulness(*side, np.arange(9), random=6, seed=4), faithfulness(*side, -np.arange(9), random=6, seed=4)
-    assert (first.random == second.random).all() and (first.random != faithfulness(*side, np.arange(9), random=6, seed=5).random).any()
-    side[0].rows = 0
-    third = faithfulness(*side, -np.arange(9), random=first.random, seed=4)
-    assert third.gain == second.gain and side[0].rows <= 2 * 10
+    first, second = measure_faithfulness(side, np.arange(9), random=6, seed=4), measure_faithfulness(side, -np.arange(9), random=6, seed=4)
+    assert (first.random == second.random).all() and (first.random != measure_faithfulness(side, np.arange(9), random=6, seed=5).random).any()
+    side.score.rows = 0
+    third = measure_faithfulness(side, -np.arange(9), random=first.random, seed=4)
+    assert third.gain == second.gain and side.score.rows <= 2 * 10
 
 
 # ---------------------------------------------------------------------------------------------- warnings and bad input
@@ -141,7 +146,7 @@ def test_when_a_map_is_not_to_be_trusted(gain, as_good, trusted):
 
 def test_without_random_maps_nothing_is_known():
     "None tried, or one piece only, which has no order: said in neutral words."
-    alone, untried = faithfulness(*additive([2.0]), np.ones(1)), faithfulness(*additive([1.0] * 9), np.arange(9), random=0)
+    alone, untried = measure_faithfulness(additive([2.0]), np.ones(1)), measure_faithfulness(additive([1.0] * 9), np.arange(9), random=0)
     assert [len(found.random) for found in (alone, untried)] == [0, 0] and alone.gain == 0
     assert [found.verdict for found in (alone, untried)] == ["too_few", "untried"] and alone.warning == untried.warning == ""
     assert "1 can be put in 1 order only" in alone.remark and "not known" in untried.remark
@@ -151,7 +156,7 @@ def test_without_random_maps_nothing_is_known():
 def test_a_perfect_map_is_never_warned_of(pieces, verdict):
     "From four pieces on it can be told from chance; below, nothing can, and nothing red is said."
     weights = np.arange(1.0, pieces + 1)
-    found = faithfulness(*additive(weights.tolist()), weights)
+    found = measure_faithfulness(additive(weights.tolist()), weights)
     assert (found.verdict, found.warning) == (verdict, "")
     assert len(found.random) == (np.prod(weights) - 1 if pieces <= 5 else 100)  # all orders but its own
 
@@ -161,7 +166,7 @@ def test_a_random_map_passes_in_one_of_twenty(pieces):
     "2,000 random maps against the gains of all orders, or of 50 others and their reverses: the share that is trusted is .05 at most, and near it."
     draw, weights = np.random.default_rng(pieces), np.random.default_rng(0).normal(size=pieces)
     side = additive(weights.tolist())
-    every = random_gains(*side, count=2000 if pieces > 5 else 1)
+    every = random_gains(side, count=2000 if pieces > 5 else 1)
     passed = 0
     for _ in range(2000):
         own = draw.integers(len(every))
@@ -183,12 +188,12 @@ def test_the_luckiest_of_seven_random_maps_passes_in_one_of_twenty():
 
 
 @pytest.mark.parametrize(("wrong", "says", "kind"), [
-    ({"values": np.ones(4)}, "4 values for 3 pieces", UsageError), ({"values": np.ones((3, 1))}, "3 pieces", UsageError), ({"values": [1, np.nan, 0]}, "NaN or infinite", DataError),
-    ({"values": [1, np.inf, 0]}, "NaN or infinite", DataError), ({"redrawn": [0, np.nan, 1]}, "NaN or infinite", DataError), ({"redrawn": np.ones(2)}, "2 values for 3 pieces", UsageError), ({"steps": 0}, "steps=0", UsageError),
+    ({"values": np.ones(4)}, "4 values for 3 features", UsageError), ({"values": np.ones((3, 1))}, "3 features", UsageError), ({"values": [1, np.nan, 0]}, "NaN or infinite", DataError),
+    ({"values": [1, np.inf, 0]}, "NaN or infinite", DataError), ({"redrawn": [0, np.nan, 1]}, "NaN or infinite", DataError), ({"redrawn": np.ones(2)}, "2 values for 3 features", UsageError), ({"steps": 0}, "steps=0", UsageError),
 ])
 def test_bad_input(wrong, says, kind):
     with pytest.raises(kind, match=says):
-        faithfulness(*additive([1.0, 2.0, 3.0]), **{"values": np.ones(3)} | wrong)
+        measure_faithfulness(additive([1.0, 2.0, 3.0]), **{"values": np.ones(3)} | wrong)
 
 
 # ---------------------------------------------------------------------------------------------- re-drawn weights
@@ -201,11 +206,11 @@ def test_redrawn_twin_leaves_the_encoder_alone():
     weight.grad = torch.ones_like(weight)
     before, vectors, state = encoder.fingerprint, encoder.encode([item]), {name: value.clone() for name, value in encoder.state_dict().items()}
     random_state = torch.get_rng_state()
-    twin = redrawn_twin(encoder, seed=1)
+    twin = redrawn_copy(encoder, seed=1)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert encoder.fingerprint == before and encoder.training and weight.requires_grad and (weight.grad == 1).all() and (encoder.encode([item]) == vectors).all()
     assert not twin.training and not any(one.requires_grad for one in twin.parameters()) and twin.fingerprint != before
-    assert redrawn_twin(encoder, seed=1).fingerprint == twin.fingerprint != redrawn_twin(encoder, seed=2).fingerprint
+    assert redrawn_copy(encoder, seed=1).fingerprint == twin.fingerprint != redrawn_copy(encoder, seed=2).fingerprint
     for name, value in twin.state_dict().items():
         old = state[name]
         if old.numel() > 500 and old.std() > 0:
@@ -217,12 +222,11 @@ def test_redrawn_map_is_tested_on_the_real_model():
     "Its gain is that of the map itself on the real score."
     encoder = tiny(perturbed=True).eval()
     query, item = product(9, title="green ball").item(), product(7, title="a nice small green ball", refs=(picture(7),)).item()
-    free, theirs = make_case(encoder, item, query, routing="free"), make_case(redrawn_twin(encoder), item, query)
-    side = free.score, free.real, free.blank, free.pieces
-    values = run_case(theirs)
-    both = faithfulness(*side, np.arange(free.count), random=3, redrawn=values)
-    assert both.redrawn == pytest.approx(faithfulness(*side, values, random=3).gain, abs=1e-6)
-    assert faithfulness(*side, values, random=3).redrawn is None
+    free, theirs = attribution_inputs(encoder, item, query, routing="free"), attribution_inputs(redrawn_copy(encoder), item, query)
+    values = run_method(theirs, METHODS["ig"])
+    both = measure_faithfulness(free, np.arange(free.count), random=3, redrawn=values)
+    assert both.redrawn == pytest.approx(measure_faithfulness(free, values, random=3).gain, abs=1e-6)
+    assert measure_faithfulness(free, values, random=3).redrawn is None
 
 
 # ---------------------------------------------------------------------------------------------- many pairs
@@ -235,13 +239,13 @@ def made_up_rows(**shifts):
         for pair in range(40):
             gain = 0.02 * (pair % 3) + shift + 0.1 * noise[number, pair]
             faith = Faithfulness(0.3, 0.3 + gain, np.full(99, 0.02 * (pair % 3)), 0.02 * (pair % 3), {"deletion": np.array([0.8, 0.3]), "insertion": np.array([0.3, 0.8])})
-            rows.append(faith_row(method, f"pair{pair}", pair // 2, faith, seconds=0.5))
+            rows.append(faithfulness_row(method, f"pair{pair}", pair // 2, faith, seconds=0.5))
     return pd.DataFrame(rows)
 
 
 def test_table_says_what_the_intervals_say():
     "The best first; verdicts for methods that win, that are second, that are chance and that are worse."
-    table = faith_table(made_up_rows(chance=0.0, good=0.4, second=0.2, wrong=-0.3)).set_index("method")
+    table = faithfulness_table(made_up_rows(chance=0.0, good=0.4, second=0.2, wrong=-0.3)).set_index("method")
     assert table.index.tolist() == ["good", "second", "chance", "wrong"]
     assert [text.split(":")[0] for text in table.verdict] == ["trust", "better than chance", "no better than chance", "worse than chance"]
     assert (table.over_random_lower < table.over_random).all() and (table.over_random < table.over_random_upper).all()
@@ -253,8 +257,8 @@ def test_table_says_what_the_intervals_say():
 def test_table_against_redrawn_weights():
     "A method that does as well without knowing the weights is not trusted, however far above chance; without such a comparison it may be."
     rows = made_up_rows(good=0.4)
-    assert "re-drawn" in faith_table(rows.assign(redrawn_gain=rows.gain)).verdict[0]
-    table = faith_table(rows.assign(redrawn_gain=np.nan))
+    assert "re-drawn" in faithfulness_table(rows.assign(redrawn_gain=rows.gain)).verdict[0]
+    table = faithfulness_table(rows.assign(redrawn_gain=np.nan))
     assert table.verdict[0].startswith("trust") and np.isnan(table.over_redrawn[0])
 
 
@@ -264,9 +268,9 @@ def test_the_best_is_chosen_on_other_products_than_it_is_tested_on():
     for seed in range(20):
         noise = np.random.default_rng(seed).normal(size=(7, 40)) * 0.1
         rows = pd.DataFrame([
-            faith_row(f"m{number}", f"pair{pair}", pair, Faithfulness(0.0, noise[number, pair], np.zeros(99), curves={"insertion": np.array([0.0, 1.0])}))
+            faithfulness_row(f"m{number}", f"pair{pair}", pair, Faithfulness(0.0, noise[number, pair], np.zeros(99), curves={"insertion": np.array([0.0, 1.0])}))
             for number in range(7) for pair in range(40)])
-        worse += (faith_table(rows, seed).to_best_upper < 0).sum()
+        worse += (faithfulness_table(rows, seed).to_best_upper < 0).sum()
         gains_of = rows.pivot(index="pair", columns="method", values="gain")
         best = gains_of.mean().idxmax()
         naive += sum(bootstrap_ci((gains_of[name] - gains_of[best]).to_numpy(), np.arange(40))[1] < 0 for name in gains_of if name != best)
@@ -277,7 +281,7 @@ def test_pairs_of_one_product_are_one_witness():
     "Copies of a pair do not narrow the interval."
     rows = made_up_rows(good=0.4)
     copies = pd.concat([rows.assign(pair=rows.pair + suffix) for suffix in ("", "b", "c")])
-    one, three = faith_table(rows).iloc[0], faith_table(copies).iloc[0]
+    one, three = faithfulness_table(rows).iloc[0], faithfulness_table(copies).iloc[0]
     assert three.over_random_upper - three.over_random_lower == pytest.approx(one.over_random_upper - one.over_random_lower, rel=1e-6)
 
 
@@ -285,6 +289,6 @@ def test_pairs_without_an_order_are_counted_out():
     "One piece: no random maps, so no comparison, but the pair stays in the table."
     rows = made_up_rows(good=0.4)
     rows.loc[:9, "random_gain"] = np.nan
-    table = faith_table(rows)
+    table = faithfulness_table(rows)
     assert table.pairs[0] == 40 and np.isfinite(table.over_random[0])
     assert table.over_random[0] == pytest.approx((rows.gain - rows.random_gain)[10:].mean())

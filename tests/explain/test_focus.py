@@ -14,7 +14,7 @@ from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain import content_focus
 from moon2_lab.explain.attention import AttentionRows, side_tokens
 from moon2_lab.explain.content_focus import (
-    compare_focus, content_tokens, even_attention, focus_table, left_out_counts, subject_cells,
+    compare_focus, content_tokens, even_attention, focus_table, left_out_counts, subject_patches,
 )
 from moon2_lab.reporting.heatmap_figures import focus_figure
 
@@ -129,13 +129,13 @@ def test_cells_of_the_subject():
         for pixels, expected in ((9, []), (10, [3]), (20, [3])):  # 9 x 9 of 20 x 20 is less than a quarter, 10 x 10 just that
             picture = Image.new("RGB", (40, 40), backdrop)
             picture.paste((200, 30, 30), (20, 20, 20 + pixels, 20 + pixels))
-            assert np.flatnonzero(subject_cells(picture, 2, fine=20)).tolist() == expected
+            assert np.flatnonzero(subject_patches(picture, 2, fine=20)).tolist() == expected
     wide = Image.new("RGB", (64, 16), (120, 120, 120))  # padded above and below to 64 x 64
     wide.paste((0, 0, 0), (0, 4, 32, 12))
-    assert np.flatnonzero(subject_cells(wide, 4)).tolist() == [4, 5, 8, 9]
+    assert np.flatnonzero(subject_patches(wide, 4)).tolist() == [4, 5, 8, 9]
     scene = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    assert not subject_cells(scene, 4).any()
-    assert subject_cells(Image.new("RGB", (1, 1), "red"), 2).shape == (4,)
+    assert not subject_patches(scene, 4).any()
+    assert subject_patches(Image.new("RGB", (1, 1), "red"), 2).shape == (4,)
 
 
 def test_what_cannot_be_measured_is_counted():

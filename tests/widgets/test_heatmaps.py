@@ -204,7 +204,7 @@ def test_cancel_throws_the_result_away():
     widget = HeatmapWidget(pair, compute)
     widget.request("shapley")
     assert compute.began.wait(10)
-    widget._heard({"do": "cancel"})
+    widget._on_message({"do": "cancel"})
     assert widget.job["state"] == "cancelled"
     widget.wait(10)
     assert compute.saw_cancel and widget.job["state"] == "cancelled" and "shapley" not in widget.found["item"] and len(compute.calls) == 1
@@ -258,11 +258,11 @@ def test_measure_keeps_the_map_and_adds_the_number():
     compute.go.set()
     widget = HeatmapWidget(pair, compute)
     assert widget.found["item"]["attention"]["faith"] is None
-    widget._heard({"do": "measure", "side": "item", "method": "attention"})
+    widget._on_message({"do": "measure", "side": "item", "method": "attention"})
     widget.wait(10)
     assert widget.found["item"]["attention"]["faith"]["warning"].startswith("Do not trust") and compute.calls == [("item", "attention")]
-    widget._heard({"do": "compute", "side": "item", "method": "no such"})
-    widget._heard("nonsense")
+    widget._on_message({"do": "compute", "side": "item", "method": "no such"})
+    widget._on_message("nonsense")
     assert len(compute.calls) == 1
 
 
