@@ -258,13 +258,13 @@ def test_filters_and_moves():
     widget.chosen = "q0033"
     place = widget.summary["at"]
     assert widget.page == place // PAGE and widget.rows[place % PAGE]["id"] == "q0033" == widget.detail["id"]
-    widget._heard({"do": "move", "to": 10_000, "turn": "view 7"})
+    widget._on_message({"do": "move", "to": 10_000, "turn": "view 7"})
     assert widget.summary["at"] == 39 and widget.page == 3 and widget.summary["turn"] == "view 7"
     widget.judge("q0004", "drop")
     widget.verdict = "none"
     assert widget.summary["shown"] == 39
     first, second = (row["id"] for row in widget.rows[:2])
-    widget._heard({"do": "judge", "id": first, "kind": "put_back", "note": "fine"})
+    widget._on_message({"do": "judge", "id": first, "kind": "put_back", "note": "fine"})
     assert widget.chosen == second and widget.verdicts.entries[first] == Verdict("put_back", "fine", tuple(f"p{int(first[1:]) + place:03}" for place in (0, 1)))
     widget.verdicts.undo()
     assert widget.summary["shown"] == 39 and widget.summary["put_back"] == 0, "what happens in Python shows up"
@@ -279,7 +279,7 @@ def test_nonsense_from_the_browser_changes_nothing():
     sent = heard_by(widget)
     pictures = [{"do": "pictures", "ids": ["q9", 3], "size": "small"}, {"do": "pictures", "ids": ["q0001"], "size": "huge"}]
     for message in ("x", None, {}, {"do": "judge"}, {"do": "judge", "id": "q0001", "kind": "keep"}, {"do": "judge", "id": "q9", "kind": "drop"}, {"do": "move", "to": "1"}, *pictures):
-        widget._heard(message)
+        widget._on_message(message)
     assert widget.get_state() == before and sent == [] and len(widget.verdicts) == 0
 
 
@@ -294,7 +294,7 @@ def test_state_stays_small_with_many_triplets():
     assert len(widget.detail["curve"]) == 200 and widget.detail["points"] == 1001
     assert state_size(widget) < MEBIBYTE / 4
     sent = heard_by(widget)
-    widget._heard({"do": "pictures", "ids": [row["id"] for row in widget.rows] + ["q04999"], "size": "small"})
+    widget._on_message({"do": "pictures", "ids": [row["id"] for row in widget.rows] + ["q04999"], "size": "small"})
     assert len(sent) == PAGE, "the page in view, and no other"
     assert sum(len(data) for _, buffers in sent for data in buffers) < 150_000 and state_size(widget) < MEBIBYTE / 4
 
@@ -306,7 +306,7 @@ def test_unusual_triplets(name):
     widget.chosen = one.query_id
     sent = heard_by(widget)
     for size in ("small", "large"):
-        widget._heard({"do": "pictures", "ids": [one.query_id], "size": size})
+        widget._on_message({"do": "pictures", "ids": [one.query_id], "size": size})
     told = {part["role"]: part for part in sent[-1][0]["found"]}
     reasons = {"no picture": ("query", "no picture"), "lost picture": ("positive", "cannot be read: it was moved"), "lost query picture": ("query", "cannot be read: it was moved")}
     if name in reasons:
@@ -320,7 +320,7 @@ def test_unusual_triplets(name):
 def test_path_is_read_and_saved_at_each_change(tmp_path):
     triplets, path = many(3), tmp_path / "verdicts.json"
     widget = FilterInspector(triplets, path=path)
-    widget._heard({"do": "judge", "id": "q0001", "kind": "drop"})
+    widget._on_message({"do": "judge", "id": "q0001", "kind": "drop"})
     assert Verdicts.load(path).counts() == {"put_back": 0, "drop": 1}
     again = FilterInspector(triplets, path=path)
     assert again.summary["drop"] == 1 and again.verdicts == widget.verdicts
@@ -383,7 +383,7 @@ def opened(browser, tmp_path):
                 for name, value in message["set"].items():
                     setattr(widget, name, value)
             else:
-                widget._heard(message)
+                widget._on_message(message)
             return {"changed": {name: getattr(widget, name) for name in SHOWN}, "sent": [[content, [base64.b64encode(data).decode() for data in buffers]] for content, buffers in sent]}
 
         page.expose_function("toPython", heard)
