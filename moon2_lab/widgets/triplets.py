@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..config import VIEWS
 from ..data.catalog import Catalog, examine_paths
-from ..data.images import ImageFolder
+from ..data.image_folder import ImageFolder
 from ..data.products import Product
 from ..data.triplets import Triplet
 from ..errors import DataError, UsageError, printable
