@@ -413,15 +413,10 @@ def _provenance_html(
     for row in rows.itertuples():
         values = [getattr(row, name) for name in _PROVENANCE]
         known = ["" if pd.isna(value) else value for value in values]
-        lines.append(line((row.kind, _kept_or_why(row), *known, _short(row.parameters))))
+        parameters = json.dumps(json.loads(row.parameters), ensure_ascii=False) if row.parameters else ""
+        lines.append(line((row.kind, _kept_or_why(row), *known, printable(parameters, 160))))
     body = "".join(f"<tr>{each}</tr>" for each in lines)
     return f'<table style="border-collapse:collapse;font-size:12px">{body}</table>'
-
-
-def _short(parameters: str | None, limit: int = 160) -> str:
-    "Parameters as written, cut."
-    text = json.dumps(json.loads(parameters), ensure_ascii=False) if parameters else ""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def augmentation_viewer(

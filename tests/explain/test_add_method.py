@@ -1,4 +1,7 @@
-"""A method of explanation from outside the package: one `add_method`, and explainer, widget, page and command know it."""
+"""A method of explanation from outside the package: one `add_method`, and explainer, widget, page and command know
+it.
+"""
+
 import json
 
 import numpy as np
@@ -69,7 +72,9 @@ def test_the_command_has_it(own_method, drawn_catalogue, tmp_path, capsys):
     words += ["--item-text", "a nice red mug", "--quick", "--out", str(tmp_path / "map.html"), "--json", "--method"]
     assert main([*words, "vector_length"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert {(fact["side"], fact["method"]) for fact in facts["maps"]} == {(side, "vector_length") for side in ("query", "item")}
+    assert {(fact["side"], fact["method"]) for fact in facts["maps"]} == {
+        (side, "vector_length") for side in ("query", "item")
+    }
     assert "vector length" in (tmp_path / "map.html").read_text()
     assert main([*words, "guess"]) == 2 and "vector_length" in capsys.readouterr().err
 

@@ -1,4 +1,7 @@
-"Attention rows against eager attention, on our encoder and on Qwen-VL; what must be refused; probes for Captum; routing of tokens."
+"""Attention rows against eager attention, on our encoder and on Qwen-VL; what must be refused; probes for Captum;
+routing of tokens.
+"""
+
 import copy
 import os
 import tempfile
@@ -11,7 +14,13 @@ from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attention import (
-    attention_gradient, attention_of, probe_attention, remove_probes, rollout, side_tokens, without_first,
+    attention_gradient,
+    attention_of,
+    probe_attention,
+    remove_probes,
+    rollout,
+    side_tokens,
+    without_first,
     word_attention,
 )
 from moon2_lab.explain.attention_recorder import attention_layers, record_attention
@@ -32,9 +41,17 @@ TITLE = "Finest quality slim-fit kurta, hand block printed"
 
 @pytest.fixture
 def exact_softmax(monkeypatch):
-    "Eager attention of transformers rounds its softmax to float32 even in a float64 model: take that away, and nothing else."
+    """Eager attention of transformers rounds its softmax to float32 even in a float64 model: take that away, and
+    nothing else.
+    """
     plain = F.softmax
-    monkeypatch.setattr(F, "softmax", lambda x, dim=None, dtype=None, **rest: plain(x, dim=dim, dtype=torch.promote_types(x.dtype, dtype or x.dtype), **rest))
+    monkeypatch.setattr(
+        F,
+        "softmax",
+        lambda x, dim=None, dtype=None, **rest: plain(
+            x, dim=dim, dtype=torch.promote_types(x.dtype, dtype or x.dtype), **rest
+        ),
+    )
 
 
 def encoder_of(name, monkeypatch, dtype=torch.float32, **fields):
@@ -109,7 +126,9 @@ def test_layers_heads_and_chunks(monkeypatch):
     assert (some.layers, some.heads) == ([1], [3, 1])
     np.testing.assert_allclose(some.weights, whole[1:][:, [3, 1]], atol=1e-7)
     for chunk in (1, 2, 7, 1000):
-        np.testing.assert_allclose(attention_of(encoder, item_of(), chunk=chunk).weights[:, :, 0], whole.mean(2), atol=1e-6)
+        np.testing.assert_allclose(
+            attention_of(encoder, item_of(), chunk=chunk).weights[:, :, 0], whole.mean(2), atol=1e-6
+        )
         np.testing.assert_allclose(attention_of(encoder, item_of(), rows="each", chunk=chunk).weights, whole, atol=1e-6)
 
 
@@ -118,7 +137,9 @@ def test_an_encoder_with_lora_and_a_dense_one(monkeypatch):
         encoder = encoder_of("tiny", monkeypatch, **fields)
         plain = attention_of(encoder, item_of(), rows="each").weights
         encoder.add_lora(rank=2, alpha=8)
-        np.testing.assert_allclose(attention_of(encoder, item_of(), rows="each").weights, plain, atol=1e-6)  # B of LoRA is zero
+        np.testing.assert_allclose(
+            attention_of(encoder, item_of(), rows="each").weights, plain, atol=1e-6
+        )  # B of LoRA is zero
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, weight in encoder.named_parameters():
@@ -150,7 +171,11 @@ def test_an_encoder_is_left_as_it_was(monkeypatch):
 
 def test_other_threads_are_neither_disturbed_nor_recorded(monkeypatch):
     encoder = encoder_of("tiny", monkeypatch)
-    decoder, tokens, answers = encoder.backbone.decoder, torch.randn(7, 64, generator=torch.Generator().manual_seed(0)), []
+    decoder, tokens, answers = (
+        encoder.backbone.decoder,
+        torch.randn(7, 64, generator=torch.Generator().manual_seed(0)),
+        [],
+    )
     plain = encoder.backbone.decode(tokens, Packing([3, 4])).detach()
 
     def elsewhere():
@@ -170,7 +195,10 @@ def test_other_threads_are_neither_disturbed_nor_recorded(monkeypatch):
 def test_two_recordings_take_turns(monkeypatch):
     encoder = encoder_of("tiny", monkeypatch)
     wanted, found = attention_of(encoder, item_of()).weights, {}
-    workers = [threading.Thread(target=lambda number=number: found.update({number: attention_of(encoder, item_of()).weights})) for number in range(4)]
+    workers = [
+        threading.Thread(target=lambda number=number: found.update({number: attention_of(encoder, item_of()).weights}))
+        for number in range(4)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -181,7 +209,12 @@ def test_two_recordings_take_turns(monkeypatch):
 
 @pytest.mark.parametrize(
     "item, view, says",
-    [(Item(None, None, "p1"), "mm", "p1"), (Item("  \n", None, "p2"), "t", "no readable text"), (Item("red", None, "p3"), "i", "no picture"), (Item("red", None), "title", "t, i, mm")],
+    [
+        (Item(None, None, "p1"), "mm", "p1"),
+        (Item("  \n", None, "p2"), "t", "no readable text"),
+        (Item("red", None, "p3"), "i", "no picture"),
+        (Item("red", None), "title", "t, i, mm"),
+    ],
 )
 def test_items_without_the_view_are_refused(item, view, says, monkeypatch):
     encoder = encoder_of("tiny", monkeypatch)
@@ -190,14 +223,29 @@ def test_items_without_the_view_are_refused(item, view, says, monkeypatch):
             ask(encoder, item, view)
 
 
-# ---------------------------------------------------------------------------------------------- any decoder of transformers
+# ---------------------------------------------------------------------------------------- any decoder of transformers
 
 
 def llama(**fields):
     from transformers import LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
-    return LlamaModel(LlamaConfig(**({"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "sdpa"} | fields))).eval()
+    return LlamaModel(
+        LlamaConfig(
+            **(
+                {
+                    "vocab_size": 50,
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 3,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "attn_implementation": "sdpa",
+                }
+                | fields
+            )
+        )
+    ).eval()
 
 
 @torch.no_grad()
@@ -213,7 +261,10 @@ def eager_of(model, **inputs):
 def test_padded_batches(side, own, exact_softmax):
     model = llama().double()
     model.set_attn_implementation(own)
-    ids, mask = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0)), torch.ones(2, 9, dtype=torch.int64)
+    ids, mask = (
+        torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0)),
+        torch.ones(2, 9, dtype=torch.int64),
+    )
     real = range(6) if side == "right" else range(3, 9)
     mask[0, [place for place in range(9) if place not in real]] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -223,7 +274,9 @@ def test_padded_batches(side, own, exact_softmax):
     same(found[0], wanted[:, 0, :, list(real)], torch.float64)
     same(found[1], wanted[:, 1, :, [8]], torch.float64)
     assert (found[0][..., [place for place in range(9) if place not in real]] == 0).all()
-    same(record_attention(model, run, {0: real}, chunk=2)[0][:, :, 0], wanted[:, 0, :, list(real)].mean(2), torch.float64)
+    same(
+        record_attention(model, run, {0: real}, chunk=2)[0][:, :, 0], wanted[:, 0, :, list(real)].mean(2), torch.float64
+    )
     if side == "left":
         with pytest.raises(UsageError, match="position 0 of sequence 0 is padding"):
             record_attention(model, run, {0: None})
@@ -233,11 +286,28 @@ def test_sliding_windows_are_read_from_their_mask(exact_softmax):
     from transformers import MistralConfig, MistralModel
 
     torch.manual_seed(0)
-    model = MistralModel(MistralConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=4, attn_implementation="sdpa")).double().eval()
+    model = (
+        MistralModel(
+            MistralConfig(
+                vocab_size=50,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                sliding_window=4,
+                attn_implementation="sdpa",
+            )
+        )
+        .double()
+        .eval()
+    )
     for length in (3, 11):
         ids = torch.arange(length)[None]
         wanted = eager_of(model, input_ids=ids)
-        found = record_attention(model, lambda ids=ids: model(input_ids=ids, use_cache=False), {0: None}, reduce=None)[0]
+        found = record_attention(model, lambda ids=ids: model(input_ids=ids, use_cache=False), {0: None}, reduce=None)[
+            0
+        ]
         same(found, wanted[:, 0], torch.float64)
     assert (found[..., 10, :7] == 0).all()
 
@@ -248,16 +318,45 @@ def qwen(kind):
         from transformers import Qwen2_5_VLConfig as Config
         from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
-        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48, "patch_size": 14, "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1]}
+        vision = {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 48,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        }
         patch = 14
     else:
         from transformers import Qwen3VLConfig as Config
         from transformers import Qwen3VLForConditionalGeneration as Model
 
-        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48, "patch_size": 16, "spatial_merge_size": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        vision = {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 48,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        }
         patch = 16
-    text = {"vocab_size": 100, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+    text = {
+        "vocab_size": 100,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }
     tokens = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
     torch.manual_seed(0)
     model = Model(Config(text_config=text, vision_config=vision, **tokens)).eval()
@@ -270,11 +369,19 @@ def qwen_inputs(patch):
 
     image = Image.new("RGB", (8 * patch, 6 * patch), "white")
     image.paste((200, 60, 40), (20, 20, 80, 60))
-    found = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, min_pixels=patch * patch, max_pixels=10**6)(images=[image], return_tensors="pt")
+    found = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, min_pixels=patch * patch, max_pixels=10**6)(
+        images=[image], return_tensors="pt"
+    )
     pads = int(found["image_grid_thw"][0].prod()) // 4
     assert pads > 4
     ids = torch.tensor([[1, 2, 92] + [90] * pads + [93, 5, 6, 7, 8, 9, 10, 11]])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 90).int(), "pixel_values": found["pixel_values"], "image_grid_thw": found["image_grid_thw"]}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == 90).int(),
+        "pixel_values": found["pixel_values"],
+        "image_grid_thw": found["image_grid_thw"],
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -288,7 +395,11 @@ def test_qwen_with_a_picture(kind, dtype, exact_softmax):
     run = lambda: model(**inputs, use_cache=False)
     before = run().logits
     same(record_attention(model, run, {0: None}, reduce=None)[0], wanted, dtype)
-    same(record_attention(model, run, {0: [length - 1, 3]}, layers=[1], heads=[5], reduce=None)[0], wanted[1:, 5:, [length - 1, 3]], dtype)
+    same(
+        record_attention(model, run, {0: [length - 1, 3]}, layers=[1], heads=[5], reduce=None)[0],
+        wanted[1:, 5:, [length - 1, 3]],
+        dtype,
+    )
     same(record_attention(model, run, {0: None}, chunk=4)[0][:, :, 0], wanted.mean(2), dtype)
     assert torch.equal(run().logits, before) and model.config._attn_implementation == "sdpa"
 
@@ -297,7 +408,9 @@ def test_qwen_rows_depend_on_the_picture():
     "The comparison above is not one of two blind models."
     model, inputs = qwen("qwen2_5_vl")
     seen = record_attention(model, lambda: model(**inputs, use_cache=False), {0: None})[0]
-    other = record_attention(model, lambda: model(**(inputs | {"pixel_values": -inputs["pixel_values"]}), use_cache=False), {0: None})[0]
+    other = record_attention(
+        model, lambda: model(**(inputs | {"pixel_values": -inputs["pixel_values"]}), use_cache=False), {0: None}
+    )[0]
     assert (seen - other).abs().max() > 1e-4
 
 
@@ -343,7 +456,18 @@ def test_bloom_has_an_attention_of_its_own():
 def test_soft_caps_are_refused():
     from transformers import Gemma2Config, Gemma2Model
 
-    model = Gemma2Model(Gemma2Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, attn_implementation="eager")).eval()
+    model = Gemma2Model(
+        Gemma2Config(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            attn_implementation="eager",
+        )
+    ).eval()
     with pytest.raises(UsageError, match="softcap"):
         record_attention(model, lambda: model(input_ids=torch.arange(5)[None], use_cache=False), {0: None})
 
@@ -354,22 +478,40 @@ def test_attention_that_is_not_what_it_says_gives_no_picture():
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     model = llama()
-    AttentionInterface.register("sdpa", lambda module, query, *rest, **more: sdpa_attention_forward(module, 20 * query, *rest, **more))
+    AttentionInterface.register(
+        "sdpa", lambda module, query, *rest, **more: sdpa_attention_forward(module, 20 * query, *rest, **more)
+    )
     try:
         with pytest.raises(LabError, match="does not give what layer 0 computed"):
             record_attention(model, lambda: model(input_ids=torch.arange(9)[None], use_cache=False), {0: None})
     finally:
         AttentionInterface._global_mapping["sdpa"] = sdpa_attention_forward
     assert model.layers[0].self_attn.config is model.config
-    assert record_attention(model, lambda: model(input_ids=torch.arange(9)[None], use_cache=False), {0: None})[0].shape == (3, 4, 1, 9)
+    assert record_attention(model, lambda: model(input_ids=torch.arange(9)[None], use_cache=False), {0: None})[
+        0
+    ].shape == (3, 4, 1, 9)
 
 
-@pytest.mark.parametrize("ask, says", [({"layers": [3]}, "no layer 3"), ({"layers": []}, "no layer was chosen"), ({"heads": [-1]}, "no head -1"), ({"chunk": 0}, "at least 1"), ({"reduce": "sum"}, "'mean' or None")])
+@pytest.mark.parametrize(
+    "ask, says",
+    [
+        ({"layers": [3]}, "no layer 3"),
+        ({"layers": []}, "no layer was chosen"),
+        ({"heads": [-1]}, "no head -1"),
+        ({"chunk": 0}, "at least 1"),
+        ({"reduce": "sum"}, "'mean' or None"),
+    ],
+)
 def test_wrong_choices(ask, says):
     model = llama()
     with pytest.raises(UsageError, match=says):
         record_attention(model, lambda: model(input_ids=torch.arange(5)[None], use_cache=False), {0: None}, **ask)
-    for rows, what in (({1: None}, "no sequence 1"), ({0: [5]}, "no position 5"), ({0: []}, "no position was chosen"), ({0: [-1]}, "no position -1")):
+    for rows, what in (
+        ({1: None}, "no sequence 1"),
+        ({0: [5]}, "no position 5"),
+        ({0: []}, "no position was chosen"),
+        ({0: [-1]}, "no position -1"),
+    ):
         with pytest.raises(UsageError, match=what):
             record_attention(model, lambda: model(input_ids=torch.arange(5)[None], use_cache=False), rows)
 
@@ -378,14 +520,38 @@ def test_wrong_choices(ask, says):
 
 
 @pytest.mark.parametrize("name", ["tiny", "mini"])
-@pytest.mark.parametrize("text, wide", [(TITLE, False), ("kurta", False), ("红色 连衣裙 👗 dress", False), (None, False), (TITLE, None), ("a five to one picture", True)])
+@pytest.mark.parametrize(
+    "text, wide",
+    [
+        (TITLE, False),
+        ("kurta", False),
+        ("红色 连衣裙 👗 dress", False),
+        (None, False),
+        (TITLE, None),
+        ("a five to one picture", True),
+    ],
+)
 def test_word_attention_fits_the_side_maps(name, text, wide, monkeypatch):
     encoder = encoder_of(name, monkeypatch, visual_tokens=16)
     image = None if wide is None else ImageRef.from_pil(Image.new("RGB", (300, 60), "red")) if wide else picture(4)
     item = Item(text, image, "p")
-    side, found, rows = side_tokens(encoder, item), word_attention(encoder, item), attention_of(encoder, item, rows="each").weights
+    side, found, rows = (
+        side_tokens(encoder, item),
+        word_attention(encoder, item),
+        attention_of(encoder, item, rows="each").weights,
+    )
     grid = 4 if image is not None else 0
-    maps = SideMaps("item", text or "", side.words, None, grid, links=found.links, pooled=found.pooled, experts=token_routing(encoder, item).experts, layer_names=found.layer_names)
+    maps = SideMaps(
+        "item",
+        text or "",
+        side.words,
+        None,
+        grid,
+        links=found.links,
+        pooled=found.pooled,
+        experts=token_routing(encoder, item).experts,
+        layer_names=found.layer_names,
+    )
     assert "".join(word for word, *_ in side.words) == "".join((text or "").split()) and maps.unread == side.unread == 0
     if text and text.isascii():
         assert [word for word, *_ in side.words] == text.split()
@@ -404,7 +570,11 @@ def test_pieces_of_words_are_merged(monkeypatch):
     "mini's tokenizer cuts words: more tokens than words, and the words keep their places."
     encoder = encoder_of("mini", monkeypatch)
     side = side_tokens(encoder, Item("Levi's  anthracite kurta", None))
-    assert len(side.spans) > len(side.words) == 3 and [(start, end) for _, start, end in side.words] == [(0, 6), (8, 18), (19, 24)]
+    assert len(side.spans) > len(side.words) == 3 and [(start, end) for _, start, end in side.words] == [
+        (0, 6),
+        (8, 18),
+        (19, 24),
+    ]
     values = np.random.default_rng(0).normal(size=(2, len(side)))
     np.testing.assert_allclose(side.merge(values).sum(-1), values.sum(-1))
 
@@ -420,7 +590,9 @@ def test_without_the_first_position(monkeypatch):
     rows, left = attention_of(encoder, item_of()), attention_of(encoder, item_of()).without_first()
     assert (rows.weights[..., 0] > 0).all() and (left.weights[..., 0] == 0).all()
     np.testing.assert_allclose(left.weights[..., 1:], rows.weights[..., 1:] / (1 - rows.weights[..., :1]), atol=1e-6)
-    np.testing.assert_allclose(word_attention(encoder, item_of(), drop_first=True).pooled, left.side.merge(left.weights[:, :, 0]), atol=1e-6)
+    np.testing.assert_allclose(
+        word_attention(encoder, item_of(), drop_first=True).pooled, left.side.merge(left.weights[:, :, 0]), atol=1e-6
+    )
     assert np.array_equal(without_first(np.array([[1.0, 0, 0]])), np.zeros((1, 3)))  # a first token sees itself only
 
 
@@ -458,7 +630,9 @@ def test_probes_change_nothing_and_show_the_weights(name, attention, monkeypatch
     torch.testing.assert_close(score(*pairs).detach(), plain, rtol=0, atol=1e-5)
     assert len(probes) == 2 and seen[0].shape == (2, *wanted.shape[1:])
     np.testing.assert_allclose(torch.stack(seen)[:, 0].numpy(), wanted, atol=1e-5)
-    np.testing.assert_allclose(attention_of(score.encoder, item_of(), rows="each").weights, wanted, atol=1e-5)  # the recorder reads a probed model, too
+    np.testing.assert_allclose(
+        attention_of(score.encoder, item_of(), rows="each").weights, wanted, atol=1e-5
+    )  # the recorder reads a probed model, too
     assert probe_attention(score.encoder.backbone.decoder) == probes
     remove_probes(score.encoder.backbone.decoder)
     torch.testing.assert_close(score(*pairs).detach(), plain, rtol=0, atol=0)
@@ -472,7 +646,12 @@ def test_probes_in_a_padded_batch_of_another_model():
     wanted, seen = eager_of(model, input_ids=ids, attention_mask=mask), []
     for probe in probe_attention(model):
         probe.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
-    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].detach(), plain[mask.bool()], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].detach(),
+        plain[mask.bool()],
+        rtol=0,
+        atol=1e-5,
+    )
     torch.testing.assert_close(torch.stack(seen)[:, 0, :, :6], wanted[:, 0, :, :6], rtol=0, atol=1e-5)
 
 
@@ -492,7 +671,9 @@ def test_captum_takes_the_probes_as_layers(monkeypatch):
     for one, weights, gradient in zip(found, kept, gradients, strict=True):
         assert one.shape == (1, 4, length, length)
         torch.testing.assert_close(one.detach(), (weights * gradient).detach(), rtol=1e-4, atol=1e-8)
-    by_hand = sum((weights * gradient)[0].mean((0, 1)) for weights, gradient in zip(kept, gradients, strict=True)).detach()
+    by_hand = sum(
+        (weights * gradient)[0].mean((0, 1)) for weights, gradient in zip(kept, gradients, strict=True)
+    ).detach()
     parts = attention_gradient(score, real)
     assert [len(part) for part in parts] == [part.shape[1] for part in real]
     np.testing.assert_allclose(np.concatenate(parts), by_hand.numpy(), atol=1e-8)
@@ -503,7 +684,9 @@ def test_attention_gradient_takes_its_probes_out_again(monkeypatch):
     score, real, _ = scored(monkeypatch)
     before = score(*real).detach()
     words = attention_gradient(score, real)[-1]
-    assert not hasattr(score.encoder.backbone.decoder.layers[0].self_attn, "attention_probe") and torch.equal(score(*real).detach(), before)
+    assert not hasattr(score.encoder.backbone.decoder.layers[0].self_attn, "attention_probe") and torch.equal(
+        score(*real).detach(), before
+    )
     text = score_function(encoder_of("tiny", monkeypatch), Item("kurta", None), item_of())
     assert [part.shape for part in attention_gradient(text[0], text[1])] == [(1,)] and np.isfinite(words).all()
 
@@ -529,16 +712,27 @@ def test_token_routing_is_the_encoders_own(monkeypatch):
             found = token_routing(encoder, item_of(), view)
             np.testing.assert_allclose(found.weights.mean((0, 1)), own[view][0].numpy(), atol=1e-6)
             np.testing.assert_allclose(found.weights.sum(-1), 1, atol=1e-6)
-            assert found.selected.shape[-1] == encoder.config.top_k and (np.take_along_axis(found.weights, found.selected, -1) > 0).all()
+            assert (
+                found.selected.shape[-1] == encoder.config.top_k
+                and (np.take_along_axis(found.weights, found.selected, -1) > 0).all()
+            )
     assert all(block.tape is None for block in encoder.moe_blocks)
 
 
 def test_load_counts_every_choice_once(monkeypatch):
     encoder = encoder_of("tiny", monkeypatch)
-    items = [product(number).item() for number in range(7)] + [Item("red", None), Item(None, picture(9)), Item(None, None)]
+    items = [product(number).item() for number in range(7)] + [
+        Item("red", None),
+        Item(None, picture(9)),
+        Item(None, None),
+    ]
     load = expert_load(encoder, items, batch_size=4)
     for view, shares in load.items():
-        having = [item for item in items if (item.text if view == "t" else item.image if view == "i" else item.text or item.image)]
+        having = [
+            item
+            for item in items
+            if (item.text if view == "t" else item.image if view == "i" else item.text or item.image)
+        ]
         chosen = np.concatenate([token_routing(encoder, item, view).selected for item in having], 1)
         wanted = np.stack([np.bincount(layer.ravel(), minlength=4) for layer in chosen])
         np.testing.assert_allclose(shares, wanted / wanted.sum(1, keepdims=True), atol=1e-12)

@@ -1,4 +1,7 @@
-"""Attributions of a score: what they add up to, on every kind of pair and encoder, and that the drawing functions take them."""
+"""Attributions of a score: what they add up to, on every kind of pair and encoder, and that the drawing functions
+take them.
+"""
+
 import numpy as np
 import pytest
 import torch
@@ -13,20 +16,24 @@ from moon2_lab.explain.attribution import attribute_side, attribution_inputs
 from moon2_lab.explain.explainer import Explainer
 from moon2_lab.explain.heatmap_data import page_heatmap
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.reporting.heatmap_figures import match_html
+from moon2_lab.reporting.html import heat_pictures, heat_words
 
 pytestmark = [pytest.mark.filterwarnings("ignore:attention=bidirectional"), pytest.mark.usefixtures("own_cache")]
 
 
 def tiny(**fields) -> Moon2Encoder:
     "A small encoder whose experts differ."
-    return perturb_experts(Moon2Encoder.from_backbone("tiny", **({"num_layers": 2, "image_size": 64} | fields)), std=0.1).eval()
+    return perturb_experts(
+        Moon2Encoder.from_backbone("tiny", **({"num_layers": 2, "image_size": 64} | fields)), std=0.1
+    ).eval()
 
 
 def pair(index: int = 1) -> tuple[Item, Item]:
     "A shopper's words and photo, and the product they mean."
     drawn = draw_product(3, index, image_size=96)
-    return Item(" ".join(drawn.title.split()[-2:]).lower(), ImageRef.from_pil(drawn.pictures[1]), "query"), Item(drawn.title, ImageRef.from_pil(drawn.pictures[0]), "item")
+    return Item(" ".join(drawn.title.split()[-2:]).lower(), ImageRef.from_pil(drawn.pictures[1]), "query"), Item(
+        drawn.title, ImageRef.from_pil(drawn.pictures[0]), "item"
+    )
 
 
 def view(item: Item, name: str) -> Item:
@@ -42,8 +49,13 @@ def adds_up(found, rise=None) -> bool:
 
 
 ENCODERS = {
-    "experts": {}, "dense": {"num_experts": 0}, "one layer of experts": {"moe_layers": "1"}, "all experts": {"top_k": 4}, "one expert": {"top_k": 1},
-    "bidirectional": {"attention": "bidirectional"}, "49 cells": {"visual_tokens": 49},
+    "experts": {},
+    "dense": {"num_experts": 0},
+    "one layer of experts": {"moe_layers": "1"},
+    "all experts": {"top_k": 4},
+    "one expert": {"top_k": 1},
+    "bidirectional": {"attention": "bidirectional"},
+    "49 cells": {"visual_tokens": 49},
 }
 
 
@@ -69,7 +81,11 @@ def test_every_direction(query_view, product_view):
     query, item = view(query, query_view), view(item, product_view)
     for side, mine in (("item", item), ("query", query)):
         found = attribute_side(encoder, query, item, side)
-        assert adds_up(found) and len(found.words) == len((mine.text or "").split()) and (found.patches is not None) == (mine.image is not None)
+        assert (
+            adds_up(found)
+            and len(found.words) == len((mine.text or "").split())
+            and (found.patches is not None) == (mine.image is not None)
+        )
 
 
 def test_lora_is_explained_and_left_alone():
@@ -84,7 +100,10 @@ def test_lora_is_explained_and_left_alone():
     encoder.eval()
     found, inputs = attribute_side(encoder, query, item), attribution_inputs(encoder, item, query)
     vectors = encoder.encode([query, item])
-    assert inputs.ends[0] == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-4) and np.abs(found.values - plain.values).max() > 1e-3
+    assert (
+        inputs.ends[0] == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-4)
+        and np.abs(found.values - plain.values).max() > 1e-3
+    )
     assert adds_up(found, inputs.rise) and encoder.lora
 
 
@@ -93,12 +112,16 @@ def test_explaining_changes_nothing():
     encoder, (query, item) = tiny(), pair()
     encoder.train()
     before, vectors = encoder.fingerprint, encoder.encode([query, item])
-    broken = Item("red", ImageRef("broken", lambda: (_ for _ in ()).throw(LabError("cannot be read", where="shelf"))), "p1")
+    broken = Item(
+        "red", ImageRef("broken", lambda: (_ for _ in ()).throw(LabError("cannot be read", where="shelf"))), "p1"
+    )
     with pytest.raises(LabError, match="cannot be read"):
         attribute_side(encoder, query, broken)
     attribute_side(encoder, query, item)
     assert encoder.training and encoder.fingerprint == before and (encoder.encode([query, item]) == vectors).all()
-    assert all(weight.grad is None for weight in encoder.parameters()) and not any(module._forward_hooks for module in encoder.modules())
+    assert all(weight.grad is None for weight in encoder.parameters()) and not any(
+        module._forward_hooks for module in encoder.modules()
+    )
 
 
 def test_damaged_weights_are_named():
@@ -110,7 +133,9 @@ def test_damaged_weights_are_named():
         attribute_side(encoder, query, item)
 
 
-@pytest.mark.parametrize("text", ["😀 👟 😀", "x" * 300, "赤い 靴", "a", "  red\n\nshoe\t", "https://shop.example/a?b=1,2;3"])
+@pytest.mark.parametrize(
+    "text", ["😀 👟 😀", "x" * 300, "赤い 靴", "a", "  red\n\nshoe\t", "https://shop.example/a?b=1,2;3"]
+)
 def test_odd_titles(text):
     "Emoji, one endless word, other scripts, blanks: every word has its place, and the sum holds."
     encoder, (query, _) = tiny(), pair()
@@ -119,13 +144,16 @@ def test_odd_titles(text):
 
 
 def test_the_report_draws_a_map():
-    "A map of one side has all that a page without scripts asks for; the picture is the padded one, so that cells lie where they belong."
+    """A map of one side has all that a page without scripts asks for; the picture is the padded one, so that cells
+    lie where they belong.
+    """
     query, item = pair()
     wide = Item("a long scarf", ImageRef.from_pil(Image.new("RGB", (300, 100), "#7a3b2e")), "wide")
     for product in (item, view(item, "t"), view(item, "i"), wide):
         heat = page_heatmap(Explainer(tiny(), query, product, trials=3).maps(["ig"]))
-        match = match_html(heat)
-        assert ("cells coloured" in match) == (product.image is not None) and ("Numbers" in match) == bool(product.text)
+        assert ("cells coloured" in heat_pictures(heat)) == (product.image is not None) and bool(
+            heat_words(heat)
+        ) == bool(product.text)
         assert "integrated gradients" in heat.method and "Faithfulness" in heat.note
     assert heat.image.size[0] == heat.image.size[1] and heat.image.getpixel((5, 5)) == (255, 255, 255)
     assert np.abs(heat.patches[[0, 3]]).max() < 0.2 * np.abs(heat.patches[[1, 2]]).max(), "the padding gets nothing"

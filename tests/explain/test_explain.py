@@ -1,4 +1,7 @@
-"""Maps of a pair from a model: every method on every kind of pair, sums that hold, foreign backbones, bad input, the command; two models side by side."""
+"""Maps of a pair from a model: every method on every kind of pair, sums that hold, foreign backbones, bad input,
+the command; two models side by side.
+"""
+
 import json
 import subprocess
 import sys
@@ -18,7 +21,14 @@ from moon2_lab.data.products import Item
 from moon2_lab.data.synthetic.generator import draw_product
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attribution import (
-    AttributionInputs, Cancelled, METHODS, attribute_side, attribution_inputs, fitting_methods, run_method, upsample,
+    AttributionInputs,
+    Cancelled,
+    METHODS,
+    attribute_side,
+    attribution_inputs,
+    fitting_methods,
+    run_method,
+    upsample,
 )
 from moon2_lab.explain.explainer import Explainer, ExplainerCache, read_side
 from moon2_lab.explain.faithfulness import measure_faithfulness
@@ -34,25 +44,35 @@ QUICK = ["gradient", "attention", "rollout", "attention_gradient"]
 
 def tiny(**fields):
     "A small encoder whose experts differ."
-    return perturb_experts(Moon2Encoder.from_backbone("tiny", **({"num_layers": 2, "image_size": 64} | fields)), std=0.1).eval()
+    return perturb_experts(
+        Moon2Encoder.from_backbone("tiny", **({"num_layers": 2, "image_size": 64} | fields)), std=0.1
+    ).eval()
 
 
 def pair(index=1):
     "A shopper's words and photo, and the product they mean."
     drawn = draw_product(3, index, image_size=96)
-    return Item(" ".join(drawn.title.split()[-2:]).lower(), ImageRef.from_pil(drawn.pictures[1]), "query"), Item(drawn.title, ImageRef.from_pil(drawn.pictures[0]), "item")
+    return Item(" ".join(drawn.title.split()[-2:]).lower(), ImageRef.from_pil(drawn.pictures[1]), "query"), Item(
+        drawn.title, ImageRef.from_pil(drawn.pictures[0]), "item"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- methods
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_experts": 0}, {"top_k": 1}, {"attention": "bidirectional"}], ids=["experts", "dense", "one expert", "bidirectional"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"num_experts": 0}, {"top_k": 1}, {"attention": "bidirectional"}],
+    ids=["experts", "dense", "one expert", "bidirectional"],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_gives_a_number_for_each_word_and_cell(method, fields):
     encoder, (query, item) = tiny(**fields), pair()
     for side, mine in (("item", item), ("query", query)):
         found = attribute_side(encoder, query, item, side, method, samples=6)
-        assert found.words.shape == (len(mine.text.split()),) and found.patches.shape == (4, 4) and found.method == method
+        assert (
+            found.words.shape == (len(mine.text.split()),) and found.patches.shape == (4, 4) and found.method == method
+        )
         assert np.abs(found.values).max() > 0 and found.signed == METHODS[method].signed
         if not found.signed:
             assert found.values.min() >= 0 and found.values.sum() == pytest.approx(1, abs=1e-4)
@@ -69,14 +89,25 @@ def test_sums_hold_with_the_experts_held(method):
             for baseline in ("blank", "mean"):
                 found = attribute_side(encoder, query, item, side, method, samples=4, baseline=baseline, mean=mean)
                 rise = found.values.sum() - found.delta
-                assert abs(found.delta) <= 0.01 * abs(rise) + 1e-3 and found.settings["baseline"] == baseline and "add up" in found.note
+                assert (
+                    abs(found.delta) <= 0.01 * abs(rise) + 1e-3
+                    and found.settings["baseline"] == baseline
+                    and "add up" in found.note
+                )
 
 
 def test_free_routing_tells_its_gap():
     "The case that must fail: tokens change their experts on the way, and the map says by how much it misses."
     encoder, (query, item) = tiny(top_k=1), pair(4)
-    free, held = (attribute_side(encoder, query, item, method="ig", routing=routing, most_steps=128) for routing in ("free", "fixed"))
-    assert abs(free.delta) > 20 * abs(held.delta) and "change their experts" in free.note and f"{abs(free.delta):.3f}" in free.note
+    free, held = (
+        attribute_side(encoder, query, item, method="ig", routing=routing, most_steps=128)
+        for routing in ("free", "fixed")
+    )
+    assert (
+        abs(free.delta) > 20 * abs(held.delta)
+        and "change their experts" in free.note
+        and f"{abs(free.delta):.3f}" in free.note
+    )
 
 
 def test_occlusion_by_hand():
@@ -94,7 +125,11 @@ def test_attention_of_a_layer_and_head():
     encoder, (query, item) = tiny(), pair()
     whole = attribute_side(encoder, query, item, method="attention").values
     heads = encoder.backbone.decoder.config.num_attention_heads
-    parts = [attribute_side(encoder, query, item, method="attention", layer=layer, head=head).values for layer in range(2) for head in range(heads)]
+    parts = [
+        attribute_side(encoder, query, item, method="attention", layer=layer, head=head).values
+        for layer in range(2)
+        for head in range(heads)
+    ]
     np.testing.assert_allclose(np.mean(parts, 0), whole, atol=1e-6)
     assert whole[0] == 0, "the first cell, where attention is parked, is left out"
     with pytest.raises(UsageError, match="no layer 7"):
@@ -103,7 +138,10 @@ def test_attention_of_a_layer_and_head():
 
 def test_upsampled_cells_keep_their_places():
     cells = np.arange(4.0).reshape(2, 2)
-    assert (upsample(cells, 4) == np.repeat(np.repeat(cells, 2, 0), 2, 1)).all() and upsample(cells, (6, 4)).shape == (4, 6)
+    assert (upsample(cells, 4) == np.repeat(np.repeat(cells, 2, 0), 2, 1)).all() and upsample(cells, (6, 4)).shape == (
+        4,
+        6,
+    )
     with pytest.raises(UsageError, match="nearest or bilinear"):
         upsample(cells, 4, "cubic")
 
@@ -118,7 +156,9 @@ def test_a_packed_backbone_through_its_connector_output(kind):
 
     model, inputs = qwen(kind)
     seen = {}
-    hook = model.model.language_model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
     with torch.no_grad():
         whole = model.model(**inputs, use_cache=False).last_hidden_state
     hook.remove()
@@ -126,9 +166,18 @@ def test_a_packed_backbone_through_its_connector_output(kind):
     slots = {"patches": (ids == 90).nonzero()[:, 0].tolist(), "words": (ids < 90).nonzero()[:, 0].tolist()[2:]}
     generator = torch.Generator().manual_seed(0)
     other = F.normalize(torch.randn(48, generator=generator), dim=0)
-    score = DecoderScore(model.model.language_model, seen["inputs_embeds"], slots, other, slots["patches"] + slots["words"], position_ids=seen["position_ids"])
+    score = DecoderScore(
+        model.model.language_model,
+        seen["inputs_embeds"],
+        slots,
+        other,
+        slots["patches"] + slots["words"],
+        position_ids=seen["position_ids"],
+    )
     real = score.vectors()
-    if kind == "qwen2_5_vl":  # (Qwen3-VL also adds picture features in its first layers: the score is of the row as it stands)
+    if (
+        kind == "qwen2_5_vl"
+    ):  # (Qwen3-VL also adds picture features in its first layers: the score is of the row as it stands)
         pooled = F.normalize(whole[0, score.pooled].mean(0), dim=0) @ other
         assert score(*real).item() == pytest.approx(pooled.item(), abs=1e-5)
     blank = tuple(part.mean(1, keepdim=True).expand_as(part) for part in real)
@@ -145,7 +194,9 @@ def test_a_method_that_does_not_fit_is_named(monkeypatch):
     encoder, (query, item) = tiny(), pair()
     monkeypatch.setattr("moon2_lab.explain.attribution._shows_attention", lambda encoder: False)
     assert fitting_methods(encoder) == ["ig", "gradient", "occlusion", "shapley"]
-    with pytest.raises(UsageError, match="'rollout': this model shows no attention to read .method. -> one of ig, gradient"):
+    with pytest.raises(
+        UsageError, match="'rollout': this model shows no attention to read .method. -> one of ig, gradient"
+    ):
         attribute_side(encoder, query, item, method="rollout")
     widget = heatmap(encoder, query, item, trials=0)
     assert widget.method == "gradient" and "attention" not in widget.offered and widget.maps.item.pooled is None
@@ -165,9 +216,13 @@ def test_a_model_saved_without_its_vision_encoder():
 
 
 ODD = {
-    "no picture": Item("red cotton dress", None), "no title": Item(None, ImageRef.from_pil(Image.new("RGB", (64, 64), "red"))), "one token": Item("red", None),
-    "5:1": Item("a long scarf", ImageRef.from_pil(Image.new("RGB", (300, 60), "red"))), "emoji and Chinese": Item("红色 连衣裙 👗 dress", ImageRef.from_pil(Image.new("RGB", (64, 64), "red"))),
-    "only blanks in the title": Item("   ", ImageRef.from_pil(Image.new("RGB", (64, 64), "blue"))), "markup": Item("<script>alert(1)</script> & dress", None),
+    "no picture": Item("red cotton dress", None),
+    "no title": Item(None, ImageRef.from_pil(Image.new("RGB", (64, 64), "red"))),
+    "one token": Item("red", None),
+    "5:1": Item("a long scarf", ImageRef.from_pil(Image.new("RGB", (300, 60), "red"))),
+    "emoji and Chinese": Item("红色 连衣裙 👗 dress", ImageRef.from_pil(Image.new("RGB", (64, 64), "red"))),
+    "only blanks in the title": Item("   ", ImageRef.from_pil(Image.new("RGB", (64, 64), "blue"))),
+    "markup": Item("<script>alert(1)</script> & dress", None),
 }
 
 
@@ -241,7 +296,9 @@ def test_explaining_leaves_the_encoder_alone():
     before, vectors = encoder.fingerprint, encoder.encode([query, item])
     Explainer(encoder, query, item, trials=3, redrawn=True).maps(QUICK)
     assert encoder.training and encoder.fingerprint == before and (encoder.encode([query, item]) == vectors).all()
-    assert all(weight.grad is None for weight in encoder.parameters()) and not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
+    assert all(weight.grad is None for weight in encoder.parameters()) and not any(
+        module._forward_hooks or module._forward_pre_hooks for module in encoder.modules()
+    )
 
 
 def test_two_models_follow_one_another():
@@ -270,11 +327,16 @@ def test_mini_is_open_within_two_seconds():
     query, item = pair(5)
     item = Item(f"Levi's 501® slim-fit {item.text} (pack of 3)", item.image, "p")
     Explainer(encoder, *pair(6), trials=0).maps(["gradient"])  # loads Captum
-    started = time.process_time()  # of this process, all threads: at least the wall time of a free machine, and a busy one does not matter
+    started = (
+        time.process_time()
+    )  # of this process, all threads: at least the wall time of a free machine, and a busy one does not matter
     widget = heatmap(encoder, query, item, measure=False)
     seconds = time.process_time() - started
     assert seconds < 2, f"{seconds:.1f} s"
-    assert [word for word, *_ in widget.maps.item.words] == item.text.split() and set(widget.maps.methods) == {"gradient", "attention"}
+    assert [word for word, *_ in widget.maps.item.words] == item.text.split() and set(widget.maps.methods) == {
+        "gradient",
+        "attention",
+    }
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -297,23 +359,81 @@ def ids_of(folder):
 def test_the_command_writes_a_page(model_and_catalogue, tmp_path, capsys):
     model, folder = model_and_catalogue
     ids, page = ids_of(folder), tmp_path / "map.html"
-    assert main(["heatmap", str(model), "--catalog", str(folder), "--query", f"id:{ids[3]}", "--item", ids[3], "--method", "ig,attention", "--out", str(page), "--json"]) == 0
+    assert (
+        main(
+            [
+                "heatmap",
+                str(model),
+                "--catalog",
+                str(folder),
+                "--query",
+                f"id:{ids[3]}",
+                "--item",
+                ids[3],
+                "--method",
+                "ig,attention",
+                "--out",
+                str(page),
+                "--json",
+            ]
+        )
+        == 0
+    )
     facts = json.loads(capsys.readouterr().out)
-    assert {(fact["side"], fact["method"]) for fact in facts["maps"]} == {(side, method) for side in ("query", "item") for method in ("ig", "attention")}
-    assert facts["page"] == str(page) and page.stat().st_size < 2**20 and all(fact["redrawn"] is not None for fact in facts["maps"])
-    assert main(["heatmap", str(model), "--catalog", str(folder), "--query", "red mug", "--item-text", "a mug", "--quick", "--out", str(page)]) == 0
+    assert {(fact["side"], fact["method"]) for fact in facts["maps"]} == {
+        (side, method) for side in ("query", "item") for method in ("ig", "attention")
+    }
+    assert (
+        facts["page"] == str(page)
+        and page.stat().st_size < 2**20
+        and all(fact["redrawn"] is not None for fact in facts["maps"])
+    )
+    assert (
+        main(
+            [
+                "heatmap",
+                str(model),
+                "--catalog",
+                str(folder),
+                "--query",
+                "red mug",
+                "--item-text",
+                "a mug",
+                "--quick",
+                "--out",
+                str(page),
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr().out
     assert told.startswith("score ") and told.rstrip().endswith("map.html") and "random maps" not in told
 
 
-@pytest.mark.parametrize("words, says", [
-    (["--query", "mug", "--item", "nobody"], "nobody"), (["--item", "FIRST"], "nothing to search for"), (["--query", "mug"], "nothing"), (["--query", "mug", "--item", "FIRST", "--method", "guess"], "one of ig"),
-    (["--query", "mug", "--item", "FIRST", "--query-image", "missing.jpg"], "cannot be opened"),
-])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--query", "mug", "--item", "nobody"], "nobody"),
+        (["--item", "FIRST"], "nothing to search for"),
+        (["--query", "mug"], "nothing"),
+        (["--query", "mug", "--item", "FIRST", "--method", "guess"], "one of ig"),
+        (["--query", "mug", "--item", "FIRST", "--query-image", "missing.jpg"], "cannot be opened"),
+    ],
+)
 def test_the_command_says_what_is_wrong(model_and_catalogue, tmp_path, capsys, words, says):
     model, folder = model_and_catalogue
     first = ids_of(folder)[0]
-    code = main(["heatmap", str(model), "--catalog", str(folder), *[first if word == "FIRST" else word for word in words], "--out", str(tmp_path / "map.html")])
+    code = main(
+        [
+            "heatmap",
+            str(model),
+            "--catalog",
+            str(folder),
+            *[first if word == "FIRST" else word for word in words],
+            "--out",
+            str(tmp_path / "map.html"),
+        ]
+    )
     assert code == 2 and says in capsys.readouterr().err and not (tmp_path / "map.html").exists()
 
 
@@ -328,13 +448,16 @@ def test_shop_items_can_be_explained():
 def test_a_script_that_ends_while_maps_are_computed_ends_well(tmp_path):
     "The process tells the thread to stop and waits for it; a thread inside native code would abort it (exit 134)."
     script = tmp_path / "show.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         from moon2_lab.data.products import Item
         from moon2_lab.model.encoder import Moon2Encoder
         from moon2_lab.widgets.heatmap import heatmap
 
-        widget = heatmap(Moon2Encoder.from_backbone("tiny", seed=0), Item("a red mug", None), Item("a very red mug with a handle", None), trials=2000)
+        encoder, query = Moon2Encoder.from_backbone("tiny", seed=0), Item("a red mug", None)
+        widget = heatmap(encoder, query, Item("a very red mug with a handle", None), trials=2000)
         print("still at work:", widget.computing)
-    """))
+    """)
+    )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "still at work: True"), done.stderr[-500:]

@@ -1,4 +1,7 @@
-"""Where attention goes as a number: known attention gives known focus, what cannot be measured is counted, models are compared in pairs."""
+"""Where attention goes as a number: known attention gives known focus, what cannot be measured is counted, models
+are compared in pairs.
+"""
+
 import dataclasses
 
 import numpy as np
@@ -14,7 +17,12 @@ from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain import content_focus
 from moon2_lab.explain.attention import AttentionRows, side_tokens
 from moon2_lab.explain.content_focus import (
-    compare_focus, content_tokens, even_attention, focus_table, left_out_counts, subject_patches,
+    compare_focus,
+    content_tokens,
+    even_attention,
+    focus_table,
+    left_out_counts,
+    subject_patches,
 )
 from moon2_lab.reporting.heatmap_figures import focus_figure
 
@@ -28,21 +36,38 @@ ATTRIBUTES = {"colour": "red", "brand": "acme"}
 def mug(number=0, title="very fine acme red stoneware thing in a shop", picture=HALF, **changes):
     "A mug of the test split whose title has one content word among nine."
     refs = () if picture is None else (ImageRef.from_pil(picture),)
-    return dataclasses.replace(product(number), title=title, category_l1="mugs", category_l2=None, attributes=ATTRIBUTES, refs=refs, split="test", **changes)
+    return dataclasses.replace(
+        product(number),
+        title=title,
+        category_l1="mugs",
+        category_l2=None,
+        attributes=ATTRIBUTES,
+        refs=refs,
+        split="test",
+        **changes,
+    )
 
 
 def known_attention(monkeypatch, weigh):
     "Let `weigh(side)` be the attention of both layers and heads."
+
     def attention_of(encoder, items, view):
         sides = [side_tokens(encoder, item, view) for item in items]
-        return [AttentionRows(side, np.broadcast_to(weigh(side).astype(np.float32), (2, 2, 1, len(side))), [0, 1], [0, 1]) for side in sides]
+        return [
+            AttentionRows(side, np.broadcast_to(weigh(side).astype(np.float32), (2, 2, 1, len(side))), [0, 1], [0, 1])
+            for side in sides
+        ]
 
     monkeypatch.setattr(content_focus, "attention_of", attention_of)
 
 
 def values(table, part, view, layer="mean"):
     "The focus of each product."
-    return table[(table.part == part) & (table.view == view) & (table.layer == layer) & (table.left_out == "")].set_index("product_id").value
+    return (
+        table[(table.part == part) & (table.view == view) & (table.layer == layer) & (table.left_out == "")]
+        .set_index("product_id")
+        .value
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the number
@@ -51,7 +76,9 @@ def values(table, part, view, layer="mean"):
 def test_uniform_attention_has_focus_one(monkeypatch):
     "Whatever the title, the picture and the weight of the first position."
     known_attention(monkeypatch, lambda side: np.array([0.7] + [0.3 / (len(side) - 1)] * (len(side) - 1)))
-    table = focus_table(tiny(), Catalog.from_products([mug(0), mug(1, "a red cup and a white mug"), mug(2, "mugs - red ones, new")]))
+    table = focus_table(
+        tiny(), Catalog.from_products([mug(0), mug(1, "a red cup and a white mug"), mug(2, "mugs - red ones, new")])
+    )
     for part, view in (("words", "t"), ("words", "mm"), ("cells", "mm"), ("split", "mm")):
         for layer in ("mean", "0", "1"):
             found = values(table, part, view, layer)
@@ -59,7 +86,10 @@ def test_uniform_attention_has_focus_one(monkeypatch):
 
 
 def test_twice_the_attention_has_focus_two(monkeypatch):
-    "One content word among the eight behind the first gets a quarter of the attention; in view mm one of nine gets two ninths, and so does the cell of three."
+    """One content word among the eight behind the first gets a quarter of the attention; in view mm one of nine
+    gets two ninths, and so does the cell of three.
+    """
+
     def weigh(side):
         place = side.cells + 3  # red
         weights = np.ones(len(side))
@@ -86,11 +116,20 @@ def test_the_first_position_does_not_count(monkeypatch):
     "Nor does a content word that stands there."
     tables = []
     for first in (0.0, 0.9):
-        known_attention(monkeypatch, lambda side, first=first: np.array([first, *np.linspace(1, 2, len(side) - 1) * (1 - first) / 1.5 / (len(side) - 1)]))
+        known_attention(
+            monkeypatch,
+            lambda side, first=first: np.array(
+                [first, *np.linspace(1, 2, len(side) - 1) * (1 - first) / 1.5 / (len(side) - 1)]
+            ),
+        )
         tables.append(focus_table(tiny(), Catalog.from_products([mug(title="red shop stoneware mug")])))
-    assert values(tables[0], "words", "t").to_list() == pytest.approx(values(tables[1], "words", "t").to_list(), abs=1e-6)
+    assert values(tables[0], "words", "t").to_list() == pytest.approx(
+        values(tables[1], "words", "t").to_list(), abs=1e-6
+    )
     row = tables[0][(tables[0].view == "t") & (tables[0].layer == "mean")].iloc[0]
-    assert (row.tokens, row.attention) == pytest.approx((1 / 3, 2 / (1 + 1.5 + 2)), abs=1e-6)  # of shop, stoneware and mug
+    assert (row.tokens, row.attention) == pytest.approx(
+        (1 / 3, 2 / (1 + 1.5 + 2)), abs=1e-6
+    )  # of shop, stoneware and mug
 
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
@@ -119,14 +158,28 @@ def test_content_words_are_found_by_their_letters():
     "Plural, hyphens, signs, blanks before a piece, letters of other scripts; brands are no content."
     title = "ACME Red-Mugs, mugs (rouge) 赤い"
     spans = [(0, 4), (4, 8), (8, 13), (13, 14), (14, 19), (19, 21), (21, 26), (26, 27), (27, 30)]
-    assert content_tokens(title, spans, {"mug", "rouge", "赤い"}).tolist() == [False, False, False, False, True, False, True, False, True]
+    assert content_tokens(title, spans, {"mug", "rouge", "赤い"}).tolist() == [
+        False,
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
     assert content_tokens(title, spans, {"redmug"}).tolist() == [False, True, True] + [False] * 6
 
 
 def test_cells_of_the_subject():
     "By quarters of a cell, on backdrops of any colour; padding is backdrop, too."
     for backdrop in ("white", (90, 120, 90), "black"):
-        for pixels, expected in ((9, []), (10, [3]), (20, [3])):  # 9 x 9 of 20 x 20 is less than a quarter, 10 x 10 just that
+        for pixels, expected in (
+            (9, []),
+            (10, [3]),
+            (20, [3]),
+        ):  # 9 x 9 of 20 x 20 is less than a quarter, 10 x 10 just that
             picture = Image.new("RGB", (40, 40), backdrop)
             picture.paste((200, 30, 30), (20, 20, 20 + pixels, 20 + pixels))
             assert np.flatnonzero(subject_patches(picture, 2, fine=20)).tolist() == expected
@@ -142,18 +195,31 @@ def test_what_cannot_be_measured_is_counted():
     "Each product has a row in each part; the reasons are named."
     scene = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
     shop = {
-        "whole": mug(0, product_id="whole"), "no content": mug(1, "a thing of beauty", product_id="no content"), "no filler": mug(2, "mug red", product_id="no filler"), "one word": mug(3, "mug", product_id="one word"),
-        "no picture": mug(4, picture=None, product_id="no picture"), "no title": mug(5, None, product_id="no title"), "scene": mug(6, picture=scene, product_id="scene"),
+        "whole": mug(0, product_id="whole"),
+        "no content": mug(1, "a thing of beauty", product_id="no content"),
+        "no filler": mug(2, "mug red", product_id="no filler"),
+        "one word": mug(3, "mug", product_id="one word"),
+        "no picture": mug(4, picture=None, product_id="no picture"),
+        "no title": mug(5, None, product_id="no title"),
+        "scene": mug(6, picture=scene, product_id="scene"),
     }
     table = focus_table(tiny(), Catalog.from_products(shop.values()), batch_size=2)
-    told = {name: {(row.view, row.part): row.left_out for row in rows.itertuples() if row.left_out} for name, rows in table.groupby("product_id")}
+    told = {
+        name: {(row.view, row.part): row.left_out for row in rows.itertuples() if row.left_out}
+        for name, rows in table.groupby("product_id")
+    }
     assert told == {
         "whole": {},
         "no content": {("t", "words"): "no content word", ("mm", "words"): "no content word"},
         "no filler": {("t", "words"): "no filler word", ("mm", "words"): "no filler word"},
         "one word": {("t", "words"): "nothing behind the first position", ("mm", "words"): "no filler word"},
         "no picture": {("mm", "words"): "no picture", ("mm", "cells"): "no picture", ("mm", "split"): "no picture"},
-        "no title": {("t", "words"): "no title", ("mm", "words"): "no title", ("mm", "cells"): "no title", ("mm", "split"): "no title"},
+        "no title": {
+            ("t", "words"): "no title",
+            ("mm", "words"): "no title",
+            ("mm", "cells"): "no title",
+            ("mm", "split"): "no title",
+        },
         "scene": {("mm", "cells"): "no subject on a plain backdrop"},
     }
     means = table[table.layer == "mean"]
@@ -161,7 +227,12 @@ def test_what_cannot_be_measured_is_counted():
     counts = left_out_counts(table).set_index(["view", "part", "left_out"]).products
     assert counts["mm", "words", "no filler word"] == 2 and counts.sum() == 14
     compared = compare_focus(table.assign(model="m"))
-    assert compared[compared.minus == ""].set_index(["view", "part"]).left_out.to_dict() == {("t", "words"): 4, ("mm", "words"): 5, ("mm", "cells"): 3, ("mm", "split"): 2}
+    assert compared[compared.minus == ""].set_index(["view", "part"]).left_out.to_dict() == {
+        ("t", "words"): 4,
+        ("mm", "words"): 5,
+        ("mm", "cells"): 3,
+        ("mm", "split"): 2,
+    }
 
 
 def test_titles_that_hold_no_token():
@@ -174,17 +245,31 @@ def test_titles_that_hold_no_token():
 
 def test_the_table_does_not_depend_on_batches():
     "Nor on the other products, nor on training mode, which stays."
-    encoder, products = tiny(perturbed=True).train(), [mug(n, " ".join(["nice"] * n + ["red", "mug", "for", "tea"])) for n in range(7)]
+    encoder, products = (
+        tiny(perturbed=True).train(),
+        [mug(n, " ".join(["nice"] * n + ["red", "mug", "for", "tea"])) for n in range(7)],
+    )
     place = ["product_id", "view", "part", "layer"]
-    one, many = (focus_table(encoder, Catalog.from_products(products), batch_size=size).set_index(place).sort_index() for size in (1, 5))
+    one, many = (
+        focus_table(encoder, Catalog.from_products(products), batch_size=size).set_index(place).sort_index()
+        for size in (1, 5)
+    )
     assert encoder.training and (one.left_out == many.left_out).all()
     np.testing.assert_allclose(one.value, many.value, atol=1e-5)
     alone = focus_table(encoder, Catalog.from_products(products[3:4])).set_index(place).sort_index()
     np.testing.assert_allclose(alone.value, one.loc[alone.index].value, atol=1e-5)
 
 
-@pytest.mark.parametrize(("choice", "says", "kind"), [({"views": ("i",)}, "views of t and mm", UsageError), ({"views": ()}, "views of t and mm", UsageError), ({"batch_size": 0}, "batch_size=0", UsageError),
-                                                     ({"split": "train"}, "no usable product", DataError), ({"limit": 0}, "limit=0", UsageError)])
+@pytest.mark.parametrize(
+    ("choice", "says", "kind"),
+    [
+        ({"views": ("i",)}, "views of t and mm", UsageError),
+        ({"views": ()}, "views of t and mm", UsageError),
+        ({"batch_size": 0}, "batch_size=0", UsageError),
+        ({"split": "train"}, "no usable product", DataError),
+        ({"limit": 0}, "limit=0", UsageError),
+    ],
+)
 def test_wrong_choices(choice, says, kind):
     with pytest.raises(kind, match=says):
         focus_table(tiny(), Catalog.from_products([mug()]), **choice)
@@ -204,9 +289,27 @@ def test_a_model_without_eyes_is_told():
 def made_up(model, numbers, keys=None, missing=(), even=0.5):
     "A table of one part with these values."
     place = {"view": "t", "part": "words", "layer": "mean"}
-    rows = [{"product_id": f"p{n}", "key": n if keys is None else keys[n], "value": value, "attention": value / 4, "tokens": 0.25, "even": even, "left_out": ""} | place for n, value in enumerate(numbers)]
+    rows = [
+        {
+            "product_id": f"p{n}",
+            "key": n if keys is None else keys[n],
+            "value": value,
+            "attention": value / 4,
+            "tokens": 0.25,
+            "even": even,
+            "left_out": "",
+        }
+        | place
+        for n, value in enumerate(numbers)
+    ]
     for n in missing:
-        rows[n] |= {"value": np.nan, "attention": np.nan, "tokens": np.nan, "even": np.nan, "left_out": "no filler word"}
+        rows[n] |= {
+            "value": np.nan,
+            "attention": np.nan,
+            "tokens": np.nan,
+            "even": np.nan,
+            "left_out": "no filler word",
+        }
     return pd.DataFrame(rows).assign(model=model)
 
 
@@ -214,17 +317,23 @@ def test_means_and_paired_differences():
     "A difference that all products share has hardly any width, however wide the means are."
     base = np.random.default_rng(0).uniform(0.5, 1.5, 60)
     found = compare_focus(pd.concat([made_up("a", base), made_up("b", base + 0.25)])).set_index(["model", "minus"])
-    assert found.value["a", ""] == pytest.approx(base.mean()) and found.lower["a", ""] < base.mean() < found.upper["a", ""]
+    assert (
+        found.value["a", ""] == pytest.approx(base.mean()) and found.lower["a", ""] < base.mean() < found.upper["a", ""]
+    )
     spread = 1.96 * base.std() / np.sqrt(60)
     assert found.upper["a", ""] - found.lower["a", ""] == pytest.approx(2 * spread, rel=0.15)
-    assert [found[name]["b", "a"] for name in ("value", "lower", "upper")] == pytest.approx([0.25] * 3, abs=0.01) and found.p["b", "a"] < 0.01
+    assert [found[name]["b", "a"] for name in ("value", "lower", "upper")] == pytest.approx(
+        [0.25] * 3, abs=0.01
+    ) and found.p["b", "a"] < 0.01
     assert found.value["a", "even"] == pytest.approx(base.mean() - 0.5)
     assert set(found.index) == {("a", ""), ("b", ""), ("a", "even"), ("b", "even"), ("b", "a")}
 
 
 def test_nothing_but_noise_is_no_difference():
     noise = np.random.default_rng(3).normal(0, 0.2, 200)
-    found = compare_focus(pd.concat([made_up("a", np.ones(200)), made_up("b", 1 + noise - noise.mean())])).set_index(["model", "minus"])
+    found = compare_focus(pd.concat([made_up("a", np.ones(200)), made_up("b", 1 + noise - noise.mean())])).set_index(
+        ["model", "minus"]
+    )
     assert found.lower["b", "a"] < 0 < found.upper["b", "a"] and found.p["b", "a"] > 0.5
 
 
@@ -243,13 +352,17 @@ def test_pairs_are_the_products_that_both_have():
     found = compare_focus(pd.concat([a, b])).set_index(["model", "minus"])
     assert (found.products["a", ""], found.left_out["a", ""], found.value["a", ""]) == (3, 1, 2.0)
     assert (found.products["b", "a"], found.left_out["b", "a"], found.value["b", "a"]) == (2, 2, 0.5)
-    none = compare_focus(pd.concat([made_up("a", [1.0, 2.0], missing=[0]), made_up("b", [1.0, 2.0], missing=[1])])).set_index(["model", "minus"])
+    none = compare_focus(
+        pd.concat([made_up("a", [1.0, 2.0], missing=[0]), made_up("b", [1.0, 2.0], missing=[1])])
+    ).set_index(["model", "minus"])
     assert none.products["b", "a"] == 0 and np.isnan(none.value["b", "a"])
 
 
 def test_layers():
     "Each layer has its mean; what is left out is left out of each."
-    table = pd.concat([made_up("a", [1.0, 2.0, 3.0], missing=[0]), made_up("a", [1.0, 4.0, 6.0]).iloc[1:].assign(layer="0")])
+    table = pd.concat(
+        [made_up("a", [1.0, 2.0, 3.0], missing=[0]), made_up("a", [1.0, 4.0, 6.0]).iloc[1:].assign(layer="0")]
+    )
     found = compare_focus(table, layer=None)
     means = found[found.minus == ""].set_index("layer")
     assert means.value.to_dict() == {"mean": 2.5, "0": 5.0} and means.left_out.to_dict() == {"mean": 1, "0": 1}
@@ -271,13 +384,23 @@ def test_tables_that_cannot_be_compared():
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_figure(theme):
     "Values, intervals and differences stand where they belong; a single model has one panel."
-    compared = compare_focus(pd.concat([made_up("one", [1.0, 1.5, 2.0]), made_up("two", [1.5, 2.0, 2.5]), made_up("<three>", [1.0, 1.4, 2.1])]))
+    compared = compare_focus(
+        pd.concat(
+            [made_up("one", [1.0, 1.5, 2.0]), made_up("two", [1.5, 2.0, 2.5]), made_up("<three>", [1.0, 1.4, 2.1])]
+        )
+    )
     figure = focus_figure(compared, theme)
     row = compared[(compared.model == "two") & (compared.minus == "")].iloc[0]
     dots = {(trace.name, trace.xaxis): trace for trace in figure.data}
     two = dots["two", "x"]
-    assert (two.x[0], two.error_x.array[0], two.error_x.arrayminus[0]) == pytest.approx((row.value, row.upper - row.value, row.value - row.lower), abs=1e-4)
-    assert dots["two", "x2"].x[0] == pytest.approx(0.5) and dots["even attention", "x"].x[0] == 0.5 and ("&lt;three&gt;", "x2") in dots
+    assert (two.x[0], two.error_x.array[0], two.error_x.arrayminus[0]) == pytest.approx(
+        (row.value, row.upper - row.value, row.value - row.lower), abs=1e-4
+    )
+    assert (
+        dots["two", "x2"].x[0] == pytest.approx(0.5)
+        and dots["even attention", "x"].x[0] == 0.5
+        and ("&lt;three&gt;", "x2") in dots
+    )
     assert figure.layout.width == 600 and "3 (left out 0)" in figure.layout.title.subtitle.text
     assert len({(trace.marker.color, trace.marker.symbol) for trace in figure.data}) == 4
     assert {trace.xaxis for trace in focus_figure(compare_focus(made_up("one", [1.0, 2.0])), theme).data} == {"x"}
@@ -285,6 +408,10 @@ def test_figure(theme):
 
 def test_figures_that_are_refused():
     compared = compare_focus(made_up("one", [1.0, 2.0]))
-    for wrong, says in ((compared[:0], "0 layers"), (pd.concat([compared, compared.assign(layer="1")]), "2 layers"), (compare_focus(made_up("one", [1.0], missing=[0])), "no product could be measured")):
+    for wrong, says in (
+        (compared[:0], "0 layers"),
+        (pd.concat([compared, compared.assign(layer="1")]), "2 layers"),
+        (compare_focus(made_up("one", [1.0], missing=[0])), "no product could be measured"),
+    ):
         with pytest.raises(DataError, match=says):
             focus_figure(wrong)

@@ -1,11 +1,12 @@
 """Augmented catalogues: training sees what was added, evaluation never does."""
+
 import dataclasses
 import json
 
 import pandas as pd
 import pytest
 from moon2_lab.data.catalog import Catalog
-from moon2_lab.data.catalog_tables import AUGMENTED_COLUMNS, AUGMENTED_FILE
+from moon2_lab.data.products import AUGMENTED, AUGMENTED_COLUMNS
 from moon2_lab.data.synthetic.generator import make_catalog
 from moon2_lab.errors import DataError
 from moon2_lab.evaluation.evaluate import evaluate
@@ -18,7 +19,15 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 def rows(*given):
     "A table of augmentations; each is (product id, field, value, changes)."
-    return pd.DataFrame([dict.fromkeys(AUGMENTED_COLUMNS) | {"product_id": name, "field": field, "kind": "text", "value": value, "kept": True} | more for name, field, value, more in given], columns=AUGMENTED_COLUMNS)
+    return pd.DataFrame(
+        [
+            dict.fromkeys(AUGMENTED_COLUMNS)
+            | {"product_id": name, "field": field, "kind": "text", "value": value, "kept": True}
+            | more
+            for name, field, value, more in given
+        ],
+        columns=AUGMENTED_COLUMNS,
+    )
 
 
 @pytest.fixture
@@ -27,7 +36,11 @@ def drawn(tmp_path):
     folder = make_catalog(tmp_path / "drawn", products=60, seed=5, image_size=64)
     catalog = Catalog.load(folder)
     train = [product for product in catalog if product.split == "train"]
-    return folder, train, {name: next(product for product in catalog if product.split == name) for name in ("valid", "test")}
+    return (
+        folder,
+        train,
+        {name: next(product for product in catalog if product.split == name) for name in ("valid", "test")},
+    )
 
 
 def expanded_file(folder, product, name):
@@ -41,12 +54,22 @@ def expanded_file(folder, product, name):
 def test_train_products_get_what_was_added(drawn):
     folder, train, _ = drawn
     path = expanded_file(folder, train[0], "a.jpg")
-    write_parquet(folder / AUGMENTED_FILE, rows((train[0].product_id, "enriched_title", "A better title", {}), (train[0].product_id, "expanded_image", path, {}), (train[1].product_id, "enriched_title", "Refused", {"kept": False})))
+    write_parquet(
+        folder / AUGMENTED,
+        rows(
+            (train[0].product_id, "enriched_title", "A better title", {}),
+            (train[0].product_id, "expanded_image", path, {}),
+            (train[1].product_id, "enriched_title", "Refused", {"kept": False}),
+        ),
+    )
     catalog = Catalog.load(folder)
     product = catalog.get(train[0].product_id)
     assert (product.enriched_title, len(product.expanded), len(catalog.quarantine)) == ("A better title", 1, 0)
     assert catalog.get(train[1].product_id) == train[1] and len(catalog.augmentation) == 3
-    assert catalog.split("train").get(train[0].product_id) == product and catalog.summary()["augmented"] == {"titles": 1, "pictures": 1}
+    assert catalog.split("train").get(train[0].product_id) == product and catalog.summary()["augmented"] == {
+        "titles": 1,
+        "pictures": 1,
+    }
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
@@ -54,10 +77,18 @@ def test_evaluation_products_never_do(drawn, split):
     "A row that names one is set aside with product, file and reason; the product stays as it was."
     folder, train, others = drawn
     path = expanded_file(folder, train[0], "a.jpg")
-    write_parquet(folder / AUGMENTED_FILE, rows((others[split].product_id, "enriched_title", "Sneaked in", {}), (others[split].product_id, "expanded_image", path, {})))
+    write_parquet(
+        folder / AUGMENTED,
+        rows(
+            (others[split].product_id, "enriched_title", "Sneaked in", {}),
+            (others[split].product_id, "expanded_image", path, {}),
+        ),
+    )
     catalog = Catalog.load(folder)
     assert catalog.get(others[split].product_id) == others[split]
-    assert catalog.quarantine[["product_id", "file"]].drop_duplicates().values.tolist() == [[others[split].product_id, AUGMENTED_FILE]]
+    assert catalog.quarantine[["product_id", "file"]].drop_duplicates().values.tolist() == [
+        [others[split].product_id, AUGMENTED]
+    ]
     assert set(catalog.quarantine.reason) == {f"augmented outside train: split {split}"}
 
 
@@ -65,7 +96,7 @@ def test_an_expanded_picture_is_no_original(drawn):
     "A table that lists an expanded picture as a product's own picture loses that picture, not the product."
     folder, train, others = drawn
     path = expanded_file(folder, train[0], "a.jpg")
-    write_parquet(folder / AUGMENTED_FILE, rows((train[0].product_id, "expanded_image", path, {})))
+    write_parquet(folder / AUGMENTED, rows((train[0].product_id, "expanded_image", path, {})))
     table = pd.read_parquet(folder / "products.parquet")
     listed = table.product_id == others["test"].product_id
     table.loc[listed, "image_paths"] = json.dumps([path, *others["test"].image_paths])
@@ -81,19 +112,32 @@ def test_bad_rows_are_set_aside(drawn):
     (folder / "expanded").mkdir()
     (folder / "expanded" / "text.jpg").write_text("no picture")
     name = train[0].product_id
-    write_parquet(folder / AUGMENTED_FILE, rows(
-        ("nobody", "enriched_title", "x", {}), (name, "enriched_title", " ", {}), (name, "price", "x", {}), (name, "expanded_image", "expanded/none.jpg", {}), (name, "expanded_image", "expanded/text.jpg", {}),
-        (name, "expanded_image", "../outside.jpg", {}), (name, "enriched_title", "First", {}), (name, "enriched_title", "Second", {}),
-    ))
+    write_parquet(
+        folder / AUGMENTED,
+        rows(
+            ("nobody", "enriched_title", "x", {}),
+            (name, "enriched_title", " ", {}),
+            (name, "price", "x", {}),
+            (name, "expanded_image", "expanded/none.jpg", {}),
+            (name, "expanded_image", "expanded/text.jpg", {}),
+            (name, "expanded_image", "../outside.jpg", {}),
+            (name, "enriched_title", "First", {}),
+            (name, "enriched_title", "Second", {}),
+        ),
+    )
     catalog = Catalog.load(folder)
     assert catalog.get(name).enriched_title == "First" and catalog.get(name).expanded == ()
     classes = catalog.quarantine.reason.str.split(":").str[0].tolist()
-    assert classes[:3] == ["unknown product", "empty value", "unknown field"] and classes[-1] == "second title" and len(classes) == 7, catalog.quarantine
+    assert (
+        classes[:3] == ["unknown product", "empty value", "unknown field"]
+        and classes[-1] == "second title"
+        and len(classes) == 7
+    ), catalog.quarantine
 
 
 def test_a_table_without_its_columns(drawn):
     folder, *_ = drawn
-    pd.DataFrame({"product_id": ["a"]}).to_parquet(folder / AUGMENTED_FILE)
+    pd.DataFrame({"product_id": ["a"]}).to_parquet(folder / AUGMENTED)
     with pytest.raises(DataError, match="no column field, value, kept.*columns found: product_id"):
         Catalog.load(folder)
 
@@ -110,9 +154,14 @@ def test_the_evaluation_is_the_same_with_and_without():
     assert one == other
 
 
-@pytest.mark.parametrize("fields", [{}, {"expanded_images": "all"}, {"expanded_images": "none", "enriched_titles": False}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"expanded_images": "all"}, {"expanded_images": "none", "enriched_titles": False}], ids=str
+)
 def test_training_uses_it_and_caches_what_it_uses(fields):
-    plain, augmented = Trainer(tiny(), shop(), settings(max_steps=2)), Trainer(tiny(), augmented_shop(), settings(max_steps=2, **fields))
+    plain, augmented = (
+        Trainer(tiny(), shop(), settings(max_steps=2)),
+        Trainer(tiny(), augmented_shop(), settings(max_steps=2, **fields)),
+    )
     here, there = ({ref.key for ref in trainer.needed_images()} for trainer in (plain, augmented))
     added = {ref.key for product in augmented_shop() for ref in product.expanded}
     uses = fields.get("expanded_images") != "none"

@@ -1,4 +1,7 @@
-"""Inside the experts: what is sent, the widget without and with a browser, still picture and figure; and whatever an item or a history may lack."""
+"""Inside the experts: what is sent, the widget without and with a browser, still picture and figure; and whatever
+an item or a history may lack.
+"""
+
 import base64
 import dataclasses
 import io
@@ -18,7 +21,13 @@ from moon2_lab.explain.expert_routing import expert_load, token_routing
 from moon2_lab.reporting.routing_figures import EVEN, RoutingMaps, routing_maps, routing_payload, training_steps
 from moon2_lab.testing import made_up_history, made_up_routing
 from moon2_lab.widgets.routing import (
-    COLOURS, RoutingWidget, expert_map_figure, ink_on, routing_picture, routing_png, show_routing,
+    COLOURS,
+    RoutingWidget,
+    expert_map_figure,
+    ink_on,
+    routing_picture,
+    routing_png,
+    show_routing,
 )
 
 MEBIBYTE = 2**20
@@ -33,7 +42,9 @@ def sent_weights(payload, data):
 
 def state_size(widget):
     "Bytes that travel to the browser, script and style included."
-    return sum(len(value) if isinstance(value, bytes) else len(json.dumps(value)) for value in widget.get_state().values())
+    return sum(
+        len(value) if isinstance(value, bytes) else len(json.dumps(value)) for value in widget.get_state().values()
+    )
 
 
 def collapsed(steps=30):
@@ -58,8 +69,15 @@ def unusual():
         "even": RoutingMaps(even),
         "one expert": made_up_routing(experts=1, top_k=1, layers=1),
         "routing only": dataclasses.replace(maps, load={}, training=None),
-        "no preferences": dataclasses.replace(maps, training=training_steps(made_up_history(20)[["step", *(f"omega_{name}" for name in OBJECTIVES)]])),
-        "no omega": dataclasses.replace(maps, training=training_steps(made_up_history(20)[["step", *(f"p_{z}_{name}" for z in range(4) for name in OBJECTIVES)]])),
+        "no preferences": dataclasses.replace(
+            maps, training=training_steps(made_up_history(20)[["step", *(f"omega_{name}" for name in OBJECTIVES)]])
+        ),
+        "no omega": dataclasses.replace(
+            maps,
+            training=training_steps(
+                made_up_history(20)[["step", *(f"p_{z}_{name}" for z in range(4) for name in OBJECTIVES)]]
+            ),
+        ),
     }
 
 
@@ -82,7 +100,9 @@ def test_numbers_sent_equal_those_of_an_encoder():
     assert np.allclose(np.array(run["preference"])[:, 2, 3], rows["p_2_intra_p"], atol=1e-5)
     assert np.allclose(np.array(run["omega"])[:, 1], rows["omega_inter_i"], atol=1e-5)
     assert np.allclose(np.array(run["weights"]["i"])[:, 3], rows["load_i_3"], atol=1e-5)
-    assert [word for _, word in widget.payload["side"]["words"]] == [word for word, *_ in found.side.words] and widget.payload["side"]["expert_layers"] == [0, 1]
+    assert [word for _, word in widget.payload["side"]["words"]] == [
+        word for word, *_ in found.side.words
+    ] and widget.payload["side"]["expert_layers"] == [0, 1]
     jpeg = Image.open(io.BytesIO(widget.data[: widget.payload["side"]["image"]["size"]]))
     assert jpeg.format == "JPEG" and jpeg.size == (320, 320)
 
@@ -106,13 +126,21 @@ def test_chosen_layers():
     encoder = tiny(perturbed=True)
     found, load = token_routing(encoder, product(3).item()), expert_load(encoder, [product(3).item()])
     maps = routing_maps(found, load, layers=[1])
-    assert maps.side.expert_layers == [1] and np.array_equal(maps.weights, found.experts[1:]) and np.array_equal(maps.load["t"], load["t"][1:])
+    assert (
+        maps.side.expert_layers == [1]
+        and np.array_equal(maps.weights, found.experts[1:])
+        and np.array_equal(maps.load["t"], load["t"][1:])
+    )
     with pytest.raises(UsageError, match="layer 7 has no experts"):
         routing_maps(found, layers=[7])
 
 
 def test_the_largest_state_stays_under_a_mebibyte():
-    widget = RoutingWidget(made_up_routing(" ".join(f"stoneware{place}" for place in range(64)), grid=14, layers=24, experts=16, steps=5000))
+    widget = RoutingWidget(
+        made_up_routing(
+            " ".join(f"stoneware{place}" for place in range(64)), grid=14, layers=24, experts=16, steps=5000
+        )
+    )
     assert 200_000 < state_size(widget) < MEBIBYTE and len(widget.payload["training"]["steps"]) == 60
     with pytest.raises(UsageError, match="choose some layers"):
         RoutingWidget(made_up_routing(grid=10, layers=48, experts=128, steps=0))
@@ -140,14 +168,22 @@ def test_no_experts_no_picture_no_words():
     with pytest.raises(UsageError, match="this encoder has no experts"):
         token_routing(tiny(num_experts=0), product(3).item())
     encoder = tiny()
-    for item, view, words in ((Item("red mug", None, "p1"), "i", "no picture"), (Item(None, product(3).refs[0], "p2"), "t", "no readable text"), (Item(None, None, "p3"), "mm", "neither")):
+    for item, view, words in (
+        (Item("red mug", None, "p1"), "i", "no picture"),
+        (Item(None, product(3).refs[0], "p2"), "t", "no readable text"),
+        (Item(None, None, "p3"), "mm", "neither"),
+    ):
         with pytest.raises(DataError, match=words):
             token_routing(encoder, item, view)
 
 
 WRONG = {
-    "hole": (lambda w: w * np.nan, "not shares"), "sum": (lambda w: 1.1 * w, "not shares"), "below zero": (lambda w: w * np.array([1, -1, 1, 1]), "not shares"),
-    "places": (lambda w: w[:, :3], "cells come first"), "layers": (lambda w: w[:2], "names for 2 MoE layers"), "none": (lambda w: None, "no routing weights"),
+    "hole": (lambda w: w * np.nan, "not shares"),
+    "sum": (lambda w: 1.1 * w, "not shares"),
+    "below zero": (lambda w: w * np.array([1, -1, 1, 1]), "not shares"),
+    "places": (lambda w: w[:, :3], "cells come first"),
+    "layers": (lambda w: w[:2], "names for 2 MoE layers"),
+    "none": (lambda w: None, "no routing weights"),
 }
 
 
@@ -160,7 +196,11 @@ def test_weights_that_are_none_are_refused(bad, words):
 
 def test_histories_of_something_else_are_refused():
     maps, history = made_up_routing(), made_up_history(20)
-    others = {"says nothing of experts": history[["step", "loss"]], "no rows": history.iloc[:0], r"\[1, 2, 3\] only": history.drop(columns=[f"p_0_{name}" for name in OBJECTIVES])}
+    others = {
+        "says nothing of experts": history[["step", "loss"]],
+        "no rows": history.iloc[:0],
+        r"\[1, 2, 3\] only": history.drop(columns=[f"p_0_{name}" for name in OBJECTIVES]),
+    }
     backwards = [("do not rise", history.iloc[::-1]), ("do not rise", history.assign(step=np.nan))]
     for words, wrong in [*others.items(), *backwards]:
         with pytest.raises(DataError, match=words):
@@ -177,7 +217,9 @@ def test_missing_numbers_of_a_step_stay_missing():
     history.loc[2, "omega_inter_t"] = np.nan
     run = routing_payload(dataclasses.replace(made_up_routing(), training=training_steps(history)))[0]["training"]
     assert run["omega"][2][0] is None and abs(run["total"][2] - sum(run["omega"][2][1:])) < 1e-4
-    assert routing_picture(dataclasses.replace(made_up_routing(), training=training_steps(history)), step=3).width == 640
+    assert (
+        routing_picture(dataclasses.replace(made_up_routing(), training=training_steps(history)), step=3).width == 640
+    )
 
 
 def test_the_strongest_and_the_even():
@@ -192,7 +234,13 @@ def test_the_strongest_and_the_even():
 
 def test_traits_refuse_what_is_not_there():
     widget = RoutingWidget(made_up_routing(steps=200))
-    for name, value, words in (("layer", 3, "0 to 2"), ("layer", -1, "0 to 2"), ("expert", 4, "0 to 3, or None"), ("step", 2, "nearest: 1, 4"), ("step", -7, "nearest")):
+    for name, value, words in (
+        ("layer", 3, "0 to 2"),
+        ("layer", -1, "0 to 2"),
+        ("expert", 4, "0 to 3, or None"),
+        ("step", 2, "nearest: 1, 4"),
+        ("step", -7, "nearest"),
+    ):
         with pytest.raises(UsageError, match=words):
             setattr(widget, name, value)
     assert (widget.layer, widget.expert, widget.step) == (0, None, 200)
@@ -208,14 +256,16 @@ def test_alarms_of_the_whole_run():
     assert [level for level, _ in training_steps(made_up_history(30)).alarms if level == "warning"] == []
 
 
-# ---------------------------------------------------------------------------------------------- still picture and figure
+# ------------------------------------------------------------------------------------------- still picture and figure
 
 
 def test_still_picture_shows_the_strongest_expert():
     "The number in the middle of each cell stands on the colour of its expert."
     maps = made_up_routing(steps=0)
     picture = np.asarray(routing_picture(dataclasses.replace(maps, load={}), layer=2))
-    grounds = [tuple(picture[34 + 65 * (place // 4) + 24, 12 + 65 * (place % 4) + 32].tolist()) for place in range(16)]  # cells of 65 pixels from (12, 34) on; just above the digit
+    grounds = [
+        tuple(picture[34 + 65 * (place // 4) + 24, 12 + 65 * (place % 4) + 32].tolist()) for place in range(16)
+    ]  # cells of 65 pixels from (12, 34) on; just above the digit
     assert grounds == [COLOURS[z] for z in maps.strongest[2, :16]]
     assert routing_png(maps, 0) != routing_png(maps, 2)
     shown = show_routing(maps, 2)
@@ -234,17 +284,22 @@ def test_figure_holds_the_numbers():
     assert np.allclose(words, maps.weights[1, 16:], atol=1e-5)
     load = np.stack([trace.x for trace in bars if len(trace.x) == 3], 1)
     assert np.allclose(load, [maps.load[view][1] for view in VIEWS], atol=1e-5)
-    assert {text for trace in bars for text in trace.text if text} <= set("0123") and figure.layout.paper_bgcolor == "#12161d"
+    assert {text for trace in bars for text in trace.text if text} <= set(
+        "0123"
+    ) and figure.layout.paper_bgcolor == "#12161d"
 
 
-# ---------------------------------------------------------------------------------------------- the widget in a page of its own
+# ------------------------------------------------------------------------------------ the widget in a page of its own
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>experts</title>
-<style>body { margin: 0; background: light-dark(#fff, #000); color-scheme: light dark } CSS</style><main></main><script type="module">
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>experts</title>
+<style>body { margin: 0; background: light-dark(#fff, #000); color-scheme: light dark } CSS</style>
+<main></main><script type="module">
 ESM
 const state = STATE, heard = {};
 state.data = Uint8Array.from(atob(state.data), (one) => one.charCodeAt(0));
-window.model = { get: (name) => state[name], set: (name, value) => { state[name] = value; for (const told of heard[`change:${name}`] ?? []) told(); }, save_changes: () => {},
+const set = (name, value) => { state[name] = value; for (const told of heard[`change:${name}`] ?? []) told(); };
+window.model = { get: (name) => state[name], set, save_changes: () => {},
   on: (name, told) => (heard[name] ??= new Set()).add(told), off: (name, told) => heard[name].delete(told), heard };
 window.stop = widget.render({ model: window.model, el: document.querySelector("main") });
 </script></html>"""
@@ -252,9 +307,17 @@ window.stop = widget.render({ model: window.model, el: document.querySelector("m
 
 def page_of(widget):
     "The widget's module and state as a page; the model is the simplest that has the methods of anywidget's."
-    state = {"payload": widget.payload, "data": base64.b64encode(widget.data).decode(), "layer": widget.layer, "expert": widget.expert, "step": widget.step}
+    state = {
+        "payload": widget.payload,
+        "data": base64.b64encode(widget.data).decode(),
+        "layer": widget.layer,
+        "expert": widget.expert,
+        "step": widget.step,
+    }
     esm = widget._esm.replace("export default", "const widget =")
-    return PAGE.replace("CSS", widget._css).replace("ESM", esm).replace("STATE", json.dumps(state).replace("<", "\\u003c"))
+    return (
+        PAGE.replace("CSS", widget._css).replace("ESM", esm).replace("STATE", json.dumps(state).replace("<", "\\u003c"))
+    )
 
 
 @pytest.fixture
@@ -263,7 +326,10 @@ def opened(browser, tmp_path):
     asked, wrong, pages = [], [], []
 
     def open_page(maps, width=1200, scheme="light", **traits):
-        page, widget = browser.new_page(viewport={"width": width, "height": 1400}, color_scheme=scheme, offline=True), RoutingWidget(maps)
+        page, widget = (
+            browser.new_page(viewport={"width": width, "height": 1400}, color_scheme=scheme, offline=True),
+            RoutingWidget(maps),
+        )
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
@@ -335,8 +401,12 @@ def test_page_shows_the_numbers(opened):
         assert page.locator("[data-control='MoE layer'] output").inner_text() == f"layer {layer}"
         shown = page.locator("[data-view=i] .m2r-value").all_inner_texts()
         assert shown == [f"{share:.1%}".replace("%", " %") for share in maps.load["i"][layer]]
-        widths = page.eval_on_selector_all("[data-view=i] .m2r-fill", "all => all.map((one) => one.getBoundingClientRect().width)")
-        assert np.allclose(np.array(widths) / max(widths), maps.load["i"][layer] / maps.load["i"][layer].max(), atol=0.02)
+        widths = page.eval_on_selector_all(
+            "[data-view=i] .m2r-fill", "all => all.map((one) => one.getBoundingClientRect().width)"
+        )
+        assert np.allclose(
+            np.array(widths) / max(widths), maps.load["i"][layer] / maps.load["i"][layer].max(), atol=0.02
+        )
     assert np.abs(maps.strongest[0] - maps.strongest[2]).max() > 0
 
 
@@ -358,11 +428,18 @@ def test_pointing_shows_all_weights(opened):
     maps = made_up_routing()
     page = opened(maps)
     still = page.locator(".m2r-weights .m2r-value").all_inner_texts()
-    assert still == [f"{share:.1%}".replace("%", " %") for share in maps.weights[0].mean(0)] and "16 cells and 7 words" in page.locator(".m2r-weights h4").inner_text()
+    assert (
+        still == [f"{share:.1%}".replace("%", " %") for share in maps.weights[0].mean(0)]
+        and "16 cells and 7 words" in page.locator(".m2r-weights h4").inner_text()
+    )
     page.locator(".m2r-word").nth(3).hover()
     settle(page)
-    assert page.locator(".m2r-weights .m2r-value").all_inner_texts() == [f"{share:.1%}".replace("%", " %") for share in maps.weights[0, 19]]
-    assert "“stoneware”" in page.locator(".m2r-weights h4").inner_text() and page.locator(".m2r-told").inner_text().startswith(f"“stoneware”: expert {maps.strongest[0, 19]} ")
+    assert page.locator(".m2r-weights .m2r-value").all_inner_texts() == [
+        f"{share:.1%}".replace("%", " %") for share in maps.weights[0, 19]
+    ]
+    assert "“stoneware”" in page.locator(".m2r-weights h4").inner_text() and page.locator(
+        ".m2r-told"
+    ).inner_text().startswith(f"“stoneware”: expert {maps.strongest[0, 19]} ")
     page.locator(".m2r-cell").nth(6).hover()
     settle(page)
     assert page.locator(".m2r-weights h4").inner_text() == "Weights: row 2, column 3"
@@ -381,8 +458,12 @@ def test_the_step_slider_changes_the_numbers(opened):
             slide(page, "step", keys)
         row = history.iloc[place]
         assert table(page, "Preference p") == [[f"{row[f'p_{z}_{name}']:.2f}" for name in OBJECTIVES] for z in range(4)]
-        assert table(page, "Mean routing weight") == [[f"{row[f'load_{view}_{z}']:.2f}" for view in VIEWS] for z in range(4)]
-        assert page.locator(".m2r-omega .m2r-value").all_inner_texts() == [f"{row[f'omega_{name}']:.3f}" for name in OBJECTIVES]
+        assert table(page, "Mean routing weight") == [
+            [f"{row[f'load_{view}_{z}']:.2f}" for view in VIEWS] for z in range(4)
+        ]
+        assert page.locator(".m2r-omega .m2r-value").all_inner_texts() == [
+            f"{row[f'omega_{name}']:.3f}" for name in OBJECTIVES
+        ]
         assert page.locator("[data-control=step] output").inner_text() == f"step {place + 1} of 30"
         told = page.locator("[role=alert]").inner_text()
         assert ("inter_i holds 88 %" in told and "sum to 0.41" in told) if place else told == ""
@@ -396,7 +477,12 @@ def test_keyboard_alone(opened):
     order = []
     for _ in range(7):
         page.keyboard.press("Tab")
-        order.append(page.evaluate("() => { const one = document.activeElement; return one.closest('label')?.dataset.control ?? one.getAttribute('role'); }"))
+        order.append(
+            page.evaluate(
+                "() => { const one = document.activeElement;"
+                " return one.closest('label')?.dataset.control ?? one.getAttribute('role'); }"
+            )
+        )
     assert order == ["MoE layer", "colour", "gridcell", "option", "step", "region", "region"]
     page.locator(".m2r-word").first.focus()
     page.keyboard.press("ArrowRight")
@@ -413,7 +499,9 @@ def test_keyboard_alone(opened):
     page.keyboard.press("ArrowDown")
     assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("row 2, column 1: expert ")
     page.keyboard.press("ArrowLeft")
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("row 2, column 1: expert "), "the edge is an edge"
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("row 2, column 1: expert "), (
+        "the edge is an edge"
+    )
 
 
 def style(page, chosen, name):
@@ -423,8 +511,13 @@ def style(page, chosen, name):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 400])
 def test_fits_and_can_be_read(opened, scheme, width):
-    "No sideways scrolling; texts, also those on colours, have a contrast of 4.5; all eight colours are those of Python."
-    maps = dataclasses.replace(made_up_routing(" ".join(["stoneware"] * 30), grid=7, experts=8, top_k=1), training=training_steps(collapsed_of(8)))
+    """No sideways scrolling; texts, also those on colours, have a contrast of 4.5; all eight colours are those of
+    Python.
+    """
+    maps = dataclasses.replace(
+        made_up_routing(" ".join(["stoneware"] * 30), grid=7, experts=8, top_k=1),
+        training=training_steps(collapsed_of(8)),
+    )
     page = opened(maps, width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     paper = np.array(style(page, ".m2r", "backgroundColor")[0])
@@ -434,18 +527,31 @@ def test_fits_and_can_be_read(opened, scheme, width):
     assert contrast(style(page, ".m2r-warning", "color")[0], style(page, ".m2r-warning", "backgroundColor")[0]) >= 4.5
     for chosen, places in ((".m2r-word", 30), ("td", 40)):
         ink = style(page, chosen, "color")[0]
-        found = [parts(colour) for colour in page.eval_on_selector_all(chosen, "all => all.map((one) => getComputedStyle(one).backgroundColor)")]
-        assert len(found) >= places and min(contrast(ink, paper + alpha * (np.array(colour) - paper)) for colour, alpha in found) >= 4.5, chosen
+        found = [
+            parts(colour)
+            for colour in page.eval_on_selector_all(
+                chosen, "all => all.map((one) => getComputedStyle(one).backgroundColor)"
+            )
+        ]
+        assert (
+            len(found) >= places
+            and min(contrast(ink, paper + alpha * (np.array(colour) - paper)) for colour, alpha in found) >= 4.5
+        ), chosen
     chips = page.locator(".m2r-weights .m2r-chip")
     for expert in range(8):
-        ground, ink = (parts(chips.nth(expert).evaluate(f"one => getComputedStyle(one).{name}"))[0] for name in ("backgroundColor", "color"))
+        ground, ink = (
+            parts(chips.nth(expert).evaluate(f"one => getComputedStyle(one).{name}"))[0]
+            for name in ("backgroundColor", "color")
+        )
         assert (ground, ink) == (COLOURS[expert], ink_on(expert)) and contrast(ground, ink) >= 4.5
     keep_screenshot(page, f"experts_{scheme}_{width}.png")
 
 
 def collapsed_of(experts):
     "`collapsed` for a number of experts."
-    return made_up_history(30, experts).assign(**{name: values for name, values in collapsed().items() if name.startswith("omega")})
+    return made_up_history(30, experts).assign(
+        **{name: values for name, values in collapsed().items() if name.startswith("omega")}
+    )
 
 
 @pytest.mark.parametrize("name", unusual())
@@ -453,13 +559,29 @@ def test_unusual_routing_in_the_page(opened, name):
     maps = unusual()[name]
     page = opened(maps, 400)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    assert page.evaluate("window.pwned === undefined") and page.locator("main script, main b:text-is('p1')").count() == 0
+    assert (
+        page.evaluate("window.pwned === undefined") and page.locator("main script, main b:text-is('p1')").count() == 0
+    )
     words = page.locator(".m2r-word bdi").all_inner_texts()
-    assert words == [word.replace("\u202e", "") for word, *_ in maps.side.words] or name == "hostile" and {"红色杯子", "😀", "&amp;"} <= set(words)
-    said = {"without picture": "no picture", "without title": "no title", "routing only": "No training history was given", "no preferences": "holds no preferences", "no omega": "holds no objective weights"}
+    assert (
+        words == [word.replace("\u202e", "") for word, *_ in maps.side.words]
+        or name == "hostile"
+        and {"红色杯子", "😀", "&amp;"} <= set(words)
+    )
+    said = {
+        "without picture": "no picture",
+        "without title": "no title",
+        "routing only": "No training history was given",
+        "no preferences": "holds no preferences",
+        "no omega": "holds no objective weights",
+    }
     assert said.get(name, "") in page.locator(".m2r").inner_text()
     if name == "even":
-        assert set(marks(page)) == {"="} and {parts(colour)[1] for colour in colours(page)} == {0.0} and "No load by view was given" in page.locator(".m2r").inner_text()
+        assert (
+            set(marks(page)) == {"="}
+            and {parts(colour)[1] for colour in colours(page)} == {0.0}
+            and "No load by view was given" in page.locator(".m2r").inner_text()
+        )
     if name == "64 words, 16 experts":
         assert marks(page) == [str(z) for z in maps.strongest[0, :49]], "a colour that comes again has another number"
     assert page.locator("[data-control='MoE layer']").is_visible() == (name != "one expert")
@@ -470,10 +592,12 @@ def test_it_lets_go(opened):
     page = opened(made_up_routing())
     picture = page.locator(".m2r img").get_attribute("src")
     page.evaluate("window.freed = []; URL.revokeObjectURL = (address) => freed.push(address); stop()")
-    assert page.evaluate("Object.values(model.heard).map((all) => all.size)") == [0, 0, 0] and page.evaluate("freed") == [picture]
+    assert page.evaluate("Object.values(model.heard).map((all) => all.size)") == [0, 0, 0] and page.evaluate(
+        "freed"
+    ) == [picture]
 
 
-# ---------------------------------------------------------------------------------------------- the widget in JupyterLab
+# ------------------------------------------------------------------------------------------- the widget in JupyterLab
 
 CELL = """
 from moon2_lab.testing import made_up_routing
@@ -487,12 +611,21 @@ widget
 @pytest.fixture
 def lab(tmp_path):
     "A JupyterLab with the widget; its address."
-    with jupyter_lab(tmp_path, [CELL, "print('seen', widget.layer, widget.expert, widget.step)", "widget.layer, widget.expert, widget.step = 2, None, 1"]) as address:
+    with jupyter_lab(
+        tmp_path,
+        [
+            CELL,
+            "print('seen', widget.layer, widget.expert, widget.step)",
+            "widget.layer, widget.expert, widget.step = 2, None, 1",
+        ],
+    ) as address:
         yield address
 
 
 def test_widget_in_jupyterlab(lab, browser):
-    "It renders, sliders reach Python and Python the sliders, the notebook leaves the arrow keys alone; nothing is asked of the outside."
+    """It renders, sliders reach Python and Python the sliders, the notebook leaves the arrow keys alone; nothing
+    is asked of the outside.
+    """
     maps, page, asked = made_up_routing(), browser.new_page(viewport={"width": 1300, "height": 1500}), []
     page.on("request", lambda request: asked.append(request.url))
     open_notebook(page, lab)
@@ -502,7 +635,9 @@ def test_widget_in_jupyterlab(lab, browser):
     page.locator(".m2r-word").first.focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    assert page.evaluate("document.activeElement.querySelector('bdi').textContent") == "red", "the notebook must not take the arrow keys"
+    assert page.evaluate("document.activeElement.querySelector('bdi').textContent") == "red", (
+        "the notebook must not take the arrow keys"
+    )
     slide(page, "MoE layer", "ArrowRight")
     control(page, "colour").select_option("3")
     slide(page, "step", "Home")

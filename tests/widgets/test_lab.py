@@ -1,4 +1,7 @@
-"""The live view in a real JupyterLab, in a real browser: it appears, its curves move, its buttons work, and a still figure takes its place."""
+"""The live view in a real JupyterLab, in a real browser: it appears, its curves move, its buttons work, and a
+still figure takes its place.
+"""
+
 import json
 import re
 import urllib.request
@@ -18,7 +21,8 @@ from moon2_lab.widgets.training import LiveTraining
 
 pio.renderers.default = "plotly_mimetype"
 encoder = Moon2Encoder.from_backbone("tiny", num_layers=2, image_size=32, visual_tokens=4)
-trainer = Trainer(encoder, Catalog.load(FOLDER), TrainConfig(max_steps=STEPS, per_device_train_batch_size=8, num_threads=1))
+config = TrainConfig(max_steps=STEPS, per_device_train_batch_size=8, num_threads=1)
+trainer = Trainer(encoder, Catalog.load(FOLDER), config)
 live = LiveTraining(trainer)
 live.start()
 """
@@ -27,7 +31,11 @@ live.start()
 @pytest.fixture
 def lab(request, tmp_path, drawn_catalogue):
     "A JupyterLab with a live view of so many steps; its address."
-    cells = [SETUP.replace("FOLDER", repr(str(drawn_catalogue))).replace("STEPS", str(request.param)), "print('seen', trainer.step > 0, live.state)", "history = await live\nprint('rows', len(history))"]
+    cells = [
+        SETUP.replace("FOLDER", repr(str(drawn_catalogue))).replace("STEPS", str(request.param)),
+        "print('seen', trainer.step > 0, live.state)",
+        "history = await live\nprint('rows', len(history))",
+    ]
     with jupyter_lab(tmp_path, cells, "live.ipynb") as address:
         yield address
 
@@ -124,7 +132,9 @@ def test_a_run_that_ends_in_the_background(page, tmp_path):
 
 @pytest.mark.parametrize("lab", [2000], indirect=True)
 def test_the_live_view_after_a_reload(page, tmp_path):
-    "The page is loaded again while the run is paused: all curves come back with their points, the buttons work, and the curves go on."
+    """The page is loaded again while the run is paused: all curves come back with their points, the buttons work,
+    and the curves go on.
+    """
     run_cell(page, 0)
     page.locator(CURVES).first.wait_for(timeout=120_000)
     wait_until(page, lambda: step_now(page) > 20, "some steps")
@@ -153,7 +163,9 @@ widget
 
 
 def test_a_saved_widget_is_alive_without_a_kernel(tmp_path, browser):
-    "With the settings of `make lab` a notebook that is saved, closed and opened without a kernel shows the widget, its choices and its order of views; it can be used."
+    """With the settings of `make lab` a notebook that is saved, closed and opened without a kernel shows the
+    widget, its choices and its order of views; it can be used.
+    """
     with jupyter_lab(tmp_path, [WIDGETS], "saved.ipynb", Path(__file__).parents[2] / "scripts" / "lab") as address:
         page = browser.new_page(viewport={"width": 1300, "height": 1000})
         open_notebook(page, address, "saved.ipynb")
@@ -171,17 +183,27 @@ def test_a_saved_widget_is_alive_without_a_kernel(tmp_path, browser):
         page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-editor").first.click(position={"x": 300, "y": 8})
         page.keyboard.press("Control+s")
         kept = lambda: json.loads((tmp_path / "saved.ipynb").read_text())["metadata"].get("widgets", {})
-        until(page, lambda: kept().get("application/vnd.jupyter.widget-state+json", {}).get("state"), "the state of the widget in the file")
+        until(
+            page,
+            lambda: kept().get("application/vnd.jupyter.widget-state+json", {}).get("state"),
+            "the state of the widget in the file",
+        )
         page.close()
         for kernel in json.load(urllib.request.urlopen(f"{address}/api/sessions")):
             urllib.request.urlopen(urllib.request.Request(f"{address}/api/sessions/{kernel['id']}", method="DELETE"))
         page = browser.new_page(viewport={"width": 1300, "height": 1000})
         page.goto(f"{address}/lab/tree/saved.ipynb?reset", wait_until="domcontentloaded")
         page.locator(".m2r-load h4").first.wait_for(timeout=90_000)
-        assert page.locator(".m2r-load h4").all_inner_texts() == views and page.get_by_text("model not found").count() == 0
+        assert (
+            page.locator(".m2r-load h4").all_inner_texts() == views and page.get_by_text("model not found").count() == 0
+        )
         assert page.locator("[data-control=colour] select").input_value() == "1"
         assert step() == first
         page.locator("[data-control=colour] select").select_option("2")
-        until(page, lambda: "weight of expert 2" in page.locator(".m2r-note").first.inner_text(), "another expert, without a kernel")
+        until(
+            page,
+            lambda: "weight of expert 2" in page.locator(".m2r-note").first.inner_text(),
+            "another expert, without a kernel",
+        )
         keep_screenshot(page, "saved_widget.png")
         page.close()

@@ -1,4 +1,5 @@
 """The live view with real trainers, and sheets with what people really write."""
+
 import asyncio
 import subprocess
 import sys
@@ -27,7 +28,15 @@ def make_trainer(drawn_catalogue):
     from moon2_lab.training.trainer import Trainer
 
     catalog = Catalog.load(drawn_catalogue)
-    config = TrainConfig(backbone="tiny", num_layers=1, image_size=32, visual_tokens=4, max_steps=8, per_device_train_batch_size=8, num_threads=1)
+    config = TrainConfig(
+        backbone="tiny",
+        num_layers=1,
+        image_size=32,
+        visual_tokens=4,
+        max_steps=8,
+        per_device_train_batch_size=8,
+        num_threads=1,
+    )
 
     def make(**changes):
         encoder = Moon2Encoder.from_backbone("tiny", num_layers=1, image_size=32, visual_tokens=4)
@@ -196,9 +205,13 @@ def test_a_finished_run_gives_way_to_a_still_figure(make_trainer):
     live._handle = SimpleNamespace(update=lambda bundle, raw: shown.append(bundle))
     live.finish()
     assert len(shown) == 1 and not any("widget" in mime for mime in shown[0])
-    assert live.widget.comm is None and live.view.widget.comm is None, "five megabytes of figure would stay in the browser"
+    assert live.widget.comm is None and live.view.widget.comm is None, (
+        "five megabytes of figure would stay in the browser"
+    )
     live.trainer.max_steps = 4
-    assert next(event for event in live.trainer if event.phase == "step").step == 3  # the callback of a closed view does no harm
+    assert (
+        next(event for event in live.trainer if event.phase == "step").step == 3
+    )  # the callback of a closed view does no harm
 
 
 def test_an_objective_of_ones_own_and_no_experts(make_trainer):
@@ -226,7 +239,8 @@ def test_drawing_is_bounded_in_time():
 def test_start_in_a_plain_script_trains_to_the_end(tmp_path):
     "No kernel, no event loop, nothing displayed."
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         from types import SimpleNamespace
         from moon2_lab.widgets.training import LiveTraining
         class Straw:
@@ -240,7 +254,8 @@ def test_start_in_a_plain_script_trains_to_the_end(tmp_path):
         live = LiveTraining(Straw())
         live.start()
         print(live.state, live.trainer.step)
-    """))
+    """)
+    )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["done", "3"]
@@ -248,7 +263,9 @@ def test_start_in_a_plain_script_trains_to_the_end(tmp_path):
 
 def test_batch_view_of_real_triplets(make_trainer):
     batch = make_trainer().current_batch()
-    view = BatchView([cards_html(triplet_cards(triplet), side=60) for triplet in batch], [triplet.query_id for triplet in batch])
+    view = BatchView(
+        [cards_html(triplet_cards(triplet), side=60) for triplet in batch], [triplet.query_id for triplet in batch]
+    )
     for number in range(len(batch)):
         view.slider.value = number
         assert batch[number].query_id in view.page.value and view.page.value.count("<figure") == 3
