@@ -147,7 +147,7 @@ def _score_kept(
     return np.concatenate(scores)[place.reshape(-1)]
 
 # %% ../../nbs/explain/630_faithfulness.ipynb #961e6d92
-def _ranks(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _rank_features(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "(F,) values -> ranks, 0 for the largest; ties are broken at random."
     order = np.lexsort((rng.permutation(len(values)), -np.asarray(values, dtype=float)))
     return np.argsort(order)
@@ -238,7 +238,7 @@ def measure_faithfulness(
     "How faithful a map is. `UsageError` for a map of another size, `DataError` for numbers that are NaN or infinite."
     maps = [np.asarray(each, dtype=float) for each in (values, redrawn) if each is not None]
     _check_values(maps, side.count, steps)
-    ranks = np.stack([_ranks(each, np.random.default_rng([seed, 1])) for each in maps])
+    ranks = np.stack([_rank_features(each, np.random.default_rng([seed, 1])) for each in maps])
     curves, (deletion, insertion) = _gains(side, ranks, steps, **asking)
     gain = insertion - deletion
     if isinstance(random, int):

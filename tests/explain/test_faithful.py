@@ -26,7 +26,7 @@ from moon2_lab.explain.faithfulness import (
     _gains,
     _kept_features,
     _masked,
-    _ranks,
+    _rank_features,
     _score_kept,
     correct_for_methods,
     faithfulness_row,
@@ -146,7 +146,7 @@ def test_many_pieces_are_taken_several_at_a_time():
 
 def test_ties_are_broken_at_random_and_the_same_every_time():
     values = np.array([1.0, 0.0, 0.0, 0.0, 2.0])
-    orders = {tuple(_ranks(values, np.random.default_rng(seed))) for seed in range(60)}
+    orders = {tuple(_rank_features(values, np.random.default_rng(seed))) for seed in range(60)}
     assert len(orders) == 6 and {order[4] for order in orders} == {0} and {order[0] for order in orders} == {1}
     side = additive([1.0, 2.0, 3.0, 4.0, 5.0])
     assert measure_faithfulness(side, values, seed=3).gain == measure_faithfulness(side, values, seed=3).gain
