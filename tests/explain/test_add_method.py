@@ -53,7 +53,8 @@ def test_the_explainer_has_it(own_method):
     found = maps.item.maps["vector_length"]
     assert found.title == "vector length" and found.settings == {"power": 1} and found.patches.shape == (4, 4)
     assert maps.titles == {"vector_length": "vector length"} and len(maps.item.faith["vector_length"].random) == 5
-    assert np.allclose(explainer.map("item", "vector_length", power=2).words, found.words**2)  # words of one token
+    squared = explainer.map("item", "vector_length", power=2)
+    assert squared.settings == {"power": 2} and np.allclose(squared.patches, found.patches**2)
 
 
 def test_the_widget_and_the_page_have_it(own_method):

@@ -14,20 +14,14 @@ from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attention import (
-    attention_gradient,
-    attention_of,
-    probe_attention,
-    remove_probes,
-    rollout,
-    side_tokens,
-    without_first,
+    attention_gradient, attention_of, probe_attention, remove_probes, rollout, side_tokens, without_first,
     word_attention,
 )
 from moon2_lab.explain.attention_recorder import attention_layers, record_attention
 from moon2_lab.explain.expert_routing import expert_load, token_routing
 from moon2_lab.explain.heatmap_data import SideMaps
 from moon2_lab.explain.pair_score import score_function
-from moon2_lab.model.backbone import Packing
+from moon2_lab.model.packing import Packing
 from PIL import Image
 from small import picture, pretrained, product, tiny
 from torch import nn

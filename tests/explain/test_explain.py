@@ -21,14 +21,7 @@ from moon2_lab.data.products import Item
 from moon2_lab.data.synthetic.generator import draw_product
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attribution import (
-    AttributionInputs,
-    Cancelled,
-    METHODS,
-    attribute_side,
-    attribution_inputs,
-    fitting_methods,
-    run_method,
-    upsample,
+    AttributionInputs, Cancelled, METHODS, attribute_side, attribution_inputs, fitting_methods, run_method, upsample,
 )
 from moon2_lab.explain.explainer import Explainer, ExplainerCache, read_side
 from moon2_lab.explain.faithfulness import measure_faithfulness

@@ -13,27 +13,10 @@ from torch import nn
 
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.statistics import bootstrap_ci
-from moon2_lab.explain.attribution import (
-    AttributionInputs,
-    Cancelled,
-    METHODS,
-    attribution_inputs,
-    run_method,
-)
+from moon2_lab.explain.attribution import AttributionInputs, Cancelled, METHODS, attribution_inputs, run_method
 from moon2_lab.explain.faithfulness import (
-    Faithfulness,
-    _areas,
-    _gains,
-    _kept_features,
-    _masked,
-    _rank_features,
-    _score_kept,
-    correct_for_methods,
-    faithfulness_row,
-    faithfulness_table,
-    measure_faithfulness,
-    random_gains,
-    redrawn_copy,
+    Faithfulness, _areas, _gains, _kept_features, _masked, _rank_features, _score_kept, correct_for_methods,
+    faithfulness_row, faithfulness_table, measure_faithfulness, random_gains, redrawn_copy,
 )
 from moon2_lab.explain.pair_score import features_of_tokens
 

@@ -17,12 +17,7 @@ from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain import content_focus
 from moon2_lab.explain.attention import AttentionRows, side_tokens
 from moon2_lab.explain.content_focus import (
-    compare_focus,
-    content_tokens,
-    even_attention,
-    focus_table,
-    left_out_counts,
-    subject_patches,
+    compare_focus, content_tokens, even_attention, focus_table, left_out_counts, subject_patches,
 )
 from moon2_lab.reporting.heatmap_figures import focus_figure
 

@@ -21,13 +21,7 @@ from moon2_lab.explain.expert_routing import expert_load, token_routing
 from moon2_lab.reporting.routing_figures import EVEN, RoutingMaps, routing_maps, routing_payload, training_steps
 from moon2_lab.testing import made_up_history, made_up_routing
 from moon2_lab.widgets.routing import (
-    COLOURS,
-    RoutingWidget,
-    expert_map_figure,
-    ink_on,
-    routing_picture,
-    routing_png,
-    show_routing,
+    COLOURS, RoutingWidget, expert_map_figure, ink_on, routing_picture, routing_png, show_routing,
 )
 
 MEBIBYTE = 2**20
