@@ -60,7 +60,7 @@ def frozen_copy(encoder: Moon2Encoder) -> Moon2Encoder:
     "A copy that shares the weights (merged, where there is LoRA) but no hooks and no gradients; in float32 at least."
     encoder = encoder.merged()
     backbone = encoder.backbone
-    memo = {id(shared): shared for shared in (backbone.tokenizer, backbone.vision, backbone._store)}
+    memo = {id(shared): shared for shared in (backbone.tokenizer, backbone.vision, backbone._features)}
     for weight in encoder.parameters():
         dtype = torch.promote_types(weight.dtype, torch.float32)
         memo[id(weight)] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
