@@ -159,7 +159,7 @@ def explain(
 ) -> PairMaps:
     "The maps of a query and an item, measured. `UsageError` for a method that does not fit the model."
     with self.slow_lock:
-        explainer = self.shelf.of(query, item)
+        explainer = self.shelf.get(query, item)
         steps = [(make, side, method, what) for method in methods for side in ("query", "item") for make, what in ((explainer.map, method), (explainer.faith, f"how far {method} can be trusted"))]
         for place, (make, side, method, what) in enumerate(steps):
             tell(place / len(steps), f"{side}: {what}")
@@ -176,7 +176,7 @@ def explain_place(self: SearchModel, query: Item, item: Item, method: str, layer
     if method != "attention":
         raise UsageError(f"{method} has no layers and heads", where="layer", advice="choose attention, or leave layer and head out")
     with self.slow_lock:
-        return pair, self.shelf.of(query, item).map("item", method, layer=layer, head=head)
+        return pair, self.shelf.get(query, item).map("item", method, layer=layer, head=head)
 
 # %% ../../nbs/app/860_service.ipynb #11ae6a37
 MAX_HITS = 100

@@ -176,13 +176,13 @@ def routing_maps(
         [routing.layers.index(layer) for layer in routing.layers if layers is None or layer in layers],
         routing.side,
     )
-    image = square(read.item.image.load(), 320) if read.cells else None
+    image = square(read.item.image.load(), 320) if read.patches else None
     side = SideMaps(
         "item",
         read.text,
         read.words,
         image,
-        int(read.cells**0.5),
+        int(read.patches**0.5),
         experts=routing.experts[places],
         expert_layers=[routing.layers[place] for place in places],
         unread=read.unread,

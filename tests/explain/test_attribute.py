@@ -16,7 +16,7 @@ from moon2_lab.explain.attribution import attribute_side, attribution_inputs
 from moon2_lab.explain.explainer import Explainer
 from moon2_lab.explain.heatmap_data import page_heatmap
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.reporting.html import heat_pictures, heat_words
+from moon2_lab.reporting.heatmap_figures import match_html
 
 pytestmark = [pytest.mark.filterwarnings("ignore:attention=bidirectional"), pytest.mark.usefixtures("own_cache")]
 
@@ -151,9 +151,8 @@ def test_the_report_draws_a_map():
     wide = Item("a long scarf", ImageRef.from_pil(Image.new("RGB", (300, 100), "#7a3b2e")), "wide")
     for product in (item, view(item, "t"), view(item, "i"), wide):
         heat = page_heatmap(Explainer(tiny(), query, product, trials=3).maps(["ig"]))
-        assert ("cells coloured" in heat_pictures(heat)) == (product.image is not None) and bool(
-            heat_words(heat)
-        ) == bool(product.text)
+        match = match_html(heat)
+        assert ("cells coloured" in match) == (product.image is not None) and ("Numbers" in match) == bool(product.text)
         assert "integrated gradients" in heat.method and "Faithfulness" in heat.note
     assert heat.image.size[0] == heat.image.size[1] and heat.image.getpixel((5, 5)) == (255, 255, 255)
     assert np.abs(heat.patches[[0, 3]]).max() < 0.2 * np.abs(heat.patches[[1, 2]]).max(), "the padding gets nothing"
