@@ -6,7 +6,7 @@ import json
 import pandas as pd
 import pytest
 from moon2_lab.data.catalog import Catalog
-from moon2_lab.data.products import AUGMENTED, AUGMENTED_COLUMNS
+from moon2_lab.data.catalog_tables import AUGMENTED_COLUMNS, AUGMENTED_FILE
 from moon2_lab.data.synthetic.generator import make_catalog
 from moon2_lab.errors import DataError
 from moon2_lab.evaluation.evaluate import evaluate
@@ -55,7 +55,7 @@ def test_train_products_get_what_was_added(drawn):
     folder, train, _ = drawn
     path = expanded_file(folder, train[0], "a.jpg")
     write_parquet(
-        folder / AUGMENTED,
+        folder / AUGMENTED_FILE,
         rows(
             (train[0].product_id, "enriched_title", "A better title", {}),
             (train[0].product_id, "expanded_image", path, {}),
@@ -78,7 +78,7 @@ def test_evaluation_products_never_do(drawn, split):
     folder, train, others = drawn
     path = expanded_file(folder, train[0], "a.jpg")
     write_parquet(
-        folder / AUGMENTED,
+        folder / AUGMENTED_FILE,
         rows(
             (others[split].product_id, "enriched_title", "Sneaked in", {}),
             (others[split].product_id, "expanded_image", path, {}),
@@ -87,7 +87,7 @@ def test_evaluation_products_never_do(drawn, split):
     catalog = Catalog.load(folder)
     assert catalog.get(others[split].product_id) == others[split]
     assert catalog.quarantine[["product_id", "file"]].drop_duplicates().values.tolist() == [
-        [others[split].product_id, AUGMENTED]
+        [others[split].product_id, AUGMENTED_FILE]
     ]
     assert set(catalog.quarantine.reason) == {f"augmented outside train: split {split}"}
 
@@ -96,7 +96,7 @@ def test_an_expanded_picture_is_no_original(drawn):
     "A table that lists an expanded picture as a product's own picture loses that picture, not the product."
     folder, train, others = drawn
     path = expanded_file(folder, train[0], "a.jpg")
-    write_parquet(folder / AUGMENTED, rows((train[0].product_id, "expanded_image", path, {})))
+    write_parquet(folder / AUGMENTED_FILE, rows((train[0].product_id, "expanded_image", path, {})))
     table = pd.read_parquet(folder / "products.parquet")
     listed = table.product_id == others["test"].product_id
     table.loc[listed, "image_paths"] = json.dumps([path, *others["test"].image_paths])
@@ -113,7 +113,7 @@ def test_bad_rows_are_set_aside(drawn):
     (folder / "expanded" / "text.jpg").write_text("no picture")
     name = train[0].product_id
     write_parquet(
-        folder / AUGMENTED,
+        folder / AUGMENTED_FILE,
         rows(
             ("nobody", "enriched_title", "x", {}),
             (name, "enriched_title", " ", {}),
@@ -137,7 +137,7 @@ def test_bad_rows_are_set_aside(drawn):
 
 def test_a_table_without_its_columns(drawn):
     folder, *_ = drawn
-    pd.DataFrame({"product_id": ["a"]}).to_parquet(folder / AUGMENTED)
+    pd.DataFrame({"product_id": ["a"]}).to_parquet(folder / AUGMENTED_FILE)
     with pytest.raises(DataError, match="no column field, value, kept.*columns found: product_id"):
         Catalog.load(folder)
 
