@@ -71,7 +71,7 @@ class _Unreadable:
     reason: str
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_text_type(kind: pa.DataType) -> bool:
     tests = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
     return any(is_kind(kind) for is_kind in tests)
 
@@ -92,14 +92,14 @@ def _values_of(column: pa.Array) -> tuple[list[Any], int]:
 def _value_of(scalar: pa.Scalar) -> Any:
     "The value of one field; bytes where a text is no UTF-8."
     try:
-        if _is_text(scalar.type):
+        if _is_text_type(scalar.type):
             size = pc.binary_length(scalar).as_py() or 0
             if size > _MAX_FIELD:
                 return _Unreadable(f"too long a cell: {size:,} bytes, limit {_MAX_FIELD:,}")
             return scalar.as_py() if scalar.is_valid else None
         return scalar.as_py()
     except UnicodeDecodeError:
-        is_text = _is_text(scalar.type)
+        is_text = _is_text_type(scalar.type)
         return scalar.as_buffer().to_pybytes() if is_text else _Unreadable("unreadable cell: text that is no UTF-8")
     except Exception as error:
         return _Unreadable(f"unreadable cell: {str(error)[:80]}")
@@ -118,7 +118,7 @@ def iter_rows(
 ) -> Iterator[dict[str, Any]]:
     "The rows of a parquet file; `DataError` when it is none, lacks a required column, or unpacks to too much."
     try:
-        texts = [entry.name for entry in pq.read_schema(path) if _is_text(entry.type)]
+        texts = [entry.name for entry in pq.read_schema(path) if _is_text_type(entry.type)]
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             wanted = _wanted_columns(file.schema_arrow.names, columns, required, path)
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]

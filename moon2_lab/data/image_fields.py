@@ -119,7 +119,7 @@ _ROLE_KEYS = (
 ).split()
 
 
-def _largest(value: dict, exists: _Exists | None) -> Any:
+def _largest_size(value: dict, exists: _Exists | None) -> Any:
     "Of the sizes of one picture the largest one that is there, else the largest; None when the keys are no sizes."
     sizes = [value[key] for key in _SIZE_KEYS if not is_empty(value.get(key))]
     areas = {key: area for key in value if (area := _area_in(str(key))) is not None}
@@ -228,7 +228,7 @@ def _read_image_object(value: dict, exists: _Exists | None, depth: int) -> Readi
     columns = {key: entries for key, entries in value.items() if _is_column(key, entries)}
     if columns and not any(isinstance(value.get(key), str) for key in _SIZE_KEYS):
         return _read_each(_objects_of(columns), "object", exists, depth)
-    best = _largest(value, exists)
+    best = _largest_size(value, exists)
     if best is not None:
         return read_image_field(best, exists, depth + 1)
     nested = [inner for key, inner in value.items() if key in _ROLE_KEYS or _names_picture(inner, exists)]
