@@ -56,7 +56,7 @@ def main() -> None:
     if args.train_only:
         return
     from moon2_lab.explain.content_focus import compare_focus, focus_table, left_out_counts
-    from moon2_lab.reporting.heatmap_figures import focus_figure
+    from moon2_lab.reporting.attention_figures import focus_figure
 
     fields = config.encoder_fields()
     models = {"untrained": Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields).eval(), **{arm: Moon2Encoder.from_pretrained(out / arm) for arm in args.arms}}

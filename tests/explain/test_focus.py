@@ -19,7 +19,7 @@ from moon2_lab.explain.attention import AttentionRows, side_tokens
 from moon2_lab.explain.content_focus import (
     compare_focus, content_tokens, even_attention, focus_table, left_out_counts, subject_patches,
 )
-from moon2_lab.reporting.heatmap_figures import focus_figure
+from moon2_lab.reporting.attention_figures import focus_figure
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore:attention=bidirectional")]
 

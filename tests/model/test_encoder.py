@@ -600,7 +600,7 @@ def mini(tmp_path_factory):
             new = encoder.backbone._keys(refs)
             features = np.random.default_rng(0).standard_normal((len(new), *store.shape)) * 0.5
             store.add(new, features.astype(np.float16))
-            encoder.backbone._store = store
+            encoder.backbone._features = store
             encoder.backbone.decoder.embed_tokens.requires_grad_(False)
             return encoder
 

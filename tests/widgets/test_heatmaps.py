@@ -17,9 +17,8 @@ from PIL import Image
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.faithfulness import Faithfulness
 from moon2_lab.explain.heatmap_data import Attribution, PairMaps, map_json, maps_json, pack_shares, pair_payload
-from moon2_lab.reporting.heatmap_figures import (
-    layer_head_figure, pair_map_figure, pair_map_plot, plot_png, show_static, static_png,
-)
+from moon2_lab.reporting.attention_figures import layer_head_figure
+from moon2_lab.reporting.heatmap_figures import pair_map_figure, pair_map_plot, plot_png, show_static, static_png
 from moon2_lab.reporting.heatmap_page import heat_page, write_heat_page
 from moon2_lab.reporting.html import inline_json
 from moon2_lab.testing import made_up_pair, made_up_side
