@@ -206,6 +206,8 @@ class Fetcher:
 
     def __call__(self, url: str) -> bytes:
         "The bytes behind `url`; `DataError` with the reason when they cannot be had."
+        import httpx  # noqa: F401 - the first import takes a while, which is not the server's
+
         until = time.monotonic() + self.deadline
         try:
             return with_retries(lambda attempt: self._follow(url, until), self.retries, self.pause, until=until)

@@ -321,7 +321,7 @@ def _guess_legacy(lines: list[bytes]) -> tuple[str | None, str]:
     return None, f"it may be {best.encoding} or {other.encoding}"
 
 # %% ../../../nbs/data/importers/200_encodings.ipynb #e0c0de1d
-def _is_text(text: str) -> bool:
+def _reads_as_text(text: str) -> bool:
     "Whether a text may be one of any language."
     count = sum(not letter.isascii() for letter in text)
     for group in _letters():
@@ -336,7 +336,7 @@ def _plausible(lines: list[bytes], encoding: str) -> int:
         texts = [line.decode(encoding) for line in lines]
     except UnicodeDecodeError:
         return 0
-    return 2 if 2 * sum(map(_is_text, texts)) > len(texts) else 1
+    return 2 if 2 * sum(map(_reads_as_text, texts)) > len(texts) else 1
 
 # %% ../../../nbs/data/importers/200_encodings.ipynb #e0c0de16
 _SAMPLE = 2**16  # bytes of lines for the guess

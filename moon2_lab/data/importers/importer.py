@@ -26,7 +26,7 @@ from .encodings import given_encoding
 from .image_store import ImageFinder, ImageResolver, ImageStore, PLAIN, check_place
 from .layouts import find_layout
 from moon2_lab.data.importers.readers import (
-    checked_delimiter, columns_of, data_files, ending_of, open_data, read_records,
+    checked_delimiter, columns_of, data_files, ending_of, open_data, iter_records,
 )
 from .records import DataFile, Record
 from moon2_lab.data.importers.schemas import (
@@ -85,7 +85,7 @@ def _read_file(layout: Layout, file: DataFile, start: tuple[int, int] = (0, 0)) 
     "The records of one file, in the layout's own way where it has one."
     if _is_headerless(layout, file):
         return layout.headerless.read(file, start)
-    return (layout.read or read_records)(file, start)
+    return (layout.read or iter_records)(file, start)
 
 
 def _source_columns(layout: Layout, file: DataFile, mapping: dict[str, str]) -> ColumnMap | None:
@@ -386,6 +386,12 @@ def _place_of_images(images: str | Path | None) -> str | None:
     return str(place)
 
 
+def _stamp(file: DataFile) -> tuple[str, int, int]:
+    "(name, bytes, time of change) of a file: a resumed import has to find the same ones."
+    stat = file.path.stat()
+    return file.name, stat.st_size, stat.st_mtime_ns
+
+
 def _check_split_names(layout: Layout, source: Path, files: _SourceFiles) -> None:
     "`UsageError` when neither a file nor a folder nor a column says a split."
     for file, columns in files.read:
@@ -412,9 +418,7 @@ def import_catalog(
     shard_images: bool | None = None,  # all pictures into tars; None = from the 20,001st on
     fetcher: Fetcher | None = None,  # limits and waits for addresses
 ) -> ImportSummary:
-    """Read a data set into a catalogue folder.
-
-    `UsageError` for options that do not fit, `DataError` for a source that cannot be read."""
+    "Read a data set into a catalogue folder; `UsageError` for options, `DataError` for a source that cannot be read."
     layout = layout if isinstance(layout, Layout) else find_layout(layout)
     if split_by not in ("id hash", "file name") or (limit is not None and limit < 1):
         advice = "split_by is 'id hash' or 'file name', limit at least 1"
@@ -424,11 +428,10 @@ def import_catalog(
     files = _open_source(layout, source, out, mapping, encoding, delimiter)
     if split_by == "file name":
         _check_split_names(layout, source, files)
-    stats = [(file.name, file.path.stat()) for file, _ in files.read]
     plain = {None: PLAIN, True: 0, False: 10**9}[shard_images]
     settings = ImportSettings(
         layout.name, str(source), mapping, _place_of_images(images), limit, allow_urls, split_by, plain,
-        [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats], encoding, delimiter,
+        [_stamp(file) for file, _ in files.read], encoding, delimiter,
     )
     with held(try_folder(out)):
         done = _open_out(out, settings, resume)

@@ -153,10 +153,10 @@ def test_every_row_says_where_the_next_one_starts(tmp_path, name):
     else:
         data = "\n".join(json.dumps(row) if n % 5 else "{broken" for n, row in enumerate(given)).encode()
         path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
-    found = list(readers.read_records(path))
+    found = list(readers.iter_records(path))
     assert len(found) == 40
     for n in (0, 1, 6, 7, 20, 38, 39):
-        assert list(readers.read_records(path, found[n].next)) == found[n + 1 :]
+        assert list(readers.iter_records(path, found[n].next)) == found[n + 1 :]
 
 
 def test_a_column_that_appears_late_is_read(tmp_path):
@@ -580,7 +580,7 @@ def test_long_values_repeated_in_nested_lists(tmp_path, monkeypatch):
         pq.write_table(pa.table({"id": [str(n) for n in range(count)], "title": ["a"] * count, "tags": [[value]] * count}), tmp_path / f"{name}.parquet")
     summary = import_catalog("csv", tmp_path / "long.parquet", tmp_path / "out")
     assert 0 < summary.counts["products"] < 30 and "too large a row group: its first" in table(tmp_path / "out", "quarantine")[-1]["reason"]
-    assert sum(row.reason is None for row in readers.read_records(tmp_path / "short.parquet")) == 60_000
+    assert sum(row.reason is None for row in readers.iter_records(tmp_path / "short.parquet")) == 60_000
 
 
 def test_a_text_file_is_no_table_by_its_name(tmp_path):
