@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from moon2_lab.app.interface import main
+from moon2_lab.app.interface import run_demo
 
 ROOT = Path(__file__).resolve().parent.parent
 
 if __name__ == "__main__":
-    sys.exit(main(model=ROOT / "runs" / "demo" / "model", sample=ROOT / "data" / "sample"))
+    sys.exit(run_demo(model=ROOT / "runs" / "demo" / "model", sample=ROOT / "data" / "sample"))

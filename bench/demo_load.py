@@ -277,14 +277,13 @@ def some_pictures(catalog, work: Path, count: int = 3) -> list[Path]:
 
 
 def run(args) -> dict:
-    from moon2_lab.app.interface import open_model
-    from moon2_lab.app.service import Shop
+    from moon2_lab.app.service import SearchService, open_model
     from moon2_lab.data.catalog import Catalog
 
     with tempfile.TemporaryDirectory() as folder:
         model, path = material(args, work := Path(folder))
         encoder, catalog = open_model(model), Catalog.load(path)
-        shop, pictures = Shop(catalog, {"A": encoder}), some_pictures(catalog, work)
+        shop, pictures = SearchService(catalog, {"A": encoder}), some_pictures(catalog, work)
         env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "GRADIO_TEMP_DIR": str(work / "uploads")}
         with serving(app_words(model, path), work, env, args.cores) as app:
             told = measure(app, shop, args.clients, args.searches, pictures)

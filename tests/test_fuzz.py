@@ -158,7 +158,7 @@ def test_pictures(kind):
 
 def test_config_files(tmp_path, monkeypatch):
     "--config (YAML) and the [lab] section of settings.ini, up to a complete config."
-    from moon2_lab.cli.commands import read_config_file
+    from moon2_lab.cli.options import read_config_file
 
     whole = b"temperature: 0.07\nomega_mode: balanced\nmatryoshka_dims: [64, 128]\nlearning_rate: 0.0001\nfilter: true\nmax_steps: 10\n"
 

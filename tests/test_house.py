@@ -258,7 +258,7 @@ def test_apps_see_the_demo_only():
 
 
 TORCH_FREE = (  # useful without a model
-    "errors", "files", "config", "runtime", "http", "augment.llm_client", "augment.local_llm",
+    "errors", "files", "config", "runtime", "http", "augment.llm_client",
     "data.importers.encodings", "data.importers.records", "data.importers.json_reader", "data.importers.parquet_reader",
     "data.importers.readers", "data.importers.schemas", "data.importers.download", "data.importers.table_parts",
     "data.importers.image_store", "data.importers.intake", "data.importers.catalog_writer", "data.importers.splits",
@@ -271,7 +271,7 @@ TORCH_FREE = (  # useful without a model
     "objective.omega_alarm", "retrieval.filters", "retrieval.vectors", "retrieval.milvus_client", "retrieval.milvus",
     "retrieval.search", "reporting.tables", "reporting.alarms",
     "reporting.run_figures", "reporting.html", "reporting.figure_svg", "reporting.run_report", "reporting.comparison",
-    "reporting.comparison_report", "cli.commands", "cli.main",
+    "reporting.comparison_report", "cli.options", "cli.commands", "cli.main",
     "data.text_fields", "data.category_fields", "data.attribute_fields", "data.image_fields", "data.image_folder",
     "data.images", "data.products", "data.catalog_tables", "data.catalog", "data.queries", "data.negatives",
     "data.triplets", "data.sampler", "data.label_noise",

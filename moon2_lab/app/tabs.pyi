@@ -53,13 +53,13 @@ class PictureFile(gr.Image):
         if payload is None:
             return None
         if not payload.path or not Path(payload.path).resolve().is_relative_to(Path(self.GRADIO_CACHE).resolve()):
-            raise gr.Error(NOT_UPLOADED, duration=12, print_exception=False)
+            raise message(_NOT_UPLOADED)
         return payload.path
 
     async def async_move_resource_to_block_cache(self, url_or_file_path):
         "Addresses are refused: the server fetches nothing."
         if str(url_or_file_path or "").startswith(("http://", "https://")):
-            raise gr.Error(NOT_UPLOADED, duration=12, print_exception=False)
+            raise message(_NOT_UPLOADED)
         return await super().async_move_resource_to_block_cache(url_or_file_path)
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block

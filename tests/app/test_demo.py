@@ -21,8 +21,8 @@ from PIL import Image
 
 from bench.demo_load import free_port
 from moon2_lab.app.components import thumbnail
-from moon2_lab.app.interface import build_demo, main, prepare, serve, train_tiny
-from moon2_lab.app.service import SearchModel, Shop
+from moon2_lab.app.interface import build_demo, prepare, run_demo, serve
+from moon2_lab.app.service import SearchModel, SearchService, train_tiny
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
@@ -33,7 +33,10 @@ from moon2_lab.retrieval.query_input import query_item
 from moon2_lab.testing import made_up_metrics
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-NASTY = Product("nasty-1", "Zebra <img src=x onerror=\"document.title='hacked'\"> & Söhne 'bag'", category_l1="O'Neill & <b>Sons</b>", attributes={"colour": "zebra|black", "neck type": "<script>"})
+NASTY = Product(
+    "nasty-1", "Zebra <img src=x onerror=\"document.title='hacked'\"> & Söhne 'bag'",
+    category_l1="O'Neill & <b>Sons</b>", attributes={"colour": "zebra|black", "neck type": "<script>"},
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +49,18 @@ def catalog(drawn_catalogue) -> Catalog:
 @pytest.fixture(scope="module")
 def encoders() -> list[Moon2Encoder]:
     "Two small ones that differ."
-    return [perturb_experts(Moon2Encoder.from_backbone("tiny", num_layers=2, seed=seed), 0.05, seed=seed).eval() for seed in (1, 2)]
+    return [
+        perturb_experts(Moon2Encoder.from_backbone("tiny", num_layers=2, seed=seed), 0.05, seed=seed).eval()
+        for seed in (1, 2)
+    ]
 
 
 @pytest.fixture(scope="module")
 def demo(catalog, encoders):
     "The interface with two models."
-    return build_demo(*encoders, catalog=catalog, names=("first", "second"), note="for a test", metrics=(made_up_metrics(), {}))
+    return build_demo(
+        *encoders, catalog=catalog, names=("first", "second"), note="for a test", metrics=(made_up_metrics(), {})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +84,32 @@ VALUES = field_values(NASTY)
 FIELDS = set(VALUES) | {"size"}
 
 
-@pytest.mark.parametrize(("expression", "fits"), [
-    ("", True), ("   ", True), ("category_l1 == 'o\\'neill & <B>sons</B>'", True), ("colour == 'BLACK' and colour == 'zebra'", True), ("colour in ['red', 'blue']", False),
-    ("colour not in ('red',)", True), ("'neck type' == '<script>'", True), ("not size == 38", True), ("size != '38'", True), ("size == 38", False),
-    ("(colour == 'red' or product_id == 'nasty-1') and not (size == 'test')", True),
-])
+@pytest.mark.parametrize(
+    ("expression", "fits"),
+    [
+        ("", True), ("   ", True), ("category_l1 == 'o\\'neill & <B>sons</B>'", True),
+        ("colour == 'BLACK' and colour == 'zebra'", True), ("colour in ['red', 'blue']", False),
+        ("colour not in ('red',)", True), ("'neck type' == '<script>'", True), ("not size == 38", True),
+        ("size != '38'", True), ("size == 38", False),
+        ("(colour == 'red' or product_id == 'nasty-1') and not (size == 'test')", True),
+    ],
+)
 def test_filter(expression, fits):
     assert parse_filter(expression, FIELDS)(VALUES) is fits
 
 
-@pytest.mark.parametrize("expression", [
-    "colour", "colour ==", "colour = 'red'", "colour == red", "colour == ('red', 'blue')", "colour in 'red'", "colour in ()", "1 == 1", "'red' in colour", "colour < 'red'", "'a' == 'b' == 'c'",
-    "lambda: 1", "open('x')", "colour.casefold() == 'red'", "(colour == 'red') + 1", "[x for x in 'ab']", "colour == f'{1}'", "colour == None", "colour == b'red'", "colour == 'red'; 1", "(" * 500,
-    "not " * 240 + "colour", "colour == 'red'\0", "x" * 2000, "-" * 900 + "1", "wrong_field == 'red'", "colour == 'red' #" + "\n1",
-])
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "colour", "colour ==", "colour = 'red'", "colour == red", "colour == ('red', 'blue')", "colour in 'red'",
+        "colour in ()", "1 == 1", "'red' in colour", "colour < 'red'", "'a' == 'b' == 'c'", "lambda: 1", "open('x')",
+        "colour.casefold() == 'red'", "(colour == 'red') + 1", "[x for x in 'ab']", "colour == f'{1}'",
+        "colour == None", "colour == b'red'", "colour == 'red'; 1",
+        "(" * 500,
+        "not " * 240 + "colour", "colour == 'red'\0", "x" * 2000, "-" * 900 + "1", "wrong_field == 'red'",
+        "colour == 'red' #" + "\n1",
+    ],
+)
 def test_bad_filters_are_refused_with_advice(expression):
     with pytest.raises(UsageError) as caught:
         parse_filter(expression, FIELDS)
@@ -110,13 +130,15 @@ def test_any_text_is_a_filter_or_an_error_with_advice(expression):
 
 def test_search_is_the_dot_product(catalog, encoders, picture):
     "Hits are the highest dot products, best first, in every view; filters only take away."
-    shop = Shop(catalog, dict(zip("AB", encoders)))
+    shop = SearchService(catalog, dict(zip("AB", encoders)))
     query = query_item("black bag", picture)
     vector, views = encoders[1].encode([query])[0], encoders[1].encode_views(catalog.products)
     for view in ("t", "i", "mm"):
         scores = np.nan_to_num(views[view] @ vector, nan=-np.inf)
         found = shop.find(query, view, 7, model="B")
-        assert [hit.product.product_id for hit in found] == [catalog[place].product_id for place in np.argsort(-scores, kind="stable")[:7]]
+        assert [hit.product.product_id for hit in found] == [
+            catalog[place].product_id for place in np.argsort(-scores, kind="stable")[:7]
+        ]
         assert [hit.score for hit in found] == pytest.approx(np.sort(scores)[::-1][:7], abs=1e-6)
     fashion = shop.find(query, "mm", len(catalog), "category_l1 == 'Fashion'", "B")
     everything = shop.find(query, "mm", len(catalog), "", "B")
@@ -125,11 +147,22 @@ def test_search_is_the_dot_product(catalog, encoders, picture):
 
 def test_products_without_a_view(encoders):
     "A product without a picture is not found by its picture, and is shown with a note."
-    catalog = Catalog.from_products([Product("a", "red bag"), Product("b", None, refs=(ImageRef.from_pil(Image.new("RGB", (30, 30), "red")),))])
-    shop = Shop(catalog, {"A": encoders[0]})
+    catalog = Catalog.from_products(
+        [Product("a", "red bag"), Product("b", None, refs=(ImageRef.from_pil(Image.new("RGB", (30, 30), "red")),))]
+    )
+    shop = SearchService(catalog, {"A": encoders[0]})
     assert [hit["product_id"] for hit in shop.search("bag", None, "i")["hits"]] == ["b"]
-    assert shop.search("bag", None, "t") == {"hits": [{"product_id": "a", "score": pytest.approx(shop.search("bag", None)["hits"][0]["score"], abs=2), "title": "red bag"}]}
-    assert len(shop.search("bag", None)["hits"]) == 2 and shop.categories() == [] and shop.phrases() in ([], ["red bag"])
+    assert shop.search("bag", None, "t") == {
+        "hits": [
+            {
+                "product_id": "a", "score": pytest.approx(shop.search("bag", None)["hits"][0]["score"], abs=2),
+                "title": "red bag",
+            }
+        ]
+    }
+    assert (
+        len(shop.search("bag", None)["hits"]) == 2 and shop.categories() == [] and shop.phrases() in ([], ["red bag"])
+    )
     assert thumbnail(None).getpixel((1, 1)) == (241, 242, 244)
     build_demo(encoders[0], catalog=catalog)
 
@@ -158,7 +191,9 @@ def test_searches_at_the_same_time(catalog, encoders):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [[(hit.product.product_id, hit.score) for hit in hits] for hits in together] == [[(hit.product.product_id, hit.score) for hit in hits] for hits in alone]
+    assert [[(hit.product.product_id, hit.score) for hit in hits] for hits in together] == [
+        [(hit.product.product_id, hit.score) for hit in hits] for hits in alone
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- the endpoint
@@ -171,7 +206,7 @@ def test_endpoint(address, demo, picture):
     assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/search", "/heatmap", "/compare"]
     photo = client_of.handle_file(str(picture))
     answer = client.predict(text="black bag", image=photo, direction="i", k=3, filter="", model="B", api_name="/search")
-    assert answer == demo.shop.search("black bag", str(picture), "i", 3, "", "B")
+    assert answer == demo.service.search("black bag", str(picture), "i", 3, "", "B")
     assert [set(hit) for hit in answer["hits"]] == [{"product_id", "score", "title"}] * 3
     scores = [hit["score"] for hit in answer["hits"]]
     assert scores == sorted(scores, reverse=True)
@@ -183,7 +218,9 @@ def test_endpoint(address, demo, picture):
 def raw_answer(address, name, data):
     "What an endpoint answers to a request made by hand, past every check that a client does."
     headers = {"Content-Type": "application/json"}
-    ask = urllib.request.Request(f"{address.rstrip('/')}/gradio_api/call/{name}", json.dumps({"data": data}).encode(), headers)
+    ask = urllib.request.Request(
+        f"{address.rstrip('/')}/gradio_api/call/{name}", json.dumps({"data": data}).encode(), headers
+    )
     with urllib.request.urlopen(ask, timeout=20) as reply:
         event = json.load(reply)["event_id"]
     with urllib.request.urlopen(f"{address.rstrip('/')}/gradio_api/call/{name}/{event}", timeout=20) as reply:
@@ -196,7 +233,11 @@ def test_headers_and_hosts(address):
 
     for path in ("", "config", "gradio_api/info"):
         headers = httpx.get(address + path).headers
-        assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "SAMEORIGIN" and "frame-ancestors 'self'" in headers["content-security-policy"]
+        assert (
+            headers["x-content-type-options"] == "nosniff"
+            and headers["x-frame-options"] == "SAMEORIGIN"
+            and "frame-ancestors 'self'" in headers["content-security-policy"]
+        )
     strange = httpx.get(address, headers={"Host": "shop.evil.example"})
     assert strange.status_code == 421 and "MOON2_DEMO_HOSTS" in strange.json()["detail"]
     assert httpx.get(address, headers={"Host": "localhost:7860"}).status_code == 200
@@ -207,85 +248,130 @@ def test_words_that_are_an_id_are_words(address, demo):
     client_of = pytest.importorskip("gradio_client")
     client, name = client_of.Client(address, verbose=False), "nasty-1"
     words, named = (client.predict(text=text, image=None, api_name="/search") for text in (name, f"id:{name}"))
-    assert words["hits"] == [{"product_id": hit.product.product_id, "score": pytest.approx(hit.score), "title": hit.product.title} for hit in demo.shop.find(query_item(name, None))]
-    assert "id:nasty-1" in words["note"] and named["note"].startswith("the query is the product nasty-1") and named["hits"] != words["hits"]
+    assert words["hits"] == [
+        {"product_id": hit.product.product_id, "score": pytest.approx(hit.score), "title": hit.product.title}
+        for hit in demo.service.find(query_item(name, None))
+    ]
+    assert (
+        "id:nasty-1" in words["note"]
+        and named["note"].startswith("the query is the product nasty-1")
+        and named["hits"] != words["hits"]
+    )
     with pytest.raises(Exception, match="No such product"):
         client.predict(text="id:nobody", image=None, api_name="/search")
 
 
 def test_searches_do_not_wait_behind_heatmaps(catalog, encoders):
-    "One client asks for 40 heatmaps at once: a few are taken, the rest is refused in words, and searches are answered meanwhile."
+    """One client asks for 40 heatmaps at once: a few are taken, the rest is refused in words, and searches are answered
+    meanwhile."""
     import httpx
 
     demo = build_demo(encoders[0], catalog=catalog)
-    ask, slow = demo.shop.model("A").explain_place, threading.Event()
-    demo.shop.model("A").explain_place = lambda *given: (slow.wait(30), ask(*given))[1]
+    ask, slow = demo.service.model("A").explain_place, threading.Event()
+    demo.service.model("A").explain_place = lambda *given: (slow.wait(30), ask(*given))[1]
     address = serve(demo, port=free_port(), wait=False)
     try:
         heat = {"data": ["zebra bag", None, "nasty-1", "gradient", -1, -1, "A"]}
         with httpx.Client(timeout=20) as client:
             answers = [client.post(f"{address}gradio_api/call/heatmap", json=heat) for _ in range(40)]
             refused = [answer.json()["detail"] for answer in answers if answer.status_code == 503]
-            assert 34 <= len(refused) <= 36 and set(refused) == {"4 of your explanations are waiting already. Wait for one of them, then ask again."}  # 2 run, 4 wait; one may be on its way
+            assert 34 <= len(refused) <= 36 and set(refused) == {
+                "4 of your explanations are waiting already. Wait for one of them, then ask again."
+            }  # 2 run, 4 wait; one may be on its way
             begun = time.monotonic()
-            assert "product_id" in raw_answer(address, "search", ["red bag", None, "mm", 2, "", "A"]) and time.monotonic() - begun < 10
+            assert (
+                "product_id" in raw_answer(address, "search", ["red bag", None, "mm", 2, "", "A"])
+                and time.monotonic() - begun < 10
+            )
     finally:
         slow.set()
         demo.close(verbose=False)
 
 
 def test_a_session_holds_no_pixels(demo, picture):
-    "What a search leaves in a session is the words and the path of the picture; a click reads it again, and says so when it is gone."
-    from moon2_lab.app.tabs import asked_again, look_up
+    """What a search leaves in a session is the words and the path of the picture; a click reads it again, and says so
+    when it is gone."""
+    from moon2_lab.app.tabs import look_up, query_again
 
-    kept = look_up(demo.shop, "black bag", str(picture), "mm", 5, "", "A")[0]
+    kept = look_up(demo.service, "black bag", str(picture), "mm", 5, "", "A")[0]
     assert kept["image"] == str(picture) and set(kept) == {"words", "image", "direction", "hits"}
-    assert asked_again(demo.shop, kept) == demo.shop.asked("black bag", str(picture))
+    assert query_again(demo.service, kept) == demo.service.query_of("black bag", str(picture))
     picture.unlink()
     with pytest.raises(LabError, match="cannot be opened"):
-        asked_again(demo.shop, kept)
+        query_again(demo.service, kept)
 
 
 @pytest.mark.parametrize("what", ["picture", "text", "absent", "link", "address"])
 def test_only_uploaded_pictures_are_opened(address, tmp_path, picture, what):
-    "A path of the server, a link to one, and an address of the network are refused alike: the answer does not tell whether a file is there."
+    """A path of the server, a link to one, and an address of the network are refused alike: the answer does not tell
+    whether a file is there."""
     (tmp_path / "words.txt").write_text("not for others")
     (tmp_path / "link.png").symlink_to(picture)
-    paths = {"picture": picture, "text": tmp_path / "words.txt", "absent": tmp_path / "absent.png", "link": tmp_path / "link.png", "address": f"{address.rstrip('/')}/theme.css"}
+    paths = {
+        "picture": picture, "text": tmp_path / "words.txt", "absent": tmp_path / "absent.png",
+        "link": tmp_path / "link.png", "address": f"{address.rstrip('/')}/theme.css",
+    }
     for name, rest in (("search", ["mm", 2, "", "A"]), ("heatmap", ["nasty-1", "gradient", -1, -1, "A"])):
         told = raw_answer(address, name, ["red bag", {"path": str(paths[what])}, *rest])
         assert told.startswith("event: error") and "was not uploaded to this page" in told, told
         assert str(tmp_path) not in told and str(picture) not in told and "not for others" not in told
-    assert "product_id" in raw_answer(address, "search", ["red bag", None, "mm", 2, "", "A"])  # such a request without a picture is answered
+    assert "product_id" in raw_answer(
+        address, "search", ["red bag", None, "mm", 2, "", "A"]
+    )  # such a request without a picture is answered
 
 
 def test_heatmap_endpoint(address, demo):
     "/heatmap over HTTP: the map over the product, of a layer and head where asked, with how far to trust it."
     client_of = pytest.importorskip("gradio_client")
-    client, product = client_of.Client(address, verbose=False), demo.shop.catalog.get("nasty-1")
-    ask = {"query_text": "zebra bag", "query_image": None, "item_id": "nasty-1", "method": "ig", "layer": -1, "head": -1, "model": "B"}
+    client, product = client_of.Client(address, verbose=False), demo.service.catalog.get("nasty-1")
+    ask = {
+        "query_text": "zebra bag", "query_image": None, "item_id": "nasty-1", "method": "ig", "layer": -1, "head": -1,
+        "model": "B",
+    }
     answer = client.predict(**ask, api_name="/heatmap")
-    assert [product.title[start:end] for _, start, end, _ in answer["words"]] == [word for word, *_ in answer["words"]] == product.title.split()
-    assert len(answer["cells"]) == 4 and 0 <= answer["faithfulness"]["better_than"] <= 1 and answer["faithfulness"]["random_maps"] == 100
-    encoder = demo.shop.model("B").encoder
+    assert (
+        [product.title[start:end] for _, start, end, _ in answer["words"]]
+        == [word for word, *_ in answer["words"]]
+        == product.title.split()
+    )
+    assert (
+        len(answer["cells"]) == 4
+        and 0 <= answer["faithfulness"]["better_than"] <= 1
+        and answer["faithfulness"]["random_maps"] == 100
+    )
+    encoder = demo.service.model("B").encoder
     query, item = encoder.encode([query_item("zebra bag", None), product.item()])
     assert answer["score"] == pytest.approx(float(query @ item), abs=1e-5)
-    whole, one = (client.predict(**ask | {"method": "attention", "layer": layer, "head": layer}, api_name="/heatmap") for layer in (-1, 0))
+    whole, one = (
+        client.predict(**ask | {"method": "attention", "layer": layer, "head": layer}, api_name="/heatmap")
+        for layer in (-1, 0)
+    )
     assert whole["cells"] != one["cells"] and one["faithfulness"] is None
-    for change, message in (({"item_id": "nobody"}, "No such product"), ({"layer": 0}, "has no layers"), ({"method": "attention", "layer": 9}, "There is no layer 9"), ({"query_text": ""}, "Type some words")):
+    for change, message in (
+        ({"item_id": "nobody"}, "No such product"), ({"layer": 0}, "has no layers"),
+        ({"method": "attention", "layer": 9}, "There is no layer 9"), ({"query_text": ""}, "Type some words"),
+    ):
         with pytest.raises(Exception, match=message):
             client.predict(**ask | change, api_name="/heatmap")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"text": " "}, "Type some words"), ({"filter": "color == 'red'"}, "colour"), ({"filter": "colour == 'nothing'"}, "Loosen it"), ({"direction": "sideways"}, "sideways"),
-    ({"k": 0}, "1 or more"), ({"k": 101}, "at most 100"), ({"model": "C"}, "C"), ({"text": "x" * 2001}, "At most 2,000"), ({"filter": "x" * 10_001}, "At most 10,000"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": " "}, "Type some words"), ({"filter": "color == 'red'"}, "colour"),
+        ({"filter": "colour == 'nothing'"}, "Loosen it"), ({"direction": "sideways"}, "sideways"),
+        ({"k": 0}, "1 or more"), ({"k": 101}, "at most 100"), ({"model": "C"}, "C"),
+        ({"text": "x" * 2001}, "At most 2,000"), ({"filter": "x" * 10_001}, "At most 10,000"),
+    ],
+)
 def test_endpoint_errors_say_what_to_do(address, change, message):
     client_of = pytest.importorskip("gradio_client")
     client = client_of.Client(address, verbose=False)
     with pytest.raises(Exception, match=message):
-        client.predict(**({"text": "bag", "image": None, "direction": "mm", "k": 3, "filter": "", "model": "A"} | change), api_name="/search")
+        client.predict(
+            **({"text": "bag", "image": None, "direction": "mm", "k": 3, "filter": "", "model": "A"} | change),
+            api_name="/search",
+        )
 
 
 def test_endpoint_with_files_that_are_no_pictures(address, tmp_path):
@@ -300,28 +386,43 @@ def test_endpoint_with_files_that_are_no_pictures(address, tmp_path):
 
 
 def test_compare_endpoint(address, demo):
-    "/compare over HTTP: counts and rows of the shop's own comparison; a category or direction that there is not is named."
+    """/compare over HTTP: counts and rows of the shop's own comparison; a category or direction that there is not is
+    named."""
     client_of = pytest.importorskip("gradio_client")
-    client, shop = client_of.Client(address, verbose=False), demo.shop
+    client, shop = client_of.Client(address, verbose=False), demo.service
     answer = client.predict(direction="i->mm", category="", k=5, api_name="/compare")
-    assert answer["n"] == sum(answer[kind] for kind in ("won", "lost", "moved", "same")) == sum(product.has_image for product in shop.catalog)
-    assert answer["k"] == 5 and {row["direction"] for row in answer["rows"]} == {"i->mm"} and answer["rows"] == shop.compare("i->mm", "", 5)["rows"]
+    assert (
+        answer["n"]
+        == sum(answer[kind] for kind in ("won", "lost", "moved", "same"))
+        == sum(product.has_image for product in shop.catalog)
+    )
+    assert (
+        answer["k"] == 5
+        and {row["direction"] for row in answer["rows"]} == {"i->mm"}
+        and answer["rows"] == shop.compare("i->mm", "", 5)["rows"]
+    )
     changes = [abs(row["change"]) for row in answer["rows"]]
     assert changes == sorted(changes, reverse=True) and changes[0] > 0
     row = answer["rows"][0]  # the ranks are those of a search
-    query = shop.asked("id:" + row["product_id"], None)
+    query = shop.query_of("id:" + row["product_id"], None)
     found = [hit.product.product_id for hit in shop.find(dataclasses.replace(query, text=None), "mm", 10, "", "B")]
     assert [hit["product_id"] for hit in row["hits_b"]] == found
     part = client.predict(direction="", category="Fashion", k=10, api_name="/compare")
-    assert 0 < part["n"] and {row["category"].split(" > ")[0] for row in part["rows"]} == {"Fashion"} and len({row["direction"] for row in part["rows"]}) > 1
-    for change, message in (({"category": "Fashoin"}, "Fashion"), ({"k": 0}, "1 or more"), ({"direction": "mm->t"}, "mm->t")):
+    assert (
+        0 < part["n"]
+        and {row["category"].split(" > ")[0] for row in part["rows"]} == {"Fashion"}
+        and len({row["direction"] for row in part["rows"]}) > 1
+    )
+    for change, message in (
+        ({"category": "Fashoin"}, "Fashion"), ({"k": 0}, "1 or more"), ({"direction": "mm->t"}, "mm->t"),
+    ):
         with pytest.raises(Exception, match=message):
             client.predict(**({"direction": "t->mm", "category": "", "k": 10} | change), api_name="/compare")
 
 
 def test_two_models_are_compared_once_and_only_when_asked(catalog, encoders):
     "Nothing is computed at the start; two callers at once share one comparison; with one model there is none."
-    shop, found = Shop(catalog, dict(zip("AB", encoders))), []
+    shop, found = SearchService(catalog, dict(zip("AB", encoders))), []
     assert shop.compared is None
     threads = [threading.Thread(target=lambda: found.append(shop.comparison())) for _ in range(2)]
     for thread in threads:
@@ -330,17 +431,19 @@ def test_two_models_are_compared_once_and_only_when_asked(catalog, encoders):
         thread.join()
     assert found[0] is found[1] is shop.compared and len(found[0]) > len(catalog)
     with pytest.raises(UsageError, match="two: moon2 demo"):
-        Shop(catalog, {"A": encoders[0]}).compare()
+        SearchService(catalog, {"A": encoders[0]}).compare()
 
 
 def test_search_does_not_wait_for_an_explanation(address, demo):
     "While a heatmap is being made (its modules are taken), searches by the same model are answered."
     client_of = pytest.importorskip("gradio_client")
-    client, model = client_of.Client(address, verbose=False), demo.shop.model("A")
+    client, model = client_of.Client(address, verbose=False), demo.service.model("A")
     with model.slow_lock:
         heat = client.submit("zebra bag", None, "nasty-1", "shapley", -1, -1, "A", api_name="/heatmap")
         for _ in range(3):
-            assert client.predict("bag", None, "mm", 3, "", "A", api_name="/search") == demo.shop.search("bag", None, "mm", 3)
+            assert client.predict("bag", None, "mm", 3, "", "A", api_name="/search") == demo.service.search(
+                "bag", None, "mm", 3
+            )
         assert not heat.done()
     assert heat.result(timeout=20)["words"]
 
@@ -351,14 +454,19 @@ def test_explaining_leaves_no_trace_on_the_searching_model(catalog, encoders):
     before = model.search(catalog[0].item())
     model.explain(catalog[1].item("t"), catalog[0].item(), ["ig", "attention"])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.encoder.modules())
-    assert all(parameter.grad is None for parameter in model.encoder.parameters()) and model.search(catalog[0].item()) == before
-    assert {id(parameter) for parameter in model.slow.parameters()} == {id(parameter) for parameter in model.encoder.parameters()}
+    assert (
+        all(parameter.grad is None for parameter in model.encoder.parameters())
+        and model.search(catalog[0].item()) == before
+    )
+    assert {id(parameter) for parameter in model.slow.parameters()} == {
+        id(parameter) for parameter in model.encoder.parameters()
+    }
 
 
 def test_unforeseen_errors_tell_nothing_of_the_server(address, demo, monkeypatch, capfd):
     client_of = pytest.importorskip("gradio_client")
     client = client_of.Client(address, verbose=False)
-    monkeypatch.setattr(demo.shop.model("A"), "search", lambda *given: {}["secret/path"])
+    monkeypatch.setattr(demo.service.model("A"), "search", lambda *given: {}["secret/path"])
     with pytest.raises(Exception, match="failed on the server") as caught:
         client.predict(text="bag", image=None, api_name="/search")
     assert "secret" not in str(caught.value) and "secret/path" in capfd.readouterr().err
@@ -373,7 +481,8 @@ def captions(page, gallery=0):
 
 
 def framed(page, place):
-    "The heatmap in its frame, brought into view: a frame out of sight is not laid out, and the page may still be scrolling."
+    """The heatmap in its frame, brought into view: a frame out of sight is not laid out, and the page may still be
+    scrolling."""
     frame, heat = page.locator(f"{place} iframe"), page.frame_locator(f"{place} iframe")
     frame.wait_for(timeout=20_000)
 
@@ -392,7 +501,9 @@ def opened(browser, address, width=1200, **how):
     page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
     page.goto(address)
-    page.locator(".moon2-hits button img").first.wait_for(timeout=20_000, state="attached")  # the address may open another tab
+    page.locator(".moon2-hits button img").first.wait_for(
+        timeout=20_000, state="attached"
+    )  # the address may open another tab
     return page
 
 
@@ -405,25 +516,44 @@ def test_page_in_a_browser(address, browser, picture):
     page.goto(address)
     hits = page.locator(".moon2-hits")
     hits.nth(1).locator("button img").first.wait_for(timeout=20_000)  # the first search is done at the start
-    assert page.get_by_text("A: first").count() and page.get_by_text("on a backbone of random weights").count() and page.get_by_text("for a test").count()
+    assert (
+        page.get_by_text("A: first").count()
+        and page.get_by_text("on a backbone of random weights").count()
+        and page.get_by_text("for a test").count()
+    )
 
     page.get_by_label("Words", exact=True).fill("zebra sons bag")
     page.get_by_label("Only").fill("colour == 'zebra'")
     page.get_by_label("Only").press("Enter")
     page.set_input_files("input[type=file]", str(picture))
     page.get_by_role("button", name="Search").click()
-    page.wait_for_function("document.querySelectorAll('.moon2-hits button img').length == 2", timeout=20_000)  # one hit of each model
+    page.wait_for_function(
+        "document.querySelectorAll('.moon2-hits button img').length == 2", timeout=20_000
+    )  # one hit of each model
     assert NASTY.title in hits.nth(0).inner_text()
     hits.nth(0).locator("button:has(img)").first.click()
     page.get_by_text("Why was it found?").wait_for(timeout=20_000)
     details = page.locator("#moon2-details").inner_text()
-    assert NASTY.title in details and "zebra, black" in details and "Hit 1 of A: first" in details and "hit 1 of B: second" in details
-    assert "In common with the query: zebra" in details and "Read most: the query by expert" in details and page.locator("#moon2-details .experts tbody tr").count() == 4
+    assert (
+        NASTY.title in details
+        and "zebra, black" in details
+        and "Hit 1 of A: first" in details
+        and "hit 1 of B: second" in details
+    )
+    assert (
+        "In common with the query: zebra" in details
+        and "Read most: the query by expert" in details
+        and page.locator("#moon2-details .experts tbody tr").count() == 4
+    )
     assert page.get_by_text("1 of 1 hits found by both (100 %), the same first hit").count()
     heat = framed(page, "#moon2-heat")
     item = heat.locator("[data-side=item]")
     item.locator(".m2h-cell").first.wait_for(timeout=20_000)
-    assert item.locator("img").evaluate("one => one.naturalWidth > 0") and "Zebra" in item.locator(".m2h-title").inner_text() and "random maps" in item.locator(".m2h-trust").inner_text()
+    assert (
+        item.locator("img").evaluate("one => one.naturalWidth > 0")
+        and "Zebra" in item.locator(".m2h-title").inner_text()
+        and "random maps" in item.locator(".m2h-trust").inner_text()
+    )
     before = item.locator(".m2h-told").inner_text()
     item.locator(".m2h-word").first.hover()
     assert item.locator(".m2h-told").inner_text() != before, "pointing at a word tells its number"
@@ -431,7 +561,11 @@ def test_page_in_a_browser(address, browser, picture):
     page.get_by_role("option", name="occlusion").click()
     heat.locator(".m2h-what", has_text="occlusion").first.wait_for(timeout=20_000, state="attached")
     framed(page, "#moon2-heat")
-    page.wait_for_function("(() => { const frame = document.querySelector('iframe.heat'); return frame.clientHeight > 600 && frame.clientHeight === parseInt(frame.style.height) - 2; })()", timeout=20_000)  # as high as what is in it
+    page.wait_for_function(
+        "(() => { const frame = document.querySelector('iframe.heat'); return frame.clientHeight > 600 && "
+        "frame.clientHeight === parseInt(frame.style.height) - 2; })()",
+        timeout=20_000,
+    )  # as high as what is in it
     keep_screenshot(page, "demo.png")
 
     page.get_by_label("Only").fill("color == 'red'")
@@ -446,9 +580,12 @@ def test_page_in_a_browser(address, browser, picture):
 
 @pytest.mark.slow
 def test_picture_for_the_readme(root, browser):
-    "Two models of 10 and 80 steps side by side on the committed sample; the later one finds more table lamps. MOON2_SCREENSHOTS=nbs/images makes the README's picture."
+    """Two models of 10 and 80 steps side by side on the committed sample; the later one finds more table lamps.
+    MOON2_SCREENSHOTS=nbs/images makes the README's picture."""
     sample = Catalog.load(root / "data" / "sample")
-    demo = build_demo(train_tiny(sample, 10), train_tiny(sample, 80, seconds=300), catalog=sample, names=("10 steps", "80 steps"))
+    demo = build_demo(
+        train_tiny(sample, 10), train_tiny(sample, 80, seconds=300), catalog=sample, names=("10 steps", "80 steps")
+    )
     address = serve(demo, port=free_port(), wait=False)
     page = opened(browser, f"{address}?q=black+table+lamp&k=8")
     until(page, lambda: len(captions(page, 1)) == 8, "8 hits", 20)
@@ -464,12 +601,21 @@ def test_what_both_models_found_is_marked(address, browser, demo):
     "In words, with the places in both lists, and counted; either model can be shown alone."
     page = opened(browser, f"{address}?q=black+bag&k=30")
     until(page, lambda: len(captions(page, 1)) == 30, "30 hits", 20)
-    lists = {letter: [hit["product_id"] for hit in demo.shop.search("black bag", None, "mm", 30, "", letter)["hits"]] for letter in "AB"}
+    lists = {
+        letter: [hit["product_id"] for hit in demo.service.search("black bag", None, "mm", 30, "", letter)["hits"]]
+        for letter in "AB"
+    }
     common = set(lists["A"]) & set(lists["B"])
     assert 0 < len(common) < 30 and page.get_by_text(f"{len(common)} of 30 hits found by both").count() == 1
     for gallery, letter in enumerate("AB"):
-        wanted = [f"✓ both: A {lists['A'].index(name) + 1} / B {lists['B'].index(name) + 1}" if name in common else None for name in lists[letter]]
-        assert [next((line for line in caption.split("\n") if line.startswith("✓")), None) for caption in captions(page, gallery)] == wanted
+        wanted = [
+            f"✓ both: A {lists['A'].index(name) + 1} / B {lists['B'].index(name) + 1}" if name in common else None
+            for name in lists[letter]
+        ]
+        assert [
+            next((line for line in caption.split("\n") if line.startswith("✓")), None)
+            for caption in captions(page, gallery)
+        ] == wanted
     page.get_by_label("B: second").check()
     until(page, lambda: page.locator(".moon2-hits:visible").count() == 1, "one gallery", 20)
     assert "model=B" in page.url and page.get_by_text("found by both").count() == 0
@@ -491,8 +637,15 @@ def test_a_copied_address_gives_the_same_hits(address, browser):
     page.get_by_role("button", name="Search").click()
     until(page, lambda: "direction=t" in page.url and "Fashion" in page.url, "the address", 20)
     fresh = opened(browser, page.url)
-    until(fresh, lambda: captions(fresh) == captions(page) and captions(fresh, 1) == captions(page, 1), "the same hits", 20, lambda: f"{captions(page)} {captions(fresh)}")
-    assert len(captions(page)) == 12 and fresh.get_by_label("Words", exact=True).input_value() == "white & striped 100% top" and fresh.get_by_label("title", exact=True).is_checked()
+    until(
+        fresh, lambda: captions(fresh) == captions(page) and captions(fresh, 1) == captions(page, 1), "the same hits",
+        20, lambda: f"{captions(page)} {captions(fresh)}",
+    )
+    assert (
+        len(captions(page)) == 12
+        and fresh.get_by_label("Words", exact=True).input_value() == "white & striped 100% top"
+        and fresh.get_by_label("title", exact=True).is_checked()
+    )
     wrong = opened(browser, f"{address}?q=bag&model=C&k=999&tab=nowhere")
     wrong.get_by_text("left out: model, k, tab").wait_for(timeout=20_000)
     assert len(captions(wrong)) == 12 and not page.complaints + fresh.complaints + wrong.complaints
@@ -505,14 +658,29 @@ def test_compare_tab(address, browser, demo):
     page = opened(browser, address)
     page.get_by_role("tab", name="Compare").click()
     page.locator(".change").first.wait_for(timeout=20_000)
-    whole = demo.shop.compare("t->mm", "", 10)
+    whole = demo.service.compare("t->mm", "", 10)
     counts = page.locator(".counts").inner_text()
-    assert all(f"{whole[kind]} " in counts for kind in ("won", "lost", "moved")) and page.locator(".change").count() == 10 and page.locator(".tests li").count() == 2
+    assert (
+        all(f"{whole[kind]} " in counts for kind in ("won", "lost", "moved"))
+        and page.locator(".change").count() == 10
+        and page.locator(".tests li").count() == 2
+    )
     first = page.locator(".change").first
-    assert whole["rows"][0]["text"] in first.inner_text() and first.locator(".few li").count() == 8 and f"rank {whole['rows'][0]['rank_a']}" in first.inner_text()
+    assert (
+        whole["rows"][0]["text"] in first.inner_text()
+        and first.locator(".few li").count() == 8
+        and f"rank {whole['rows'][0]['rank_a']}" in first.inner_text()
+    )
     kind = max(("won", "lost"), key=lambda kind: whole[kind])
     page.get_by_label(f"{kind} by B").check()
-    until(page, lambda: f"kind={kind}" in page.url and page.locator(f".change b.{kind}").count() == page.locator(".change").count() == min(10, whole[kind]), "one kind", 20)
+    until(
+        page,
+        lambda: (
+            f"kind={kind}" in page.url
+            and page.locator(f".change b.{kind}").count() == page.locator(".change").count() == min(10, whole[kind])
+        ),
+        "one kind", 20,
+    )
     assert page.locator(".counts").inner_text() == counts, "counts and tests stay over all"
     fresh = opened(browser, page.url)
     fresh.locator(f".change b.{kind}").first.wait_for(timeout=20_000)
@@ -523,7 +691,11 @@ def test_compare_tab(address, browser, demo):
     left = list(fresh.complaints)  # of the page that was left: nothing but its cut connections
     assert all("AbortError" in one or "Connection errored out" in one for one in left), left
     framed(fresh, "#moon2-pair-heat").locator("[data-side=item] .m2h-word").first.wait_for(timeout=20_000)
-    assert "tab=heatmap" in fresh.url and "by A: first" in fresh.locator("#moon2-pair").inner_text() and not page.complaints + fresh.complaints[len(left):]
+    assert (
+        "tab=heatmap" in fresh.url
+        and "by A: first" in fresh.locator("#moon2-pair").inner_text()
+        and not page.complaints + fresh.complaints[len(left) :]
+    )
     page.close()
     fresh.close()
 
@@ -547,7 +719,10 @@ def test_heatmap_tab(address, browser, picture):
     page.get_by_role("button", name="Explain", exact=True).click()
     heat = framed(page, "#moon2-pair-heat")
     heat.locator("[data-side=query] .m2h-cell").first.wait_for(timeout=20_000)
-    assert heat.locator("[data-side=query] img").evaluate("one => one.naturalWidth > 0") and NASTY.title in page.locator("#moon2-pair").inner_text()
+    assert (
+        heat.locator("[data-side=query] img").evaluate("one => one.naturalWidth > 0")
+        and NASTY.title in page.locator("#moon2-pair").inner_text()
+    )
     assert "item=nasty-1" in page.url and page.title() == "Product search" and not page.complaints
     keep_screenshot(page, "demo-heatmap.png")
     page.close()
@@ -555,19 +730,31 @@ def test_heatmap_tab(address, browser, picture):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_narrow_page(address, browser, theme):
-    "On a telephone no tab is wider than the screen, every tab can be reached, a search leads to its hits; the theme reaches into the heatmap."
+    """On a telephone no tab is wider than the screen, every tab can be reached, a search leads to its hits; the theme
+    reaches into the heatmap."""
     page = opened(browser, f"{address}?__theme={theme}", 400)
-    for name, inside in (("Compare", ".change"), ("Heatmap", "#moon2-pair"), ("About", ".about table"), ("Search", ".moon2-hits")):
+    for name, inside in (
+        ("Compare", ".change"),
+        ("Heatmap", "#moon2-pair"),
+        ("About", ".about table"), ("Search", ".moon2-hits"),
+    ):
         page.get_by_role("tab", name=name).click()
         page.locator(inside).first.wait_for(timeout=20_000)
         assert page.evaluate("document.documentElement.scrollWidth") <= 400, name
     page.get_by_role("button", name="Search").click()
-    page.wait_for_function("Math.abs(document.querySelector('.moon2-hits').getBoundingClientRect().top) < 400", timeout=10_000)
+    page.wait_for_function(
+        "Math.abs(document.querySelector('.moon2-hits').getBoundingClientRect().top) < 400", timeout=10_000
+    )
     page.locator(".moon2-hits button:has(img)").first.click()
     heat = framed(page, "#moon2-heat")
     heat.locator(".m2h-word").first.wait_for(timeout=20_000)
-    until(page, lambda: heat.locator("html").evaluate("one => getComputedStyle(one).colorScheme") == theme, "the theme in the frame", 10)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400 and page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    until(
+        page, lambda: heat.locator("html").evaluate("one => getComputedStyle(one).colorScheme") == theme,
+        "the theme in the frame", 10,
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400 and page.evaluate(
+        "document.body.classList.contains('dark')"
+    ) == (theme == "dark")
     assert not page.complaints
     keep_screenshot(page, f"demo-narrow-{theme}.png")
     page.close()
@@ -581,7 +768,13 @@ def test_about_tab(address, browser):
     page.goto(f"{address}?tab=about")
     page.locator(".about").wait_for(timeout=20_000)
     told = page.locator(".about").inner_text()
-    assert "57.9 to 64.1" in told and "No scores lie beside this model" in told and "no probability" in told and "neck type" in told and 'api_name="/compare"' in told
+    assert (
+        "57.9 to 64.1" in told
+        and "No scores lie beside this model" in told
+        and "no probability" in told
+        and "neck type" in told
+        and 'api_name="/compare"' in told
+    )
     assert not outside(asked, address.rstrip("/"))
     page.close()
 
@@ -594,11 +787,14 @@ def test_main_without_a_model(drawn_catalogue, monkeypatch, capsys):
     served = {}
     monkeypatch.setattr("moon2_lab.app.interface.serve", lambda demo, *given: served.update(demo=demo, given=given))
     monkeypatch.setattr("moon2_lab.app.interface.train_tiny", lambda catalog: train_tiny(catalog, steps=2))
-    assert main(["--catalog", str(drawn_catalogue), "--port", "7999"], model=drawn_catalogue / "no-model") == 0
-    assert served["given"] == ("127.0.0.1", 7999, False) and len(served["demo"].shop.catalog) == 80
+    assert run_demo(["--catalog", str(drawn_catalogue), "--port", "7999"], model=drawn_catalogue / "no-model") == 0
+    assert served["given"] == ("127.0.0.1", 7999, False) and len(served["demo"].service.catalog) == 80
     assert "No trained model was found" in str(served["demo"].config["components"])
-    assert main([str(drawn_catalogue)]) == 2 and "no model in this folder" in capsys.readouterr().err
-    assert main(["--catalog", str(drawn_catalogue), "--split", "nowhere"]) == 2 and "splits found" in capsys.readouterr().err
+    assert run_demo([str(drawn_catalogue)]) == 2 and "no model in this folder" in capsys.readouterr().err
+    assert (
+        run_demo(["--catalog", str(drawn_catalogue), "--split", "nowhere"]) == 2
+        and "splits found" in capsys.readouterr().err
+    )
 
 
 def test_a_port_that_is_taken(catalog, encoders):
@@ -614,15 +810,21 @@ def test_models_from_folders(drawn_catalogue, encoders, tmp_path):
     "Run folders and model folders; two models; the test split when it is asked for."
     for name, encoder in zip(("run-a", "run-b"), encoders):
         encoder.save_pretrained(tmp_path / name / "model")
-    shop = prepare(tmp_path / "run-a", tmp_path / "run-b" / "model", drawn_catalogue, "test").shop
-    assert [model.name for model in shop.models.values()] == ["run-a", "run-b"] and {product.split for product in shop.catalog} == {"test"}
+    shop = prepare(tmp_path / "run-a", tmp_path / "run-b" / "model", drawn_catalogue, "test").service
+    assert [model.name for model in shop.models.values()] == ["run-a", "run-b"] and {
+        product.split for product in shop.catalog
+    } == {"test"}
 
 
 @pytest.mark.slow
 def test_launcher_starts_in_seconds(root, tmp_path):
-    "`make app` on a machine without a model: a page after at most 15 s of one core's work, of which 2 are training (on free cores that is under 10 s; other programs only make it wait)."
+    """`make app` on a machine without a model: a page after at most 15 s of one core's work, of which 2 are training
+    (on free cores that is under 10 s; other programs only make it wait)."""
     port, started = free_port(), time.monotonic()
-    command = [sys.executable, str(root / "apps" / "retrieval_demo.py"), "--port", str(port), "--catalog", str(root / "data" / "sample")]
+    command = [
+        sys.executable, str(root / "apps" / "retrieval_demo.py"), "--port", str(port), "--catalog",
+        str(root / "data" / "sample"),
+    ]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
         assert f"127.0.0.1:{port}" in running.stderr.readline() and time.monotonic() - started < 60
@@ -644,13 +846,22 @@ def test_user_and_password(catalog, encoders, monkeypatch):
     monkeypatch.setenv("MOON2_DEMO_PASSWORD", "right")
     address = serve(demo, port=free_port(), wait=False)
     try:
-        assert httpx.get(f"{address}config").status_code == 401 and httpx.get(f"{address}gradio_api/info").status_code == 401
+        assert (
+            httpx.get(f"{address}config").status_code == 401
+            and httpx.get(f"{address}gradio_api/info").status_code == 401
+        )
         begun = time.monotonic()
         for _ in range(3):  # the answers to wrong ones come late, and later
-            assert httpx.post(f"{address}login", data={"username": "ann", "password": "wrong"}, timeout=20).status_code == 400
+            assert (
+                httpx.post(f"{address}login", data={"username": "ann", "password": "wrong"}, timeout=20).status_code
+                == 400
+            )
         assert time.monotonic() - begun >= 0.5 + 1 + 2
         with httpx.Client() as client:
-            assert client.post(f"{address}login", data={"username": "ann", "password": "right"}).status_code == 200 and client.get(f"{address}config").status_code == 200
+            assert (
+                client.post(f"{address}login", data={"username": "ann", "password": "right"}).status_code == 200
+                and client.get(f"{address}config").status_code == 200
+            )
     finally:
         demo.close(verbose=False)
 
@@ -665,7 +876,11 @@ def test_sharing_says_what_becomes_public(capsys):
     page = Page()
     assert serve(page, share=True, wait=False) == "http://127.0.0.1:1/"
     assert "everybody" in page.said and "MOON2_DEMO_USER" in page.said and "https://public" in capsys.readouterr().err
-    assert page.options["max_file_size"] == "20mb" and page.options["run_history"] is False and "allowed_paths" not in page.options
+    assert (
+        page.options["max_file_size"] == "20mb"
+        and page.options["run_history"] is False
+        and "allowed_paths" not in page.options
+    )
     serve(page, wait=False)
     assert page.said == ""
     serve(page, host="0.0.0.0", wait=False)

@@ -1,4 +1,5 @@
-"""Co-augmentation of a catalogue: the same files every time, nothing lost by an interruption, nothing outside the train split, a reason for each refusal."""
+"""Co-augmentation of a catalogue: the same files every time, nothing lost by an interruption, nothing outside the train
+split, a reason for each refusal."""
 import json
 import os
 import re
@@ -16,10 +17,9 @@ from PIL import Image
 
 pytest.importorskip("cv2")
 
+from moon2_lab.augment.consistency import real_pairs, score_pairs, unseen_products
 from moon2_lab.augment.llm_client import NO_ANSWER
-from moon2_lab.augment.pipeline import (
-    Recipe, STATE, augment_catalog, evaluation_hash, expand_pictures, real_pairs, score_pairs, unseen_products,
-)
+from moon2_lab.augment.pipeline import Recipe, STATE, augment_catalog, evaluation_hash, expand_pictures
 from moon2_lab.augment.title_enrichment import Enriched
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.catalog_tables import AUGMENTED_FILE
@@ -42,20 +42,33 @@ def brightness(pictures, titles):
 
 def content(folder):
     "Every file but the times that a run took."
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file() and path.name != STATE}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file() and path.name != STATE
+    }
 
 
 def test_nothing_but_the_train_split_is_touched(drawn, tmp_path):
-    "Files of the shop byte for byte, evaluation items by content; every row, kept or not, is about a train product, and says how it was made."
+    """Files of the shop byte for byte, evaluation items by content; every row, kept or not, is about a train product,
+    and says how it was made."""
     summary = augment_catalog(drawn, tmp_path / "out", Recipe(scorer=brightness))
     before, after = Catalog.load(drawn), Catalog.load(tmp_path / "out")
     old, new = content(drawn), content(tmp_path / "out")
     assert {name: data for name, data in new.items() if name in old} == old
-    assert all(re.fullmatch(r"expanded/[0-9a-f]{2}/[0-9a-f]{20}-(background|viewpoint|detail)\.jpg", name) for name in set(new) - set(old) - {AUGMENTED_FILE})
+    assert all(
+        re.fullmatch(r"expanded/[0-9a-f]{2}/[0-9a-f]{20}-(background|viewpoint|detail)\.jpg", name)
+        for name in set(new) - set(old) - {AUGMENTED_FILE}
+    )
     assert evaluation_hash(after) == evaluation_hash(before) == summary["evaluation_hash"]
     table = pd.read_parquet(tmp_path / "out" / AUGMENTED_FILE)
     assert {after.get(name).split for name in table.product_id} == {"train"}
-    assert table.method.notna().all() and table.source.notna().all() and table.seed.notna().all() and table.parameters.map(json.loads).map(type).eq(dict).all()
+    assert (
+        table.method.notna().all()
+        and table.source.notna().all()
+        and table.seed.notna().all()
+        and table.parameters.map(json.loads).map(type).eq(dict).all()
+    )
     assert table[~table.kept].reason.notna().all() and table[table.kept].reason.isna().all()
     assert table.groupby("product_id").size().max() <= 4 and not (tmp_path / "out" / ".parts").exists()
 
@@ -75,8 +88,8 @@ def slow(*given):
         time.sleep(30)
     return whole(*given)
 pipeline.expand_pictures = slow
-parts = pipeline.in_parts
-pipeline.in_parts = lambda *given, **more: parts(*given, **more | {{"size": 5}})
+parts = pipeline.in_chunks
+pipeline.in_chunks = lambda *given, **more: parts(*given, **more | {{"size": 5}})
 pipeline.augment_catalog({str(drawn)!r}, {str(tmp_path / 'out')!r}, pipeline.Recipe(scorer=brightness), workers=1)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -88,9 +101,9 @@ pipeline.augment_catalog({str(drawn)!r}, {str(tmp_path / 'out')!r}, pipeline.Rec
     stamps = [path.stat().st_mtime_ns for path in done]
     import moon2_lab.augment.pipeline as module
 
-    parts = module.in_parts
+    parts = module.in_chunks
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "in_parts", lambda *given, **more: parts(*given, **more | {"size": 5}))
+        patch.setattr(module, "in_chunks", lambda *given, **more: parts(*given, **more | {"size": 5}))
         patch.setattr(module.shutil, "rmtree", lambda folder: stamps.append([path.stat().st_mtime_ns for path in done]))
         augment_catalog(drawn, tmp_path / "out", Recipe(scorer=brightness))
     assert stamps[-1] == stamps[:-1]  # what was done was not done again
@@ -101,21 +114,28 @@ pipeline.augment_catalog({str(drawn)!r}, {str(tmp_path / 'out')!r}, pipeline.Rec
 
 def test_the_threshold_is_a_quantile_of_the_real_pairs(drawn, tmp_path):
     "Recomputed from the pictures themselves; a quantile of 0 refuses only what is below every real pair."
-    strict, lax = (augment_catalog(drawn, tmp_path / str(q), Recipe(scorer=brightness, keep_quantile=q)) for q in (0.5, 0.0))
+    strict, lax = (
+        augment_catalog(drawn, tmp_path / str(q), Recipe(scorer=brightness, keep_quantile=q)) for q in (0.5, 0.0)
+    )
     valid = list(Catalog.load(drawn).split("valid"))
     real = brightness([product.image_ref() for product in real_pairs(valid)], None)
     assert strict["filter"]["pairs_of"] == "valid" and strict["filter"]["real_pairs"] == len(valid) >= 2
-    assert strict["filter"]["threshold"] == pytest.approx(np.quantile(real, 0.5)) and lax["filter"]["threshold"] == pytest.approx(real.min())
+    assert strict["filter"]["threshold"] == pytest.approx(np.quantile(real, 0.5)) and lax["filter"][
+        "threshold"
+    ] == pytest.approx(real.min())
     for folder, summary in ((tmp_path / "0.5", strict), (tmp_path / "0.0", lax)):
         table = Catalog.load(folder).augmentation.dropna(subset=["score"])
         assert ((table.score >= summary["filter"]["threshold"]) == table.kept).all() and len(table) > 50
         for row in table[table.field == "expanded_image"].head(3).itertuples():
-            assert row.score == pytest.approx(np.asarray(Image.open(folder / row.value).convert("RGB")).mean() / 255, abs=1e-6)
+            assert row.score == pytest.approx(
+                np.asarray(Image.open(folder / row.value).convert("RGB")).mean() / 255, abs=1e-6
+            )
     assert strict["filter"]["refused"] > lax["filter"]["refused"]
 
 
 def test_the_threshold_is_not_taken_from_what_the_scorer_was_trained_on(drawn, tmp_path):
-    "A scorer that knows the train pairs by heart gives them 1 and everything else its real worth: the threshold is what unseen pairs get."
+    """A scorer that knows the train pairs by heart gives them 1 and everything else its real worth: the threshold is
+    what unseen pairs get."""
     catalog = Catalog.load(drawn)
     known = {(ref.key, product.title) for product in catalog.split("train") for ref in product.refs}
 
@@ -126,11 +146,15 @@ def test_the_threshold_is_not_taken_from_what_the_scorer_was_trained_on(drawn, t
     assert found["threshold"] == pytest.approx(0.4) and found["refused"] == 0
     ids = {product.product_id for product in unseen_products(catalog)}
     assert ids == {product.product_id for product in catalog.split("valid")}
-    twins = Catalog.from_products([replace(product, split="valid" if n else "train", title="One title") for n, product in enumerate(catalog)])
+    twins = Catalog.from_products(
+        [replace(product, split="valid" if n else "train", title="One title") for n, product in enumerate(catalog)]
+    )
     assert unseen_products(twins) == []  # all are the train product under other ids
 
 
-@pytest.mark.parametrize("answer", [np.zeros(3), np.full(7, np.nan), np.zeros((7, 1))], ids=["short", "nan", "two axes"])
+@pytest.mark.parametrize(
+    "answer", [np.zeros(3), np.full(7, np.nan), np.zeros((7, 1))], ids=["short", "nan", "two axes"]
+)
 def test_a_scorer_that_returns_rubbish(tmp_path, answer):
     with pytest.raises(DataError, match=r"the scorer returned shape .* for 7 pairs.*one finite similarity"):
         score_pairs(lambda pictures, titles: answer, [(None, "a")] * 7, tmp_path, "made")
@@ -156,8 +180,8 @@ def test_an_enricher_that_stops_keeps_what_was_done(drawn, tmp_path, monkeypatch
     "Whole parts stay; the run that continues asks only for the rest."
     import moon2_lab.augment.pipeline as module
 
-    parts = module.in_parts
-    monkeypatch.setattr(module, "in_parts", lambda *given, **more: parts(*given, **more | {"size": 8}))
+    parts = module.in_chunks
+    monkeypatch.setattr(module, "in_chunks", lambda *given, **more: parts(*given, **more | {"size": 8}))
     with pytest.raises(LabError, match="the server does not answer"):
         augment_catalog(drawn, tmp_path / "out", Recipe(kinds=(), enricher=Stubborn(20)))
     again = Stubborn(1000)
@@ -178,7 +202,10 @@ class Forgetful:
         self.asked += [request.product_id for request in requests]
         for place, request in enumerate(requests):
             lost = first and place % 3 == 0
-            yield Enriched(request.product_id, None if lost else f"{request.title} new", f"{NO_ANSWER}: timeout" if lost else None, self.name, self.model)
+            yield Enriched(
+                request.product_id, None if lost else f"{request.title} new", f"{NO_ANSWER}: timeout" if lost else None,
+                self.name, self.model,
+            )
 
 
 def test_what_got_no_answer_is_asked_again(drawn, tmp_path):
@@ -191,7 +218,8 @@ def test_what_got_no_answer_is_asked_again(drawn, tmp_path):
 
 
 def test_odd_products(tmp_path):
-    "Without picture, without title, a blank picture, a file that is none: a reason for each, and the others are augmented."
+    """Without picture, without title, a blank picture, a file that is none: a reason for each, and the others are
+    augmented."""
     folder = make_catalog(tmp_path / "drawn", products=30, seed=4, image_size=96)
     table = pd.read_parquet(folder / "products.parquet")
     blank, broken, untitled, bare = table[table.split == "train"].product_id[:4]
@@ -209,9 +237,16 @@ def test_odd_products(tmp_path):
     augment_catalog(folder, tmp_path / "out", Recipe(scorer=brightness))
     found = Catalog.load(tmp_path / "out").augmentation
     rows = {name: found[found.product_id == name] for name in (blank, broken, untitled, bare)}
-    assert rows[blank].query("field == 'expanded_image'").reason.str.contains("no foreground").all() and len(rows[blank].query("field == 'expanded_image'")) == 1
+    assert (
+        rows[blank].query("field == 'expanded_image'").reason.str.contains("no foreground").all()
+        and len(rows[blank].query("field == 'expanded_image'")) == 1
+    )
     assert set(rows[broken].field) == set(rows[bare].field) == {"enriched_title"}
-    assert set(rows[untitled].field) == {"expanded_image"} and rows[untitled].score.isna().all() and rows[untitled].kept.all()
+    assert (
+        set(rows[untitled].field) == {"expanded_image"}
+        and rows[untitled].score.isna().all()
+        and rows[untitled].kept.all()
+    )
     assert found.kept.sum() > 30
 
 
@@ -228,7 +263,9 @@ def test_one_failing_edit_costs_one_row(drawn, tmp_path):
 
     product = next(product for product in Catalog.load(drawn) if product.split == "train")
     rows = expand_pictures(product, Recipe(editor=Picky()), tmp_path)
-    assert [(row["kind"], row["kept"], row["reason"]) for row in rows] == [("background", True, None), ("viewpoint", True, None), ("detail", False, "no detail in this one")]
+    assert [(row["kind"], row["kept"], row["reason"]) for row in rows] == [
+        ("background", True, None), ("viewpoint", True, None), ("detail", False, "no detail in this one"),
+    ]
 
 
 def test_a_source_without_a_train_split(drawn, tmp_path):
@@ -263,10 +300,17 @@ def test_the_state_file_names_what_differs(drawn, tmp_path):
 @pytest.mark.data
 @pytest.mark.parametrize("name, rate", [("fashion-product-images", 200), ("magento-luma", 100)])
 def test_real_products(data_root, tmp_path, name, rate, capsys):
-    "Most products get something, and it goes fast enough: 200 products a minute for titles and pictures (a tenth of it is asked for here, tests share the machine)."
+    """Most products get something, and it goes fast enough: 200 products a minute for titles and pictures (a tenth of
+    it is asked for here, tests share the machine)."""
     started = time.perf_counter()
     summary = augment_catalog(data_root / name, tmp_path / "out", limit=40)
     per_minute = 60 * 40 / (summary["seconds"]["titles"] + summary["seconds"]["pictures"])
     with capsys.disabled():
-        print(f"\n{name}: {per_minute:,.0f} products a minute ({time.perf_counter() - started:.0f} s in all), {({kind: counts['kept'] for kind, counts in summary['kinds'].items()})}", end=" ")
-    assert per_minute > rate / 10 and all(counts["kept"] >= 20 for kind, counts in summary["kinds"].items() if kind != "subject")
+        print(
+            f"\n{name}: {per_minute:,.0f} products a minute ({time.perf_counter() - started:.0f} s in all), "
+            f"{ ({kind: counts['kept'] for kind, counts in summary['kinds'].items()}) }",
+            end=" ",
+        )
+    assert per_minute > rate / 10 and all(
+        counts["kept"] >= 20 for kind, counts in summary["kinds"].items() if kind != "subject"
+    )

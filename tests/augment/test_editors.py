@@ -1,4 +1,5 @@
-"""Edits keep what must not change and are the same everywhere; real pipelines and real servers, with all that goes wrong with them."""
+"""Edits keep what must not change and are the same everywhere; real pipelines and real servers, with all that goes
+wrong with them."""
 import base64
 import hashlib
 import io
@@ -21,12 +22,12 @@ from moon2_lab.augment.image_edits import (
     ClassicalEditor, DiffusersEditor, KINDS, ServerEditor, edit_prompt, make_editor,
 )
 from moon2_lab.augment.image_transforms import MAX_SHIFT, load_cv2, mean_lab
-from moon2_lab.augment.llm_client import Refused
 from moon2_lab.augment.subject_mask import GrabCut, Subject
 from moon2_lab.data.synthetic.generator import describe
 from moon2_lab.data.synthetic.materials import Shot, photo
 from moon2_lab.data.synthetic.shapes import DRAWINGS as DRAWN, draw_look
 from moon2_lab.errors import DataError, LabError, UsageError
+from moon2_lab.http import Refused
 
 
 def subject_of(number, size=160):
@@ -40,7 +41,9 @@ def subject_of(number, size=160):
 def digest(seed):
     "All edits of one product with one seed, in few characters."
     subject = GrabCut().extract(photo(draw_look(describe(5, seed).look, 96), Shot()))
-    return hashlib.sha256(b"".join(ClassicalEditor().edit(subject, None, kind, seed).image.tobytes() for kind in KINDS)).hexdigest()
+    return hashlib.sha256(
+        b"".join(ClassicalEditor().edit(subject, None, kind, seed).image.tobytes() for kind in KINDS)
+    ).hexdigest()
 
 
 def kept(subject, edited):
@@ -50,7 +53,9 @@ def kept(subject, edited):
     size = round(told["scale"] * wide), round(told["scale"] * high)
     image, alpha = np.full((*subject.mask.shape, 3), 255, np.uint8), np.zeros(subject.mask.shape, np.float32)
     for whole, part in ((image, np.asarray(subject.image)), (alpha, subject.mask / np.float32(255))):
-        whole[y : y + size[1], x : x + size[0]] = cv2.resize(part[top : top + high, left : left + wide], size, interpolation=cv2.INTER_AREA)
+        whole[y : y + size[1], x : x + size[0]] = cv2.resize(
+            part[top : top + high, left : left + wide], size, interpolation=cv2.INTER_AREA
+        )
     return image, alpha
 
 
@@ -77,7 +82,9 @@ def test_colour_survives_another_light():
         subject = subject_of(number)
         edited = ClassicalEditor().edit(subject, None, "viewpoint", number)
         wide, high = subject.image.size
-        matrix = cv2.getPerspectiveTransform(np.float32([(0, 0), (wide, 0), (wide, high), (0, high)]), np.float32(edited.parameters["corners"]))
+        matrix = cv2.getPerspectiveTransform(
+            np.float32([(0, 0), (wide, 0), (wide, high), (0, high)]), np.float32(edited.parameters["corners"])
+        )
         alpha = cv2.warpPerspective(subject.mask / np.float32(255), matrix, (wide, high))
         now, before = mean_lab(np.asarray(edited.image), alpha), mean_lab(np.asarray(subject.image), subject.mask / 255)
         shifts.append((np.linalg.norm(now - before), np.linalg.norm((now - before)[1:])))
@@ -129,7 +136,10 @@ def test_shapes_from_tiny_to_wide_are_edited():
     for size in ((16, 16), (17, 90), (224, 40), (333, 224)):
         for box in ((.4, .4, .6, .6), (0, 0, 1, 1), (0, .3, 1, .9), (.05, 0, .3, 1)):
             mask = np.zeros(size[::-1], np.uint8)
-            mask[int(box[1] * size[1]) : max(int(box[3] * size[1]), 1), int(box[0] * size[0]) : max(int(box[2] * size[0]), 1)] = 255
+            mask[
+                int(box[1] * size[1]) : max(int(box[3] * size[1]), 1),
+                int(box[0] * size[0]) : max(int(box[2] * size[0]), 1),
+            ] = 255
             image = np.where(mask[..., None] > 0, np.uint8([180, 60, 40]), np.uint8(255))
             for kind in KINDS:
                 edited = ClassicalEditor().edit(Subject(Image.fromarray(image), mask, 0.1, "drawn"), None, kind, 3)
@@ -139,7 +149,10 @@ def test_shapes_from_tiny_to_wide_are_edited():
 
 def test_a_product_costs_little():
     "Subject and three edits of a 224 pixel scene, processor time of one thread."
-    pictures = [photo(draw_look(describe(5, number).look, 224), Shot(("room", "tiles")[number % 2], .7, props=2, seed=number)) for number in range(10)]
+    pictures = [
+        photo(draw_look(describe(5, number).look, 224), Shot(("room", "tiles")[number % 2], 0.7, props=2, seed=number))
+        for number in range(10)
+    ]
     spent = []
     for seed, picture in enumerate(pictures):
         start = time.process_time()
@@ -170,7 +183,10 @@ def test_prompts_are_one_line_and_controlled(kind, title):
 def tiny_pipelines(tmp_path_factory):
     "Two folders with diffusion pipelines of random weights: one that follows instructions, one made for text alone."
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL, DDIMScheduler, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("pipelines")
@@ -181,13 +197,30 @@ def tiny_pipelines(tmp_path_factory):
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
     torch.manual_seed(0)
     ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(words), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77, **ends))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=77, **ends,
+        )
+    )
     blocks = {"block_out_channels": (32, 64), "norm_num_groups": 8}
-    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, **blocks)
-    for name, channels, made in (("instructed", 8, StableDiffusionInstructPix2PixPipeline), ("text", 4, StableDiffusionPipeline)):
-        unet = UNet2DConditionModel(sample_size=16, in_channels=channels, out_channels=4, layers_per_block=1, cross_attention_dim=32, attention_head_dim=8,
-                                    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **blocks)
-        parts = {"vae": vae, "text_encoder": text, "tokenizer": tokenizer, "unet": unet, "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False), "safety_checker": None, "feature_extractor": None}
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4,
+        **blocks,
+    )
+    for name, channels, made in (
+        ("instructed", 8, StableDiffusionInstructPix2PixPipeline), ("text", 4, StableDiffusionPipeline),
+    ):
+        unet = UNet2DConditionModel(
+            sample_size=16, in_channels=channels, out_channels=4, layers_per_block=1, cross_attention_dim=32,
+            attention_head_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **blocks,
+        )
+        parts = {
+            "vae": vae, "text_encoder": text, "tokenizer": tokenizer, "unet": unet,
+            "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False), "safety_checker": None,
+            "feature_extractor": None,
+        }
         made(**parts, requires_safety_checker=False).save_pretrained(folder / name)
     return folder
 
@@ -199,8 +232,13 @@ def test_a_real_pipeline_edits(tiny_pipelines):
     one, again, other = (editor.edit(subject, "Canvas Backpack", "background", seed) for seed in (1, 1, 2))
     assert one.image.size == (72, 72) and one.image.mode == "RGB"
     assert one.image.tobytes() == again.image.tobytes() != other.image.tobytes()
-    assert one.parameters["prompt"] == edit_prompt("background", "Canvas Backpack") and one.parameters["num_inference_steps"] == 2
-    assert "strength" not in one.parameters and one.parameters["image_guidance_scale"] == 1.5  # what this pipeline knows
+    assert (
+        one.parameters["prompt"] == edit_prompt("background", "Canvas Backpack")
+        and one.parameters["num_inference_steps"] == 2
+    )
+    assert (
+        "strength" not in one.parameters and one.parameters["image_guidance_scale"] == 1.5
+    )  # what this pipeline knows
     assert json.loads(json.dumps(one.parameters)) == one.parameters
     assert editor.edit(subject, "Canvas Backpack", "viewpoint", 1).image.tobytes() != one.image.tobytes()
 
@@ -210,7 +248,11 @@ def test_a_text_pipeline_is_taken_as_image_to_image(tiny_pipelines):
     editor = DiffusersEditor(str(tiny_pipelines / "text"), steps=2, strength=.9, side=64, device="cpu")
     picture = Image.new("RGB", (90, 50), "navy")
     edited = editor.edit(Subject(picture, np.full((50, 90), 255, np.uint8), 1.0, "drawn"), None, "detail", 0)
-    assert edited.image.size == (90, 50) and edited.parameters["strength"] == .9 and "image_guidance_scale" not in edited.parameters
+    assert (
+        edited.image.size == (90, 50)
+        and edited.parameters["strength"] == 0.9
+        and "image_guidance_scale" not in edited.parameters
+    )
 
 
 def test_a_refusal_of_the_safety_checker_is_about_one_record():
@@ -248,7 +290,8 @@ def picture_answer(picture):
 
 @contextmanager
 def serving(*answers):
-    "A server that gives one answer after the other: (status, body, headers) or a function of the handler. Yields (address, requests)."
+    """A server that gives one answer after the other: (status, body, headers) or a function of the handler. Yields
+    (address, requests)."""
     waiting, seen = list(answers), []
 
     class Handler(BaseHTTPRequestHandler):
@@ -308,7 +351,9 @@ GOOD = picture_answer(Image.new("RGB", (512, 512), "teal"))
 
 def ask(url, **options):
     "One edit with a server that is asked again quickly."
-    return ServerEditor(url, **({"backoff": .01, "retries": 2, "timeout": .4} | options)).edit(subject_of(1, 96), "Blue Mug", "background", 3)
+    return ServerEditor(url, **({"backoff": 0.01, "retries": 2, "timeout": 0.4} | options)).edit(
+        subject_of(1, 96), "Blue Mug", "background", 3
+    )
 
 
 def test_what_is_sent_and_what_comes_back(monkeypatch):
@@ -318,7 +363,9 @@ def test_what_is_sent_and_what_comes_back(monkeypatch):
         edited = ask(url, model="painter", key_variable="IMAGE_KEY", extra={"quality": "low"})
     path, headers, body = seen[0]
     assert path == "/v1/images/edits" and headers["Authorization"] == "Bearer sesame-123"
-    for part in (b"painter", b'the product "Blue Mug"', b'name="image"; filename="image.png"', b'name="mask"', b"quality"):
+    for part in (
+        b"painter", b'the product "Blue Mug"', b'name="image"; filename="image.png"', b'name="mask"', b"quality",
+    ):
         assert part in body
     assert edited.image.size == (96, 96) and edited.image.getpixel((5, 5)) == (0, 128, 128)
     assert "sesame" not in json.dumps(edited.parameters) and edited.parameters["model"] == "painter"
@@ -327,7 +374,10 @@ def test_what_is_sent_and_what_comes_back(monkeypatch):
     assert b'name="mask"' not in seen[0][2] and b"painter" not in seen[0][2]
 
 
-@pytest.mark.parametrize("first", [silent, dripping, cut, (500, b""), (503, b"busy"), (429, b"slow down", {"retry-after": "0"})], ids=lambda one: getattr(one, "__name__", str(one)[:6]))
+@pytest.mark.parametrize(
+    "first", [silent, dripping, cut, (500, b""), (503, b"busy"), (429, b"slow down", {"retry-after": "0"})],
+    ids=lambda one: getattr(one, "__name__", str(one)[:6]),
+)
 def test_what_may_pass_is_tried_again(first):
     "Timeouts, drips, cuts, 5xx, 429."
     with serving(first, (200, GOOD)) as (url, seen):
@@ -346,7 +396,15 @@ def test_a_server_that_stays_down_is_no_fault_of_the_record():
         ask(url, retries=0)  # nobody listens there any more
 
 
-@pytest.mark.parametrize("body", [b"", b"hello", b"[]", b'{"data": []}', b'{"data": [{"url": "http://x"}]}', b'{"data": [{"b64_json": "%%"}]}', b'{"data": [{"b64_json": "aGVsbG8="}]}', b"[" * 100_000], ids=range(8))
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"hello", b"[]", b'{"data": []}', b'{"data": [{"url": "http://x"}]}', b'{"data": [{"b64_json": "%%"}]}',
+        b'{"data": [{"b64_json": "aGVsbG8="}]}',
+        b"[" * 100_000,
+    ],
+    ids=range(8),
+)
 def test_rubbish_is_a_data_error(body):
     "Whatever a confused server says."
     with serving((200, body)) as (url, seen), pytest.raises(DataError):
@@ -363,6 +421,6 @@ def test_refusals(monkeypatch):
         with serving((status, b"bad key sesame-123")) as (url, seen), pytest.raises(Refused) as caught:
             ask(url, key_variable="IMAGE_KEY")
         assert "sesame" not in str(caught.value) and len(seen) == 1
-    monkeypatch.setattr("moon2_lab.augment.image_edits.MAX_BYTES", 1000)
+    monkeypatch.setattr("moon2_lab.augment.image_edits._MAX_PICTURE_BYTES", 1000)
     with serving((200, GOOD)) as (url, _), pytest.raises(DataError, match="more than 1,000 bytes"):
         ask(url)

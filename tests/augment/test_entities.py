@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moon2_lab.augment.entities import (
-    AttributeLexicon, Entity, drop_repeats, drop_talk, find_entities, is_denied, role_of, single_values, stands_in,
+    AttributeLexicon, Entity, drop_repeats, drop_talk, find_entities, is_mentioned, is_negated, role_of, single_values,
 )
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import Product
@@ -17,7 +17,11 @@ from moon2_lab.data.queries import words
 
 def shop(values, name="colour", **fields):
     "Two products for each value."
-    return [Product(f"{value}{copy}", f"Thing {value}", attributes={name: value}, **fields) for value in values for copy in range(2)]
+    return [
+        Product(f"{value}{copy}", f"Thing {value}", attributes={name: value}, **fields)
+        for value in values
+        for copy in range(2)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- the lexicon
@@ -27,7 +31,9 @@ def test_values_count_products_not_mentions():
     "A value that one product repeats is not known twice."
     alone = Product("a", "Mug", attributes={"colour": "red|red|Red", "shade": "red"})
     assert AttributeLexicon([alone]).counts("colour") == {}
-    assert AttributeLexicon([alone, Product("b", "Cup", attributes={"colour": "RED"})]).counts("colour") in ({"red": 2}, {"Red": 2}, {"RED": 2})
+    assert AttributeLexicon([alone, Product("b", "Cup", attributes={"colour": "RED"})]).counts("colour") in (
+        {"red": 2}, {"Red": 2}, {"RED": 2},
+    )
 
 
 def test_longest_match_wins_and_leaves_the_rest():
@@ -40,13 +46,21 @@ def test_longest_match_wins_and_leaves_the_rest():
 
 def test_an_ambiguous_value_is_reported_under_each_name():
     "The attribute that has it more often comes first."
-    lexicon = AttributeLexicon([*shop(["orange"], "flavour"), *shop(["orange"]), Product("o", "Orange", attributes={"colour": "orange"})])
+    lexicon = AttributeLexicon(
+        [*shop(["orange"], "flavour"), *shop(["orange"]), Product("o", "Orange", attributes={"colour": "orange"})]
+    )
     assert [name for name, *_ in lexicon.find("Orange juice")] == ["colour", "flavour"]
 
 
 def test_identifying_attributes_teach_no_value():
     "Model numbers and years are no words to write; brands are known as brands."
-    products = [Product(f"p{i}", f"Lamp {i}", attributes={"Model Number": "Falcon", "year": "MMXX", "Brand": "Umberly", "Size": "Large"}) for i in range(3)]
+    products = [
+        Product(
+            f"p{i}", f"Lamp {i}",
+            attributes={"Model Number": "Falcon", "year": "MMXX", "Brand": "Umberly", "Size": "Large"},
+        )
+        for i in range(3)
+    ]
     lexicon = AttributeLexicon(products)
     assert lexicon.names == ["Brand"] and lexicon.is_value_word("umberly") and not lexicon.is_value_word("falcon")
     assert {entity.name for entity in find_entities(products[0], lexicon)} == {"Brand"}
@@ -73,9 +87,16 @@ def test_scripts(values, title, expected):
 
 def test_a_catalogue_and_a_list_teach_the_same():
     "A Catalog is one more iterable of products; a split teaches only what it holds."
-    products = [Product(f"p{i}", f"Mug {i}", attributes={"colour": colour}, split=split) for i, (colour, split) in enumerate([("red", "train")] * 2 + [("blue", "test")] * 2)]
+    products = [
+        Product(f"p{i}", f"Mug {i}", attributes={"colour": colour}, split=split)
+        for i, (colour, split) in enumerate([("red", "train")] * 2 + [("blue", "test")] * 2)
+    ]
     catalog = Catalog.from_products(products)
-    assert AttributeLexicon(catalog).counts("colour") == AttributeLexicon(products).counts("colour") == {"blue": 2, "red": 2}
+    assert (
+        AttributeLexicon(catalog).counts("colour")
+        == AttributeLexicon(products).counts("colour")
+        == {"blue": 2, "red": 2}
+    )
     assert AttributeLexicon(catalog.split("train")).counts("colour") == {"red": 2}
 
 
@@ -87,7 +108,10 @@ def test_sources_in_order_and_extractors():
     lexicon = AttributeLexicon([*shop(["red", "blue"]), *shop(["leather"], "material")])
     product = Product("x", "Red bag", "Blue lining, red leather.", "Bags", attributes={"colour": "red"})
     found = find_entities(product, lexicon, [lambda p: [Entity("strap", "long", "image")]], "LEATHER BAG")
-    assert [(e.value, e.source) for e in found] == [("red", "attribute"), ("Bags", "category"), ("blue", "description"), ("leather", "description"), ("long", "image")]
+    assert [(e.value, e.source) for e in found] == [
+        ("red", "attribute"), ("Bags", "category"), ("blue", "description"), ("leather", "description"),
+        ("long", "image"),
+    ]
 
 
 def test_a_product_without_text():
@@ -125,23 +149,32 @@ def test_titles_are_cleaned(title, expected):
     assert drop_repeats(drop_talk(title, AttributeLexicon([]))) == expected
 
 
-@given(st.lists(st.sampled_from(["Red", "red,", "Mug", "mugs", "of", "2", "Best", "Quality", "|", "Oak"]), max_size=12).map(" ".join))
+@given(
+    st.lists(
+        st.sampled_from(["Red", "red,", "Mug", "mugs", "of", "2", "Best", "Quality", "|", "Oak"]), max_size=12
+    ).map(" ".join)
+)
 @settings(max_examples=200, deadline=None)
 def test_repeats_lose_no_word(title):
     "Every word that was there is still there, and doing it again changes nothing more than the first time did."
     once = drop_repeats(title)
-    assert {word.casefold().rstrip("s") for word in words(once)} == {word.casefold().rstrip("s") for word in words(title)}
+    assert {word.casefold().rstrip("s") for word in words(once)} == {
+        word.casefold().rstrip("s") for word in words(title)
+    }
     assert len(words(once)) <= len(words(title))
 
 
 def test_roles_and_denials():
     "What attribute names mean, in the ways shops write them."
-    names = {"base_colour": ("colour", ""), "Dial Color": ("colour", "dial"), "Ideal For": ("audience", ""), "Outer Material": ("material", ""), "Suitable For": ("audience", ""),
-             "Case / Bezel Material": (None, ""), "Warranty Summary": (None, ""), "颜色": (None, ""), "": (None, "")}
+    names = {
+        "base_colour": ("colour", ""), "Dial Color": ("colour", "dial"), "Ideal For": ("audience", ""),
+        "Outer Material": ("material", ""), "Suitable For": ("audience", ""), "Case / Bezel Material": (None, ""),
+        "Warranty Summary": (None, ""), "颜色": (None, ""), "": (None, ""),
+    }
     assert {name: role_of(name) for name in names} == names
     assert single_values("audience", "Men, Women") == ["Men", "Women"] and single_values("size", "10 cm") == []
-    assert is_denied("leather", "faux leather") and not is_denied("leather", "soft leather")
-    assert stands_in("Casual Shoes", "Red Shoe") and not stands_in("Shoe Rack", "Red Shoe")
+    assert is_negated("leather", "faux leather") and not is_negated("leather", "soft leather")
+    assert is_mentioned("Casual Shoes", "Red Shoe") and not is_mentioned("Shoe Rack", "Red Shoe")
 
 
 @pytest.mark.data
@@ -151,9 +184,18 @@ def test_real_catalogues_teach_their_words(name):
     import pyarrow.parquet as pq
 
     rows = pq.read_table(Path(os.environ["MOON2_DATA"]) / name / "products.parquet").to_pylist()
-    products = [Product(r["product_id"], r["title"], r["description"], r["category_l1"], r["category_l2"], r["category_l3"], json.loads(r["attributes"])) for r in rows if r["split"] == "train"]
+    products = [
+        Product(
+            r["product_id"], r["title"], r["description"], r["category_l1"], r["category_l2"], r["category_l3"],
+            json.loads(r["attributes"]),
+        )
+        for r in rows
+        if r["split"] == "train"
+    ]
     lexicon = AttributeLexicon(products)
-    colours = {value.casefold() for known in lexicon.names if role_of(known)[0] == "colour" for value in lexicon.counts(known)}
+    colours = {
+        value.casefold() for known in lexicon.names if role_of(known)[0] == "colour" for value in lexicon.counts(known)
+    }
     assert {"black", "white", "blue"} <= colours
     assert all(find_entities(product, lexicon) for product in products[:300])
     assert not set(string.digits) & {key for key in lexicon.counts("brand")}

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from moon2_lab.augment.subject_mask import GrabCut, judge, tidy
+from moon2_lab.augment.subject_mask import GrabCut, require_subject, tidy_mask
 from moon2_lab.data.image_folder import ImageFolder
 from moon2_lab.data.images import decode_image
 from moon2_lab.data.synthetic.generator import describe
@@ -58,7 +58,9 @@ def digest(number):
 def test_outlines_of_drawn_products_are_found_on_white_and_in_scenes():
     "The floors are a little under what was measured; the soft shadow does not count as product."
     plain = found(drawn(number, Shot(scale=.9, seed=number)) for number in range(40))
-    scene = found(drawn(number, Shot(SCENES[number % 5], .72, 8, props=number % 4, seed=number)) for number in range(40))
+    scene = found(
+        drawn(number, Shot(SCENES[number % 5], 0.72, 8, props=number % 4, seed=number)) for number in range(40)
+    )
     assert plain.mean() > .88 and np.mean(plain > .8) > .8, plain.mean()
     assert scene.mean() > .75 and np.median(scene) > .85, (scene.mean(), np.median(scene))
 
@@ -74,12 +76,18 @@ def test_the_same_everywhere():
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         assert list(pool.map(digest, range(3))) == here
     code = "import sys; sys.path.insert(0, 'tests/augment'); from test_subjects import digest; print(digest(1))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "5"})
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        env=os.environ | {"PYTHONHASHSEED": "5"},
+    )
     assert done.stdout.strip() == here[1], done.stderr
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 2**32 - 1), st.sampled_from(["noise", "blank", "grey noise", "blocks"]))
+@given(
+    st.integers(1, 90), st.integers(1, 90), st.integers(0, 2**32 - 1),
+    st.sampled_from(["noise", "blank", "grey noise", "blocks"]),
+)
 def test_any_picture_gives_a_subject_or_a_reason(wide, high, seed, what):
     "Never another error, and never a subject of another size or out of bounds."
     random = np.random.default_rng(seed)
@@ -87,7 +95,9 @@ def test_any_picture_gives_a_subject_or_a_reason(wide, high, seed, what):
         "noise": lambda: random.integers(0, 256, (high, wide, 3)),
         "blank": lambda: np.broadcast_to(random.integers(0, 256, 3), (high, wide, 3)),
         "grey noise": lambda: np.repeat(random.integers(0, 256, (high, wide, 1)), 3, axis=2),
-        "blocks": lambda: np.kron(random.integers(0, 256, (-(-high // 8), -(-wide // 8), 3)), np.ones((8, 8, 1), int))[:high, :wide],
+        "blocks": lambda: np.kron(random.integers(0, 256, (-(-high // 8), -(-wide // 8), 3)), np.ones((8, 8, 1), int))[
+            :high, :wide
+        ],
     }[what]()
     try:
         subject = GrabCut().extract(Image.fromarray(values.astype(np.uint8)))
@@ -112,11 +122,14 @@ def test_what_is_found_is_judged():
     lab = np.zeros((60, 60, 3), np.float32)
     y, x = np.mgrid[:60, :60]
     block = (abs(x - 30) < 15) & (abs(y - 30) < 15)
-    for mask, reason in (((x + y) % 3 == 0, "scattered"), ((x < 3) & (y < 3), "0.2% of the picture"), (x < 59, "98.3% of the picture"), (block, "no edge")):
+    for mask, reason in (
+        ((x + y) % 3 == 0, "scattered"), ((x < 3) & (y < 3), "0.2% of the picture"), (x < 59, "98.3% of the picture"),
+        (block, "no edge"),
+    ):
         with pytest.raises(DataError, match=reason):
-            judge(mask, lab, .02, .95)
+            require_subject(mask, lab, .02, .95)
     lab[block] = 40
-    judge(block, lab, .02, .95)
+    require_subject(block, lab, .02, .95)
 
 
 def test_parts_that_matter_stay():
@@ -124,7 +137,7 @@ def test_parts_that_matter_stay():
     mask = np.zeros((60, 60), bool)
     mask[5:25, 5:25] = mask[30:50, 30:50] = True
     mask[2, 55] = mask[55:57, 5:7] = True
-    assert tidy(mask).sum() == 800
+    assert tidy_mask(mask).sum() == 800
 
 
 def test_white_goods_holes_and_cut_off_products():

@@ -1,4 +1,5 @@
-"""The command `moon2`: exit codes, what goes to stdout and what to stderr, bad input, and the main job end to end on a small drawn catalogue."""
+"""The command `moon2`: exit codes, what goes to stdout and what to stderr, bad input, and the main job end to end on a
+small drawn catalogue."""
 import json
 import os
 import re
@@ -14,8 +15,14 @@ import pytest
 from moon2_lab.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--backbone", "tiny", "--set", "num_layers=2", "image_size=32", "visual_tokens=4", "max_steps=6", "save_steps=3", "per_device_train_batch_size=8", "num_threads=1"]
-COMMANDS = (["data", "check"], ["data", "synth"], ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["demo"], ["report"], ["run"])
+SMALL = [
+    "--backbone", "tiny", "--set", "num_layers=2", "image_size=32", "visual_tokens=4", "max_steps=6", "save_steps=3",
+    "per_device_train_batch_size=8", "num_threads=1",
+]
+COMMANDS = (
+    ["data", "check"], ["data", "synth"], ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["demo"],
+    ["report"], ["run"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +51,30 @@ def test_help_has_an_example(moon2, words):
 
 def test_a_real_process_answers_at_once_and_loads_nothing_heavy():
     "The installed command is this function; --help must not wait for torch."
-    code = "import sys; from moon2_lab.cli.main import main; code = main(['--help']); sys.exit(code or 90 * any(name in sys.modules for name in ('torch', 'pandas', 'numpy', 'transformers')))"
+    code = (
+        "import sys; from moon2_lab.cli.main import main; code = main(['--help']); heavy = {'torch', 'pandas', 'numpy', "
+        "'transformers'}; sys.exit(code or 90 * bool(heavy & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "moon2 COMMAND --help" in done.stdout
-    spent = sum(int(line.split(":")[1].split("|")[0]) for line in done.stderr.splitlines() if line.startswith("import time:") and "[us]" not in line)
+    spent = sum(
+        int(line.split(":")[1].split("|")[0])
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:") and "[us]" not in line
+    )
     assert spent < 1_000_000, f"imports took {spent / 1e6:.1f} s"
 
 
 def test_exit_codes_and_streams_of_a_real_process(drawn_catalogue, tmp_path):
     "As a script sees it."
     def moon2(*words):
-        return subprocess.run([sys.executable, "-c", "import sys; from moon2_lab.cli.main import main; sys.exit(main())", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [
+                sys.executable, "-c", "import sys; from moon2_lab.cli.main import main; sys.exit(main())",
+                *map(str, words),
+            ],
+            cwd=ROOT, capture_output=True, text=True,
+        )
 
     good = moon2("data", "check", drawn_catalogue, "--json")
     assert good.returncode == 0 and json.loads(good.stdout)["products"] == 80 and good.stderr == ""
@@ -62,10 +82,15 @@ def test_exit_codes_and_streams_of_a_real_process(drawn_catalogue, tmp_path):
     assert (bad.returncode, bad.stdout) == (2, "") and "no model in this folder" in one_line(bad.stderr)
 
 
-@pytest.mark.parametrize("words, message", [
-    ([], "required"), (["frobnicate"], "frobnicate"), (["train"], "--catalog"), (["data"], "COMMAND"), (["data", "check", ".", "--jason"], "--jason"),
-    (["data", "synth", "x", "--products", "many"], "many"), (["eval", "x", "--catalog", "y", "--protocol", "other"], "other"),
-], ids=str)
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "required"), (["frobnicate"], "frobnicate"), (["train"], "--catalog"), (["data"], "COMMAND"),
+        (["data", "check", ".", "--jason"], "--jason"), (["data", "synth", "x", "--products", "many"], "many"),
+        (["eval", "x", "--catalog", "y", "--protocol", "other"], "other"),
+    ],
+    ids=str,
+)
 def test_wrong_usage_is_one_line_and_exit_code_2(moon2, words, message):
     code, out, err = moon2(*words)
     assert (code, out) == (2, "") and message in one_line(err) and "--help" in err
@@ -89,32 +114,55 @@ def test_data_check_lists_what_was_set_aside(moon2, tmp_path):
     "A text file called .jpg, a path out of the folder, an empty record: each with product, file and reason."
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_text("this is no picture")
-    rows = [("p1", "A cup", '["images/a.jpg"]'), ("p2", "A bowl", '["../secret.jpg"]'), ("p3", None, "[]"), ("p4", "A plate", "[]")]
+    rows = [
+        ("p1", "A cup", '["images/a.jpg"]'), ("p2", "A bowl", '["../secret.jpg"]'), ("p3", None, "[]"),
+        ("p4", "A plate", "[]"),
+    ]
     pd.DataFrame(rows, columns=["product_id", "title", "image_paths"]).to_parquet(tmp_path / "products.parquet")
     code, out, _ = moon2("data", "check", tmp_path, "--json")
     facts = json.loads(out)
     aside = {(entry["product_id"], entry["file"]) for entry in facts["set_aside"]}
-    assert code == 0 and facts["products"] == 3 and {("p1", "images/a.jpg"), ("p2", "../secret.jpg")} <= aside and "p3" in {name for name, _ in aside}
+    assert (
+        code == 0
+        and facts["products"] == 3
+        and {("p1", "images/a.jpg"), ("p2", "../secret.jpg")} <= aside
+        and "p3" in {name for name, _ in aside}
+    )
     assert all(entry["reason"] for entry in facts["set_aside"])
     code, out, _ = moon2("data", "check", tmp_path, "--show", 1)
     assert "and 2 more" in out
 
 
 def test_data_check_says_no_when_nothing_is_usable(moon2, tmp_path):
-    pd.DataFrame({"product_id": ["p1"], "title": [None], "image_paths": ["[]"]}).to_parquet(tmp_path / "products.parquet")
+    pd.DataFrame({"product_id": ["p1"], "title": [None], "image_paths": ["[]"]}).to_parquet(
+        tmp_path / "products.parquet"
+    )
     code, out, _ = moon2("data", "check", tmp_path, "--json")
     assert code == 1 and json.loads(out)["usable"] is False
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda folder: None, "no such folder"),
-    (lambda folder: folder.mkdir(), "no products.parquet"),
-    (lambda folder: (folder.mkdir(), (folder / "products.parquet").write_text("no parquet"))[0], "products.parquet"),
-    (lambda folder: (folder.mkdir(), pd.DataFrame({"id": ["p1"]}).to_parquet(folder / "products.parquet"))[0], "product_id"),
-], ids=["missing folder", "empty folder", "no parquet file", "no product_id"])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: None, "no such folder"), (lambda folder: folder.mkdir(), "no products.parquet"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "products.parquet").write_text("no parquet"))[0],
+            "products.parquet",
+        ),
+        (
+            lambda folder: (folder.mkdir(), pd.DataFrame({"id": ["p1"]}).to_parquet(folder / "products.parquet"))[0],
+            "product_id",
+        ),
+    ],
+    ids=["missing folder", "empty folder", "no parquet file", "no product_id"],
+)
 def test_folders_that_cannot_be_used(moon2, tmp_path, make, message):
     make(tmp_path / "shop")
-    for words in (["data", "check", tmp_path / "shop"], ["train", "--catalog", tmp_path / "shop", "--out", tmp_path / "run", *SMALL], ["run", "--catalog", tmp_path / "shop", "--out", tmp_path / "run", *SMALL]):
+    for words in (
+        ["data", "check", tmp_path / "shop"],
+        ["train", "--catalog", tmp_path / "shop", "--out", tmp_path / "run", *SMALL],
+        ["run", "--catalog", tmp_path / "shop", "--out", tmp_path / "run", *SMALL],
+    ):
         code, out, err = moon2(*words)
         assert (code, out) == (2, "") and message in one_line(err), err
     assert not (tmp_path / "run").exists()
@@ -122,11 +170,19 @@ def test_folders_that_cannot_be_used(moon2, tmp_path, make, message):
 
 def test_data_synth_draws_what_was_asked_and_spares_what_is_there(moon2, tmp_path):
     code, out, _ = moon2("data", "synth", tmp_path / "shop", "--products", 20, "--seed", 5, "--json")
-    assert code == 0 and json.loads(out)["products"] == 20 and len(pd.read_parquet(tmp_path / "shop" / "products.parquet")) == 20
+    assert (
+        code == 0
+        and json.loads(out)["products"] == 20
+        and len(pd.read_parquet(tmp_path / "shop" / "products.parquet")) == 20
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("keep")
     code, out, err = moon2("data", "synth", tmp_path / "mine", "--products", 20)
-    assert (code, out) == (2, "") and one_line(err) and [path.name for path in (tmp_path / "mine").iterdir()] == ["precious.txt"]
+    assert (
+        (code, out) == (2, "")
+        and one_line(err)
+        and [path.name for path in (tmp_path / "mine").iterdir()] == ["precious.txt"]
+    )
     for wrong in (["--products", 0], ["--products", 20, "--noise", 2]):
         assert moon2("data", "synth", tmp_path / "new", *wrong)[0] == 2 and not (tmp_path / "new").exists()
 
@@ -136,7 +192,9 @@ def test_data_synth_draws_what_was_asked_and_spares_what_is_there(moon2, tmp_pat
 
 def test_train_leaves_what_is_promised(trained):
     names = {path.name for path in trained.iterdir()}
-    assert {"model", "history.parquet", "run_settings.json", "quarantine.parquet", "checkpoints"} <= names and not {"metrics.json", "report.html"} & names
+    assert {"model", "history.parquet", "run_settings.json", "quarantine.parquet", "checkpoints"} <= names and not {
+        "metrics.json", "report.html",
+    } & names
     settings = json.loads((trained / "run_settings.json").read_text())
     assert settings["command"].startswith("moon2 train --catalog") and settings["config"]["max_steps"] == 6
     assert len(pd.read_parquet(trained / "history.parquet")) == 6
@@ -153,13 +211,20 @@ def test_plan_says_what_it_costs_and_writes_nothing(moon2, drawn_catalogue, tmp_
     code, out, _ = moon2("train", "--catalog", drawn_catalogue, "--out", tmp_path / "run", *SMALL, "--plan", "--json")
     plan = json.loads(out)
     assert code == 0 and not (tmp_path / "run").exists()
-    assert {"products", "triplets", "hard_negatives_per_query", "tokens_per_step", "parameters_trained", "predicted_memory_mb", "predicted_minutes"} <= set(plan)
+    assert {
+        "products", "triplets", "hard_negatives_per_query", "tokens_per_step", "parameters_trained",
+        "predicted_memory_mb", "predicted_minutes",
+    } <= set(plan)
     assert "triplets" in moon2("train", "--catalog", drawn_catalogue, "--out", tmp_path / "run", *SMALL, "--plan")[1]
 
 
-@pytest.mark.parametrize("setting, message", [
-    ("temprature=1", "nearest: temperature"), ("temperature", "key=value"), ("temperature=warm", "is no float"), ("omega_mode=fair", "omega_mode"), ("num_experts=2.5", "num_experts"), ("top_k=9", "top_k"),
-])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("temprature=1", "nearest: temperature"), ("temperature", "key=value"), ("temperature=warm", "is no float"),
+        ("omega_mode=fair", "omega_mode"), ("num_experts=2.5", "num_experts"), ("top_k=9", "top_k"),
+    ],
+)
 def test_wrong_settings_are_named(moon2, drawn_catalogue, tmp_path, setting, message):
     code, out, err = moon2("train", "--catalog", drawn_catalogue, "--out", tmp_path / "run", "--set", setting)
     assert (code, out) == (2, "") and message in one_line(err) and not (tmp_path / "run").exists()
@@ -167,14 +232,28 @@ def test_wrong_settings_are_named(moon2, drawn_catalogue, tmp_path, setting, mes
 
 def test_config_file_under_set(moon2, drawn_catalogue, tmp_path):
     "--config FILE, then --backbone, then --set."
-    (tmp_path / "mine.yaml").write_text("temperature: 0.1\nseed: 4\nbackbone: mini\nnum_layers: 2\nimage_size: 32\nvisual_tokens: 4\nmax_steps: 2\nper_device_train_batch_size: 8\nnum_threads: 1\n")
+    (tmp_path / "mine.yaml").write_text(
+        "temperature: 0.1\nseed: 4\nbackbone: mini\nnum_layers: 2\nimage_size: 32\nvisual_tokens: 4\nmax_steps: "
+        "2\nper_device_train_batch_size: 8\nnum_threads: 1\n"
+    )
     run = tmp_path / "run"
-    assert moon2("train", "--catalog", drawn_catalogue, "--out", run, "--config", tmp_path / "mine.yaml", "--backbone", "tiny", "--set", "seed=5")[0] == 0
+    assert (
+        moon2(
+            "train", "--catalog", drawn_catalogue, "--out", run, "--config", tmp_path / "mine.yaml", "--backbone",
+            "tiny", "--set", "seed=5",
+        )[0]
+        == 0
+    )
     config = json.loads((run / "run_settings.json").read_text())["config"]
     assert (config["temperature"], config["seed"], config["backbone"]) == (0.1, 5, "tiny")
-    for text, message in (("temperatur: 1", "nearest: temperature"), ("- a\n- b", "key: value"), ("a: [", "cannot read")):
+    for text, message in (
+        ("temperatur: 1", "nearest: temperature"), ("- a\n- b", "key: value"),
+        ("a: [", "cannot read"),
+    ):
         (tmp_path / "bad.yaml").write_text(text)
-        code, _, err = moon2("train", "--catalog", drawn_catalogue, "--out", tmp_path / "other", "--config", tmp_path / "bad.yaml")
+        code, _, err = moon2(
+            "train", "--catalog", drawn_catalogue, "--out", tmp_path / "other", "--config", tmp_path / "bad.yaml"
+        )
         assert code == 2 and message in one_line(err)
 
 
@@ -193,7 +272,12 @@ def test_resume_continues_to_the_same_weights(moon2, trained, drawn_catalogue, t
     assert code == 2 and "temperature: 0.05 -> 0.2" in one_line(err)
     code, _, err = moon2("train", "--catalog", drawn_catalogue, "--out", run, "--resume", "--set", "num_threads=2")
     assert code == 2 and "--allow-drift" in one_line(err)
-    assert moon2("train", "--catalog", drawn_catalogue, "--out", run, "--resume", "--allow-drift", "--set", "num_threads=2")[0] == 0
+    assert (
+        moon2(
+            "train", "--catalog", drawn_catalogue, "--out", run, "--resume", "--allow-drift", "--set", "num_threads=2"
+        )[0]
+        == 0
+    )
     code, _, err = moon2("train", "--catalog", drawn_catalogue, "--out", tmp_path / "nothing", "--resume")
     assert code == 2 and "no checkpoint" in one_line(err)
 
@@ -204,7 +288,10 @@ def test_resume_continues_to_the_same_weights(moon2, trained, drawn_catalogue, t
 def test_eval_prints_scores_and_writes_them(moon2, trained, drawn_catalogue, tmp_path):
     code, out, _ = moon2("eval", trained, "--catalog", drawn_catalogue)
     assert code == 0 and all(direction in out for direction in ("t->mm", "i->mm", "mm->mm", "t->i", "i->t"))
-    code, out, _ = moon2("eval", trained / "model", "--catalog", drawn_catalogue, "--split", "all", "--out", tmp_path / "scores.json", "--json")
+    code, out, _ = moon2(
+        "eval", trained / "model", "--catalog", drawn_catalogue, "--split", "all", "--out", tmp_path / "scores.json",
+        "--json",
+    )
     metrics = json.loads(out)
     assert code == 0 and metrics["protocol"]["name"] == "catalog-v1" and metrics["protocol"]["split"] == "all"
     assert json.loads((tmp_path / "scores.json").read_text())["directions"] == metrics["directions"]
@@ -212,10 +299,14 @@ def test_eval_prints_scores_and_writes_them(moon2, trained, drawn_catalogue, tmp
 
 
 def test_eval_under_triplets_v1(moon2, trained, drawn_catalogue, tmp_path):
-    code, out, _ = moon2("eval", trained, "--catalog", drawn_catalogue, "--protocol", "triplets-v1", "--split", "all", "--json")
+    code, out, _ = moon2(
+        "eval", trained, "--catalog", drawn_catalogue, "--protocol", "triplets-v1", "--split", "all", "--json"
+    )
     assert code == 0 and json.loads(out)["protocol"]["name"] == "triplets-v1"
     (tmp_path / "ids.txt").write_text("nobody\n")
-    code, _, err = moon2("eval", trained, "--catalog", drawn_catalogue, "--protocol", "triplets-v1", "--gallery", tmp_path / "ids.txt")
+    code, _, err = moon2(
+        "eval", trained, "--catalog", drawn_catalogue, "--protocol", "triplets-v1", "--gallery", tmp_path / "ids.txt"
+    )
     assert code == 2 and "nobody" in one_line(err)
     assert moon2("eval", trained, "--catalog", drawn_catalogue, "--gallery", tmp_path / "ids.txt")[0] == 2
 
@@ -226,7 +317,9 @@ def test_eval_of_what_is_no_model(moon2, trained, drawn_catalogue, tmp_path):
     shutil.copytree(trained / "model", tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
-    for model, message in ((tmp_path / "none", "no such folder"), (drawn_catalogue, "no model"), (tmp_path / "cut", "model.safetensors")):
+    for model, message in (
+        (tmp_path / "none", "no such folder"), (drawn_catalogue, "no model"), (tmp_path / "cut", "model.safetensors"),
+    ):
         code, out, err = moon2("eval", model, "--catalog", drawn_catalogue)
         assert (code, out) == (2, "") and message in one_line(err)
     code, _, err = moon2("eval", trained, "--catalog", drawn_catalogue, "--split", "nowhere")
@@ -254,7 +347,10 @@ def test_stopping_by_hand(moon2, monkeypatch, drawn_catalogue):
 def test_a_training_that_the_system_stops_can_be_resumed(drawn_catalogue, tmp_path, name):
     "Like Ctrl-C: a checkpoint, one line, exit code 130. It was saved by time before, without being asked."
     run = tmp_path / "run"
-    words = ["train", "--catalog", str(drawn_catalogue), "--out", str(run), *SMALL[:-3], "max_steps=100000", "save_minutes=0.002", *SMALL[-2:]]
+    words = [
+        "train", "--catalog", str(drawn_catalogue), "--out", str(run), *SMALL[:-3], "max_steps=100000",
+        "save_minutes=0.002", *SMALL[-2:],
+    ]
     code = f"import sys; from moon2_lab.cli.main import main; sys.exit(main({words!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 240
@@ -272,7 +368,10 @@ def test_the_main_job_end_to_end(moon2, drawn_catalogue, tmp_path):
     out = tmp_path / "runs" / "demo"
     code, printed, err = moon2("run", "--catalog", drawn_catalogue, "--out", out, *SMALL)
     assert code == 0 and "t->mm" in printed and str(out / "report.html") in printed, err
-    assert {"model", "metrics.json", "history.parquet", "run_settings.json", "quarantine.parquet", "report.html", "per_query.parquet"} <= {path.name for path in out.iterdir()}
+    assert {
+        "model", "metrics.json", "history.parquet", "run_settings.json", "quarantine.parquet", "report.html",
+        "per_query.parquet",
+    } <= {path.name for path in out.iterdir()}
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count('class="query"') == 10 and not re.search(r"https?://(?!www\.w3\.org/)", page)
     code, printed, _ = moon2("run", "--catalog", drawn_catalogue, "--out", out, *SMALL, "--json")
@@ -288,7 +387,9 @@ def test_the_main_job_spares_the_old_run_when_the_catalogue_is_wrong(moon2, tmp_
     out.mkdir()
     (out / "metrics.json").write_text("{}")
     (tmp_path / "shop").mkdir()
-    pd.DataFrame({"product_id": ["p1", "p2"], "title": ["a cup", "a bowl"], "split": ["train", "train"]}).to_parquet(tmp_path / "shop" / "products.parquet")
+    pd.DataFrame({"product_id": ["p1", "p2"], "title": ["a cup", "a bowl"], "split": ["train", "train"]}).to_parquet(
+        tmp_path / "shop" / "products.parquet"
+    )
     code, _, err = moon2("run", "--catalog", tmp_path / "shop", "--out", out, *SMALL)
     assert code == 2 and "test" in one_line(err) and (out / "metrics.json").read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("demo")] == ["demo"]
@@ -297,7 +398,10 @@ def test_the_main_job_spares_the_old_run_when_the_catalogue_is_wrong(moon2, tmp_
 def piped(command):
     "(exit status of moon2, stderr) when its output goes where `command` says."
     program = f"{sys.executable} -c 'import sys; from moon2_lab.cli.main import main; sys.exit(main())'"
-    done = subprocess.run(["bash", "-c", command.replace("moon2", program) + "; exit ${PIPESTATUS[0]}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", command.replace("moon2", program) + "; exit ${PIPESTATUS[0]}"], cwd=ROOT, capture_output=True,
+        text=True,
+    )
     return done.returncode, done.stderr
 
 
@@ -340,31 +444,53 @@ def test_no_command_writes_over_what_another_thing_is(moon2, trained, drawn_cata
     for name, place in places.items():
         words = [place + word[len(name):] if word.split("/")[0] == name else word for word in words]
     code, out, err = moon2(*words)
-    assert (code, out) == (2, "") and re.search("there is a file|is no run|lies here|where the command runs", one_line(err)), err
-    assert contents(trained, drawn_catalogue, notes) == before and [path.name for path in tmp_path.iterdir()] == ["notes"]
+    assert (code, out) == (2, "") and re.search(
+        "there is a file|is no run|lies here|where the command runs", one_line(err)
+    ), err
+    assert contents(trained, drawn_catalogue, notes) == before and [path.name for path in tmp_path.iterdir()] == [
+        "notes"
+    ]
 
 
 def test_what_such_a_command_wrote_is_replaced(moon2, trained, drawn_catalogue, tmp_path):
     for _ in range(2):
-        assert moon2("embed", trained, "--catalog", drawn_catalogue, "--out", tmp_path / "v.parquet", "--split", "test")[0] == 0
+        assert (
+            moon2("embed", trained, "--catalog", drawn_catalogue, "--out", tmp_path / "v.parquet", "--split", "test")[0]
+            == 0
+        )
         assert moon2("eval", trained, "--catalog", drawn_catalogue, "--out", tmp_path / "Scores.JSON")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Scores.JSON", "Scores.per_query.parquet", "v.parquet"]
 
 
-@pytest.mark.parametrize("words", [["eval", "RUN", "--catalog", "SHOP", "--out", ""], ["eval", "RUN", "--catalog", ""], ["train", "--catalog", "SHOP", "--out", " "], ["data", "check", ""]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "RUN", "--catalog", "SHOP", "--out", ""], ["eval", "RUN", "--catalog", ""],
+        ["train", "--catalog", "SHOP", "--out", " "], ["data", "check", ""],
+    ],
+    ids=" ".join,
+)
 def test_an_option_with_nothing_in_it_is_an_error(moon2, trained, drawn_catalogue, words):
     "Such as a variable of a script that is not set."
     code, out, err = moon2(*[{"RUN": trained, "SHOP": drawn_catalogue}.get(word, word) for word in words])
     assert (code, out) == (2, "") and "there is nothing in it" in one_line(err)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("1: 2", "unknown config field [1]"), ("true: 3", "unknown config field [True]"), ("temperature: true", "is no float"), ("max_steps: yes", "is no int"),
-    ("temperature: 0.1\ntemperature: 0.2", "temperature stands there twice"), ("temperature: 2024-13-45", "cannot read the config file"), ("temperature: .nan", "finite"), ("- temperature", "key: value"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("1: 2", "unknown config field [1]"), ("true: 3", "unknown config field [True]"),
+        ("temperature: true", "is no float"), ("max_steps: yes", "is no int"),
+        ("temperature: 0.1\ntemperature: 0.2", "temperature stands there twice"),
+        ("temperature: 2024-13-45", "cannot read the config file"), ("temperature: .nan", "finite"),
+        ("- temperature", "key: value"),
+    ],
+)
 def test_config_files_that_say_something_else(moon2, drawn_catalogue, tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
-    code, out, err = moon2("train", "--catalog", drawn_catalogue, "--out", tmp_path / "run", "--config", tmp_path / "c.yaml", "--plan")
+    code, out, err = moon2(
+        "train", "--catalog", drawn_catalogue, "--out", tmp_path / "run", "--config", tmp_path / "c.yaml", "--plan"
+    )
     assert (code, out) == (2, "") and message in one_line(err)
 
 

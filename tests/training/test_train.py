@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from moon2_lab.cli.pipeline import KeepWithin
 from moon2_lab.config import OBJECTIVES, TrainConfig, VIEWS
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.errors import DataError, DriftError, LabError, UsageError
@@ -25,6 +24,7 @@ from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.objective.contrastive import inter_product_loss
 from moon2_lab.objective.objective import Moon2Objective, TripletKeys, TripletRouting, TripletViews, objective_routing
 from moon2_lab.training import trainer as trainer_module
+from moon2_lab.training.callbacks import KeepWithin
 from moon2_lab.training.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
 from moon2_lab.training.collate import collate
 from moon2_lab.training.step import PHASES
@@ -396,7 +396,7 @@ def test_a_job_that_must_end_in_time_lets_its_steps_give_way(catalog):
     def steps_taken(spent_before, step=1.0, score=3.0, asked=5, points=8):
         trainer = Trainer(tiny(), catalog, settings(max_steps=0, max_minutes=asked, eval_points=points))
         clock = [1000.0]
-        with mock.patch("moon2_lab.cli.pipeline.time.monotonic", lambda: clock[0]):
+        with mock.patch("moon2_lab.training.callbacks.time.monotonic", lambda: clock[0]):
             keeper = KeepWithin(trainer, 1, 1000.0 - spent_before)
             trainer.max_steps = int(60 * trainer.config.max_minutes / step)
             while trainer.step < trainer.max_steps:
