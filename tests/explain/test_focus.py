@@ -86,10 +86,10 @@ def test_twice_the_attention_has_focus_two(monkeypatch):
     """
 
     def weigh(side):
-        place = side.cells + 3  # red
+        place = side.patches + 3  # red
         weights = np.ones(len(side))
-        weights[place] = 2 * (len(side.spans) - (side.cells == 0)) / 8 * (7 / 6 if side.cells == 0 else 1)
-        if side.cells:
+        weights[place] = 2 * (len(side.spans) - (side.patches == 0)) / 8 * (7 / 6 if side.patches == 0 else 1)
+        if side.patches:
             weights[place] = 2 * 8 / 7  # 16/7 of 8 + 16/7 = 2/9
             weights[1] = 4  # of the three cells behind the first: 4 of 6
         return weights / weights.sum()

@@ -175,7 +175,7 @@ WRONG = {
     "hole": (lambda w: w * np.nan, "not shares"),
     "sum": (lambda w: 1.1 * w, "not shares"),
     "below zero": (lambda w: w * np.array([1, -1, 1, 1]), "not shares"),
-    "places": (lambda w: w[:, :3], "cells come first"),
+    "places": (lambda w: w[:, :3], "patches come first"),
     "layers": (lambda w: w[:2], "names for 2 MoE layers"),
     "none": (lambda w: None, "no routing weights"),
 }

@@ -17,6 +17,7 @@ from PIL import Image
 from moon2_lab.config import TrainConfig
 from moon2_lab.reporting.contact_sheet import Card, caption_font, card_sheet, cards_html, triplet_cards, wrap
 from moon2_lab.testing import made_up_history
+from moon2_lab.training.run_folder import RunFolder
 from moon2_lab.widgets.training import BatchView, LiveTraining, LiveView
 
 
@@ -182,7 +183,7 @@ def test_await_starts_a_run_and_raises_its_error(make_trainer):
 def test_interrupt_of_finish_can_be_continued(make_trainer, plain_end, tmp_path):
     "With a run folder the interrupt also leaves a checkpoint."
     trainer = make_trainer()
-    trainer.out = tmp_path / "run"
+    trainer.out, trainer.folder = tmp_path / "run", RunFolder(tmp_path / "run")
 
     def interrupt(event):
         if event.step == 2 and event.phase == "gradients" and not interrupt.done:
