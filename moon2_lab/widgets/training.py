@@ -280,8 +280,9 @@ class LiveTraining:
                 breathed = time.monotonic() if due else breathed
         except (Exception, KeyboardInterrupt) as error:
             self._walk = None
-            interrupted = isinstance(error, KeyboardInterrupt)
-            if interrupted and getattr(self.trainer, "out", None) and self.trainer.history:
+            interrupted, folder = isinstance(error, KeyboardInterrupt), getattr(self.trainer, "folder", None)
+            if interrupted and folder and self.trainer.history:
+                folder.hold()
                 self.trainer.save()  # as `train` does
             self.view.draw()
             words = f"({type(error).__name__}: {error})" if str(error) else ""
