@@ -20,7 +20,7 @@ import pandas as pd
 from ..config import VIEWS
 from ..data.triplets import Triplet, TripletList
 from ..errors import DataError, UsageError, printable
-from ..files import read_json, sha256_hex, write_json
+from ..files import read_json, write_json
 
 # %% ../../nbs/training/580_triplet_review.ipynb #a7259aab
 _FORMAT = "moon2_lab verdicts 1"  # of the file
@@ -371,17 +371,14 @@ class PhiWatch:
         every: int = 10,  # steps
         most: int = 200,  # triplets watched, the spoilt ones first
     ):
+        from moon2_lab.training.noise_watch import watched_triplets
+
         if every < 1 or most < 1:
             raise UsageError(
                 f"every={every}, most={most}: at least 1", where="PhiWatch", advice="for example every=10, most=200"
             )
         self.trainer, self.every, self.samples = trainer, every, []
-        order = sorted(
-            trainer.triplets,
-            key=lambda triplet: (triplet.noise is None, sha256_hex(f"watch:{triplet.query_id}".encode())),
-        )
-        spoilt = [triplet for triplet in order if triplet.noise][: most // 2]
-        self.triplets = spoilt + [triplet for triplet in order if not triplet.noise][: most - len(spoilt)]
+        self.triplets = watched_triplets(trainer.triplets, most)
 
     def on_step(self, event) -> None:
         "Measure after the first step and then every so often."
