@@ -17,6 +17,7 @@ from ..config import OBJECTIVES, VIEWS
 from ..errors import DataError, UsageError, printable
 from ..explain.heatmap_data import SideMaps, check_side, side_json
 from ..files import plain
+from ..objective.omega_alarm import objectives_in
 from .alarms import weight_alarms
 from .tables import OBJECTIVE_WORDS, VIEW_WORDS, columns_like, load_series, objective_series
 
@@ -30,6 +31,7 @@ class TrainingSteps:
     total: np.ndarray | None = None  # (S,) sum of omega as printed
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # view -> (S, Z) mean routing weights
     alarms: list[tuple[str, str]] = field(default_factory=list)  # (level, text), of the whole run
+    objectives: tuple[str, ...] = OBJECTIVES  # M names
 
 
 def _picked_rows(history: pd.DataFrame, points: int) -> tuple[np.ndarray, list[int]]:
@@ -47,14 +49,14 @@ def _picked_rows(history: pd.DataFrame, points: int) -> tuple[np.ndarray, list[i
     return rows, steps[rows].astype(int).tolist()
 
 # %% ../../nbs/reporting/764_routing_figures.ipynb #fc0e3a99
-def _preferences(history: pd.DataFrame) -> np.ndarray | None:  # (rows, Z, M)
+def _preferences(history: pd.DataFrame, objectives: tuple[str, ...]) -> np.ndarray | None:  # (rows, Z, M)
     "The preferences p of each row; None where there are none. `DataError` when an expert is missing between others."
-    pattern = rf"p_(\d+)_({'|'.join(OBJECTIVES)})"
+    pattern = rf"p_(\d+)_({'|'.join(map(re.escape, objectives))})"
     ids = sorted({int(match[1]) for name in history if (match := re.fullmatch(pattern, str(name)))})
     if ids != list(range(len(ids))):
         advice = "columns p_<z>_<objective> for each z from 0"
         raise DataError(f"the history has preferences of the experts {ids} only", where="history", advice=advice)
-    frames = [columns_like(history, f"p_{z}", OBJECTIVES).reindex(columns=list(OBJECTIVES)) for z in ids]
+    frames = [columns_like(history, f"p_{z}", objectives).reindex(columns=list(objectives)) for z in ids]
     values = [frame.to_numpy(float) for frame in frames]
     return np.stack(values, 1) if values and np.isfinite(values).any() else None
 
@@ -67,8 +69,9 @@ def training_steps(
     if points < 1:
         raise UsageError(f"points={points}", where="training_steps", advice="1 or more; 60 are usual")
     rows, steps = _picked_rows(history, points)
-    preference, frame = _preferences(history), objective_series(history, "omega")
-    omega = frame.reindex(columns=list(OBJECTIVES)).to_numpy(float) if frame.size else None
+    objectives = tuple(dict.fromkeys([*OBJECTIVES, *objectives_in(history)]))
+    preference, frame = _preferences(history, objectives), objective_series(history, "omega")
+    omega = frame.reindex(columns=list(objectives)).to_numpy(float) if frame.size else None
     raw = columns_like(history, "omega", ("sum_raw",))
     total = raw["sum_raw"].to_numpy(float) if raw.size else None if omega is None else np.nansum(omega, 1)
     loads = {view: load_series(history, view) for view in VIEWS}
@@ -78,7 +81,8 @@ def training_steps(
         what = "the history says nothing of experts and objectives"
         raise DataError(what, where="history", advice=f"{advice}; or leave the history out")
     picked = [None if values is None else values[rows] for values in (preference, omega, total)]
-    return TrainingSteps(steps, *picked, weights, [(alarm.level, alarm.text) for alarm in weight_alarms(history)])
+    alarms = [(alarm.level, alarm.text) for alarm in weight_alarms(history)]
+    return TrainingSteps(steps, *picked, weights, alarms, objectives)
 
 # %% ../../nbs/reporting/764_routing_figures.ipynb #5db4aa73
 EVEN = 1e-4
@@ -232,6 +236,7 @@ def routing_payload(
         raise UsageError(what, where="layers", advice="choose some layers: routing_maps(found, layers=[0, 12, 24])")
     side |= {"experts": {"at": len(data), "shape": list(packed.shape)}, "strongest": maps.strongest.tolist()}
     load = {view: _five_digits(maps.load[view]) for view in VIEWS if view in maps.load}
-    words = {"views": VIEW_WORDS, "objectives": list(OBJECTIVES), "objective_words": OBJECTIVE_WORDS}
+    objectives = maps.training.objectives if maps.training else OBJECTIVES
+    words = {"views": VIEW_WORDS, "objectives": list(objectives), "objective_words": OBJECTIVE_WORDS}
     payload = {"side": side, "load": load, "training": _training_json(maps.training)}
     return payload | words, data + packed.tobytes()

@@ -15,7 +15,6 @@ import numpy as np
 import traitlets
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import OBJECTIVES
 from ..errors import UsageError, printable
 from ..files import static_text
 from ..reporting.contact_sheet import small_png
@@ -162,7 +161,7 @@ def _draw_preferences(pen: ImageDraw.ImageDraw, left: int, top: int, maps: Routi
     rows += [] if run.omega is None else [("omega", run.omega[place])]
     title = f"Step {run.steps[place]}: preference p of each expert, objective weights omega"
     pen.text((left, top), title, font=ImageFont.load_default(13), fill=_INK)
-    for column, name in enumerate(OBJECTIVES):
+    for column, name in enumerate(run.objectives):
         pen.text((left + 75 + 84 * column, top + 32), name, font=small, fill=_SOFT, anchor="mm")
     for row, (name, values) in enumerate(rows):
         y = top + 42 + 22 * row

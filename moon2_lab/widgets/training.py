@@ -11,14 +11,15 @@ import html
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from itertools import cycle
 from typing import NamedTuple
 
 import ipywidgets
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..config import OBJECTIVES
 from ..errors import UsageError
+from ..objective.omega_alarm import objectives_in
 from ..reporting.run_figures import GRID, SERIES_COLORS, in_style
 from ..reporting.tables import columns_like, load_series, objective_series, thin
 
@@ -73,9 +74,10 @@ def live_curves(
         return []
     total = thin(columns_like(history.rename(columns={"loss": "total_loss"}), "total", ("loss",)), points)
     curves = [_Curve(0, "total", values, "#8a93a1") for _, values in total.items()]
+    color = dict(zip(objectives_in(history), cycle(SERIES_COLORS)))
     for panel, prefix in enumerate(("loss", "omega")):
         for name, values in thin(objective_series(history, prefix), points).items():
-            curves.append(_Curve(panel, name, values, SERIES_COLORS[OBJECTIVES.index(name)]))
+            curves.append(_Curve(panel, name, values, color[name]))
     for view, dash in (("t", "solid"), ("i", "dot")):
         for place, (name, values) in enumerate(thin(load_series(history, view), points).items()):
             curves.append(_Curve(2, name, values, SERIES_COLORS[place % len(SERIES_COLORS)], dash))

@@ -100,6 +100,16 @@ def test_the_page_has_its_curve(run):
     assert page.count("query_pair") >= 3 and "query_pair" not in plain  # loss, omega, preference
 
 
+def test_the_widgets_have_it(run):
+    from moon2_lab.reporting.routing_figures import training_steps
+    from moon2_lab.widgets.training import live_curves
+
+    _, _, history = run
+    assert [curve.name for curve in live_curves(history)].count("query_pair") == 2  # loss and omega
+    steps = training_steps(history)
+    assert steps.objectives == SIX and steps.preference.shape == (3, 4, 6) and steps.omega.shape == (3, 6)
+
+
 def test_an_encoder_for_five_is_refused(sixth):
     trainer = Trainer(tiny(), shop(40), settings(), objective=Moon2Objective(settings()))
     trainer.encoder.set_objectives(5)
