@@ -3,15 +3,20 @@
 
     python scripts/make_picture.py catalogue         drawn products, one row per view
     python scripts/make_picture.py scores runs/demo  the retrieval scores of a finished run (needs Chromium: plotly draws them)
+    python scripts/make_picture.py rooms             the rooms of the package and what imports from what
 """
 import argparse
+import ast
+import collections
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from measure_house import imported_modules, module_files, room_of
 from PIL import Image
+from rooms import PURPOSES, ROOMS
 
 from moon2_lab.data.synthetic.generator import describe, draw_product
 from moon2_lab.files import read_json
@@ -62,16 +67,52 @@ def catalogue(columns=14, side=84):
     return target
 
 
+def rooms():
+    "The rooms from top to bottom, as wide as they have lines, and an arc for each room that imports from another."
+    from matplotlib import pyplot
+    from matplotlib.patches import FancyArrowPatch
+
+    files = module_files(IMAGES.parents[1])
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    lines = collections.Counter()
+    for name, path in files.items():
+        lines[room_of(name)] += len(path.read_text(encoding="utf-8").splitlines())
+    imports = collections.Counter(
+        (room_of(name), room_of(other))
+        for name, tree in trees.items()
+        if name != "testing"
+        for other in imported_modules(tree, name, set(files))
+    )
+    figure, axes = pyplot.subplots(figsize=(9.5, 7.2))
+    for place, room in enumerate(ROOMS):
+        axes.barh(-place, lines[room] / 1000, height=0.62, color="#4c78a8", alpha=0.85)
+        axes.text(-0.12, -place, room, ha="right", va="center", fontsize=11, weight="bold")
+        axes.text(lines[room] / 1000 + 0.1, -place, PURPOSES[room], ha="left", va="center", fontsize=9.5, color="#333333")
+    for (room, other), count in imports.items():
+        if room != other:
+            ends = [(-2.7, -ROOMS.index(name)) for name in (room, other)]
+            width = 0.4 + min(count, 12) / 5
+            axes.add_patch(FancyArrowPatch(*ends, connectionstyle="arc3,rad=-0.45", arrowstyle="-|>", mutation_scale=7, lw=width, alpha=0.25, color="#555555"))
+    axes.set_xlim(-6.4, 9)
+    axes.set_ylim(-len(ROOMS) + 0.4, 0.6)
+    axes.axis("off")
+    axes.set_title("The rooms of moon2_lab: bars are thousands of lines, arrows are imports, all of them upwards", fontsize=10.5, loc="left")
+    target = IMAGES / "rooms.png"
+    figure.savefig(target, dpi=96, bbox_inches="tight")
+    Image.open(target).convert("RGB").quantize(64).save(target, optimize=True)
+    return target
+
+
 def main():
     "Draw what was asked for."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["catalogue", "scores"])
+    parser.add_argument("what", choices=["catalogue", "scores", "rooms"])
     parser.add_argument("run", type=Path, nargs="?", help="a run folder with metrics.json")
     args = parser.parse_args()
     if args.what == "scores" and args.run is None:
         parser.error("scores needs a run folder")
     IMAGES.mkdir(parents=True, exist_ok=True)
-    target = catalogue() if args.what == "catalogue" else scores(args.run)
+    target = {"catalogue": catalogue, "rooms": rooms}[args.what]() if args.what != "scores" else scores(args.run)
     print(f"{target}: {target.stat().st_size} bytes")
 
 

@@ -348,3 +348,18 @@ def test_nothing_of_a_machine_is_in_the_repository():
         for number, line in enumerate(data.decode("utf-8", errors="replace").splitlines(), 1):
             found += [f"{named(path)}:{number}: {match[0]}" for pattern in (machine, hosts, notes) if (match := pattern.search(line))]
     assert not found, "\n".join(found)
+
+
+def test_the_public_interface_is_lazy_and_whole():
+    "Each name at the top of the package is what its module defines; nothing is loaded until it is asked for."
+    import moon2_lab
+
+    assert set(moon2_lab.__all__) <= set(dir(moon2_lab))
+    for module, names in moon2_lab._HOMES.items():
+        for name in names.split():
+            value = getattr(moon2_lab, name)
+            assert getattr(value, "__module__", f"moon2_lab.{module}") == f"moon2_lab.{module}", f"{name} is defined elsewhere"
+            assert value is getattr(sys.modules[f"moon2_lab.{module}"], name)
+    with pytest.raises(AttributeError, match="no attribute 'Catalogue'"):
+        moon2_lab.Catalogue
+    assert loaded_after("import moon2_lab; moon2_lab.TrainConfig, moon2_lab.LabError") == set()
