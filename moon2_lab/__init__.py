@@ -19,15 +19,17 @@ _HOMES = {  # module -> its public names
     "model.encoder": "Moon2Encoder",
     "evaluation.evaluate": "evaluate",
     "augment.pipeline": "augment_catalog",
+    "objective.objective": "Moon2Objective",
     "training.trainer": "Trainer",
     "explain.explainer": "Explainer",
     "retrieval.embed": "embed_catalog",
+    "retrieval.search": "Searcher open_searcher",
     "retrieval.vectors": "VectorFile",
     "reporting.comparison": "compare_encoders",
     "widgets.heatmap": "heatmap compare_heatmaps",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
-__all__ = ["__version__", *sorted(_MODULES)]
+__all__ = sorted(_MODULES)  # noqa: PLE0604
 
 
 def __getattr__(name: str):
