@@ -29,7 +29,7 @@ _HOMES = {  # module -> its public names
     "widgets.heatmap": "heatmap compare_heatmaps",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
-__all__ = sorted(_MODULES)  # noqa: PLE0604
+__all__ = [*sorted(_MODULES)]  # noqa: PLE0604
 
 
 def __getattr__(name: str):
