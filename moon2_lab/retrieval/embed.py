@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..config import VIEWS
@@ -206,7 +205,7 @@ def _noted_job(path: Path) -> dict:
     "The job in the metadata of a piece or a file of vectors; empty where there is none."
     try:
         return {name.decode(): value.decode() for name, value in (pq.read_schema(path).metadata or {}).items()}
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except Exception as error:  # a damaged file raises whatever its reader likes
         advice = "it is damaged: delete it, and go on with --resume"
         raise DataError("the piece cannot be read", where=str(path), advice=advice) from error
 

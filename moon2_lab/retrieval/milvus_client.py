@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LabError, UsageError
+from ..files import disk_is_full, try_folder
 
 # %% ../../nbs/retrieval/712_milvus_client.ipynb #b60be6d5
 _TOKEN = "MOON2_MILVUS_TOKEN"  # environment variable: user:password or API key of a server
@@ -119,11 +120,22 @@ def open_store(
         raise _no_connection(error, address, local) from error
 
 
-def _no_connection(error: Exception, address: str, local: Path | None) -> UsageError:
+def _full_disk_error(folder: Path) -> LabError | None:
+    "The error to raise when the disk of `folder` is full; Milvus Lite says only that it could not be opened."
+    try:
+        try_folder(folder)
+    except LabError as refused:
+        return refused if disk_is_full(refused.__cause__) else None
+    return None
+
+
+def _no_connection(error: Exception, address: str, local: Path | None) -> LabError:
     "The error to raise when a store cannot be opened."
     if local and _is_locked(local):
         advice = "close what uses it (a notebook, a demo); many processes at once need a Milvus server"
         return UsageError("another process holds this store", where=address, advice=advice)
+    if local and (full := _full_disk_error(local.parent)):
+        return full
     advice = f"is the server running there? A password goes into {_TOKEN}"
     if local:
         advice = "is the folder a store of Milvus Lite, whole, and may it be written?"

@@ -29,7 +29,7 @@ class StepLines:
             logging.getLogger("moon2_lab").info(", ".join([*facts, f"memory {row['rss_mb']:,.0f} MB", *scores]))
 
 # %% ../../nbs/training/575_callbacks.ipynb #a0f2828f
-_SPARED = 0.2  # of the minutes of a job, kept for what comes after the last step: test, baselines, page
+_SPARED = 0.15  # of the minutes of a job, kept for what comes after the last step: test, baselines, page
 
 
 class KeepWithin:

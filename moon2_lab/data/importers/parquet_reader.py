@@ -78,7 +78,9 @@ def read_parquet(file: DataFile, start: tuple[int, int] = (0, 0), limit: int = M
                 if number + size > start[0]:
                     yield from _group_rows(table, group, file.name, number, start[0], together)
                 number += size
-    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its reader likes
         raise _unreadable(error, file.name) from error
 
 
@@ -86,7 +88,7 @@ def parquet_columns(file: DataFile) -> tuple[str, ...]:
     "The column names of a parquet file; `DataError` when it is none."
     try:
         return unique_names(pq.read_schema(file.path).names)[0]
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except Exception as error:  # a damaged file raises whatever its reader likes
         raise _unreadable(error, file.name) from error
 
 
