@@ -176,12 +176,12 @@ def made_up_query(
     direction: str = "t->mm",
 ):
     "A `QueryHits` with eight drawn hits. It comes from no model."
-    from moon2_lab.reporting.html import Hit, QueryHits
+    from moon2_lab.reporting.html import RankedProduct, QueryHits
 
     text = "made-up phrase" if direction.startswith(("t", "mm")) else None
     image = None if direction.startswith("t") else drawn_shape(place)
     names = [f"Made-up product {n} in colour {n % 5}" for n in range(8)]
-    hits = [Hit(name, drawn_shape(n), 0.9 - 0.05 * n, n == place, f"made-up-{n}") for n, name in enumerate(names)]
+    hits = [RankedProduct(name, drawn_shape(n), 0.9 - 0.05 * n, n == place, f"made-up-{n}") for n, name in enumerate(names)]
     return QueryHits(text, image, direction, place + 1, hits)
 
 

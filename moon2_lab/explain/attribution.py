@@ -117,7 +117,7 @@ def raise_if_cancelled(cancelled: Callable[[], bool] | None) -> None:
         raise Cancelled("cancelled", where="explanation", advice="ask again to begin anew")
 
 
-def _watch(score: nn.Module, total: int, progress: Callable | None, cancelled: Callable | None):
+def _progress_hook(score: nn.Module, total: int, progress: Callable | None, cancelled: Callable | None):
     "A hook on `score` that calls progress(rows done, total) and raises `Cancelled`."
     done = 0
 
@@ -140,7 +140,7 @@ def run_method(
     "Run a method on one side; it notes its delta and its steps there. `LabError` for numbers that are NaN or infinite."
     side.settings = _known_settings() | side.settings
     rows = method.rows(side)
-    hook = _watch(side.score, rows, progress, cancelled)
+    hook = _progress_hook(side.score, rows, progress, cancelled)
     try:
         values = method.run(side)
     finally:

@@ -26,7 +26,7 @@ from ..retrieval.query_input import product_facts
 from ..runtime import progress
 
 # %% ../../nbs/reporting/784_comparison_report.ipynb #3ebd06dd
-class _Thumbnails:
+class _ThumbnailURIs:
     "Thumbnails as data URIs, each once; `room` bytes at most."
 
     def __init__(
@@ -187,7 +187,7 @@ def explain_changes(
     return explained
 
 # %% ../../nbs/reporting/784_comparison_report.ipynb #113781a9
-def _why_entry(index: _PageIndex, reason: dict, pictures: _Thumbnails) -> dict:
+def _why_entry(index: _PageIndex, reason: dict, pictures: _ThumbnailURIs) -> dict:
     "One explanation as the page's script reads it."
     known = {name: shares for name, shares in reason.get("routing", {}).items() if name in index.products}
     routing = {index.products[name]["place"]: [round(share, 3) for share in shares] for name, shares in known.items()}
@@ -213,7 +213,7 @@ def _category_counts(index: _PageIndex, comparison: Comparison) -> list[list]:
 
 
 def _place_pictures(
-    index: _PageIndex, comparison: Comparison, rows: list[dict], entries: list[dict], pictures: _Thumbnails, hits: int
+    index: _PageIndex, comparison: Comparison, rows: list[dict], entries: list[dict], pictures: _ThumbnailURIs, hits: int
 ) -> None:
     "Give entries and products the places of their pictures, row by row: those of the queries and of the hits shown."
     queries, products = direction_queries(comparison.question), list(index.products)
@@ -252,7 +252,7 @@ def page_data(
     if used > limit:
         what = f"{len(entries):,} queries take {used / 1e6:.1f} MB without any picture, of {limit / 1e6:.1f}"
         raise UsageError(what, where="diff page", advice=f"show fewer than {most} queries of each direction")
-    pictures = _Thumbnails(limit - used)
+    pictures = _ThumbnailURIs(limit - used)
     for row, entry in zip(rows, entries):
         if reasons := (explained or {}).get((row["direction"], row["query_id"])):
             entry["why"] = {letter: _why_entry(index, reason, pictures) for letter, reason in reasons.items()}

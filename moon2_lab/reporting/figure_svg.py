@@ -158,11 +158,13 @@ def _probes(frame: pd.DataFrame, most: int = 40) -> list[tuple[float, float, str
 
 # %% ../../nbs/reporting/758_figure_svg.ipynb #09f4a2d7
 def _numbers(figure) -> tuple[pd.DataFrame, list[str]]:
-    "The numbers of a figure by step, one column per trace, and the columns that are the edges of a band."
+    "The numbers of a figure by step, a column for each trace, and the columns that are the edges of a band."
     names = [str(trace.meta or trace.name) for trace in figure.data]
     series = [pd.Series(np.asarray(t.y, float), index=pd.Index(np.asarray(t.x), name="step")) for t in figure.data]
     edges = [name for name, trace in zip(names, figure.data) if trace.line.width == 0]
-    return pd.concat(series, axis=1, keys=names), edges
+    curves = [name for name in names if name not in edges]
+    order = [*edges[:1], *curves, *edges[1:]]  # a band stands around its curve
+    return pd.concat(series, axis=1, keys=names)[order], edges
 
 
 def _straight_lines(figure) -> tuple[dict | None, dict | None]:
@@ -184,8 +186,11 @@ def figure_svg(
     figure,  # of moon2_lab.reporting.run_figures.curve_figure
     caption: str = "",
 ) -> Markup:  # a figure element
-    "A plotly figure of curves as static HTML: SVG with title and caption, and a table of its numbers."
-    frame, edges = _numbers(figure)
+    """A plotly figure of curves as static HTML: SVG with title and caption, and a table of its numbers.
+
+    A figure with all its numbers (points=None) is thinned here: curves to 120 points, the table to 8 steps."""
+    whole, edges = _numbers(figure)
+    frame = thin(whole)
     level, mark = _straight_lines(figure)
     values = np.append(frame.to_numpy().ravel(), level["value"] if level else math.nan)
     y, (x, x_ticks) = _y_axis(figure, values[np.isfinite(values)]), _x_axis(frame)
@@ -199,7 +204,7 @@ def figure_svg(
     words = ", ".join(f"{name} from {first:.3g} to {last:.3g}" for name, (first, last) in ranges.items())
     table = [
         (_label(step), [f"{v:.3g}" if math.isfinite(v) else "–" for v in row])
-        for step, row in thin(frame, 8).iterrows()
+        for step, row in thin(whole, 8).iterrows()
     ]
     title = figure.layout.title.text
     return render(
@@ -216,6 +221,6 @@ def figure_svg(
         curves=drawn,
         ends=_named_ends(curves, level),
         probes=_probes(frame),
-        head=["step", *frame.columns],
+        head=["step", *whole.columns],
         rows=table,
     )

@@ -273,7 +273,7 @@ def _new_plot(width: float, height: float, colours: dict):  # inches
     return figure
 
 
-def _dress(axes, colours: dict) -> None:
+def _apply_theme(axes, colours: dict) -> None:
     "Colours and fonts of a theme for one panel."
     axes.set_facecolor(colours["paper"])
     axes.tick_params(colors=colours["ink"], labelsize=8.5, length=2)
@@ -292,7 +292,7 @@ def _plot_picture(axes, side: SideMaps, attribution: Attribution, theme: str) ->
         if attribution.patches is not None:
             picture = heat_overlay(picture, attribution.patches, _largest(attribution), attribution.signed, theme)
         axes.imshow(np.asarray(picture), extent=(0, 1, 0, 1), interpolation="bilinear")
-    _dress(axes, theme_of(theme))
+    _apply_theme(axes, theme_of(theme))
 
 
 def _plot_words(axes, side: SideMaps, attribution: Attribution, rows: int, colours: dict) -> None:
@@ -306,7 +306,7 @@ def _plot_words(axes, side: SideMaps, attribution: Attribution, rows: int, colou
     if not attribution.signed:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if limit > 0.2 else f"{value:.1%}")
     axes.axvline(0, color=colours["soft"], linewidth=0.8)
-    _dress(axes, colours)
+    _apply_theme(axes, colours)
 
 
 def pair_map_plot(

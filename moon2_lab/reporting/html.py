@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fitted_size', 'fitted', 'picture_uri', 'inline_json', 'csp_hash', 'percent', 'environment', 'render', 'page_file',
-           'write_page', 'Hit', 'QueryHits']
+           'write_page', 'RankedProduct', 'QueryHits']
 
 # %% ../../nbs/reporting/757_html.ipynb #19792f8b
 import base64
@@ -125,7 +125,7 @@ def write_page(
 
 # %% ../../nbs/reporting/757_html.ipynb #029a2ab8
 @dataclass
-class Hit:
+class RankedProduct:
     "One product found for a query."
     title: str | None
     image: Image.Image | None
@@ -141,4 +141,4 @@ class QueryHits:
     query_image: Image.Image | None
     direction: str  # "t->mm", ...
     rank: float | None  # of the best right product; 1 is best
-    hits: list[Hit] = field(default_factory=list)
+    hits: list[RankedProduct] = field(default_factory=list)

@@ -17,7 +17,7 @@ from ..data.products import Item
 from ..evaluation.protocol import make_benchmark, query_items
 from ..explain.heatmap_data import PairHeatmap
 from ..files import model_folder
-from .html import Hit, QueryHits
+from .html import RankedProduct, QueryHits
 
 # %% ../../nbs/reporting/779_report_examples.ipynb #8e60a741
 def _pick_queries(
@@ -58,7 +58,7 @@ def _with_hits(catalog: Catalog, row, query: Item, most: int) -> QueryHits:
     view, right, hits = row.direction.split("->")[0], set(row.hit_ids), []
     for name, score in zip(row.top_ids[:most], row.top_scores):
         product = catalog.get(name)
-        hits.append(Hit(product.title or "", product.image(), float(score), name in right, name))
+        hits.append(RankedProduct(product.title or "", product.image(), float(score), name in right, name))
     picture = query.image.load() if view != "t" and query.image else None
     return QueryHits(query.text if view != "i" else None, picture, row.direction, float(row.rank), hits)
 

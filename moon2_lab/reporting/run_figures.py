@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INK', 'SOFT', 'GRID', 'ALARM', 'SERIES_COLORS', 'DASHES', 'blank_figure', 'in_style', 'score_figure',
            'balance_figure', 'curve_figure', 'loss_figure', 'omega_figure', 'recall_figure', 'gradient_figure',
-           'panels', 'load_figure', 'filter_figure', 'masked_figure', 'preference_figure', 'similarity_figure',
-           'routing_figure', 'loss_term_figure']
+           'panels', 'load_figure', 'reliability_figure', 'down_weighted_figure', 'filter_figure', 'masked_figure',
+           'preference_figure', 'similarity_figure', 'routing_figure', 'loss_term_figure']
 
 # %% ../../nbs/reporting/756_run_figures.ipynb #3a9d6a0a
 import html
@@ -20,7 +20,7 @@ from ..config import DIRECTIONS, VIEWS
 from ..errors import LabError
 from ..objective.omega_alarm import LARGEST_SHARE
 from moon2_lab.reporting.tables import (
-    BASELINE_WORDS, VIEW_WORDS, columns_like, load_series, objective_series, score_table, thin,
+    BASELINE_WORDS, VIEW_WORDS, columns_like, last_load, load_series, objective_series, score_table, thin,
 )
 
 # %% ../../nbs/reporting/756_run_figures.ipynb #ee9653b5
@@ -121,7 +121,7 @@ def curve_figure(
     title: str,
     y_title: str = "",
     *,
-    points: int = 120,  # at most so many points per curve
+    points: int | None = 120,  # at most so many points per curve; None: all numbers as they are
     log: bool = False,  # logarithmic y axis, where all numbers are positive
     y_range: tuple[float, float] | None = None,
     level: tuple[float, str] | None = None,  # a horizontal line: its value and its name; "alarm" is red
@@ -130,23 +130,24 @@ def curve_figure(
 ):
     "plotly: one curve for each column over the steps. `LabError` for a table that holds no numbers."
     _refuse_empty(frame, title.lower())
-    figure, drawn = blank_figure(title, "step", y_title), thin(frame, points)
+    figure, short = blank_figure(title, "step", y_title), thin(frame, points or 120)
+    drawn, numbers = (frame, np.asarray) if points is None else (short, _six_digits)
     edges = [name for name in band or () if set(band) <= set(drawn)]
     for edge in edges:
         filled = {"fill": "tonexty", "fillcolor": "rgba(31,95,168,.18)", "name": " to ".join(band)}
         style = filled if edge == edges[-1] else {"showlegend": False, "hoverinfo": "skip", "name": edge}
-        x, y = drawn.index.to_numpy(), _six_digits(drawn[edge])
+        x, y = drawn.index.to_numpy(), numbers(drawn[edge])
         figure.add_scatter(x=x, y=y, mode="lines", line={"width": 0}, meta=edge, **style)
     for place, (name, values) in enumerate(drawn.drop(columns=edges).items()):
         line = {"color": SERIES_COLORS[place % len(SERIES_COLORS)], "dash": DASHES[place % len(DASHES)], "width": 2}
-        x, y = values.index.to_numpy(), _six_digits(values)
+        x, y = values.index.to_numpy(), numbers(values)
         figure.add_scatter(x=x, y=y, mode="lines", name=str(name), line=line)
     if level:
         line = {"dash": "dash", "width": 1, "color": ALARM if level[1] == "alarm" else SOFT}
         figure.add_hline(y=level[0], line=line, annotation_text=level[1])
-    if mark and drawn.index[0] <= mark[0] <= drawn.index[-1]:
+    if mark and short.index[0] <= mark[0] <= short.index[-1]:
         figure.add_vline(x=mark[0], line={"dash": "dot", "width": 1, "color": SOFT}, annotation_text=mark[1])
-    log = log and bool((drawn.min() > 0).all())  # what is not positive has no logarithm
+    log = log and bool((short.min() > 0).all())  # what is not positive has no logarithm
     return figure.update_yaxes(type="log" if log else "linear", range=y_range)
 
 
@@ -162,29 +163,29 @@ def _filter_start(history: pd.DataFrame) -> tuple[float, str] | None:
     return (float(weighted[0]), "filter starts") if len(weighted) and weighted[0] > share.index[0] else None
 
 
-def loss_figure(history: pd.DataFrame):
+def loss_figure(history: pd.DataFrame, points: int | None = 120):
     "The loss of each objective over the steps, with the first step of the filter marked."
-    return curve_figure(objective_series(history, "loss"), "Loss per objective", "loss", mark=_filter_start(history))
+    loss, start = objective_series(history, "loss"), _filter_start(history)
+    return curve_figure(loss, "Loss per objective", "loss", points=points, mark=start)
 
 
-def omega_figure(history: pd.DataFrame):
+def omega_figure(history: pd.DataFrame, points: int | None = 120):
     "The weight omega of each objective over the steps, with an even weight or, where one comes near it, the alarm."
     omega = objective_series(history, "omega")
     _refuse_empty(omega, "objective weights omega")
     most, y_range, level = omega.max(axis=None), None, (1 / len(omega.columns), "even")
     if most > LARGEST_SHARE - 0.2:
         y_range, level = (0, max(1.0, most)), (LARGEST_SHARE, "alarm")
-    return curve_figure(omega, "Objective weights omega", "omega", y_range=y_range, level=level)
+    return curve_figure(omega, "Objective weights omega", "omega", points=points, y_range=y_range, level=level)
 
 
-def recall_figure(history: pd.DataFrame):
+def recall_figure(history: pd.DataFrame, points: int | None = 120):
     "Recall on the validation split during training: columns that start with valid or eval and name a recall."
     names = [name for name in map(str, history) if name.startswith(("valid_", "eval_")) and "R@" in name]
     frames = [columns_like(history, *_split(name)) for name in names]
     frame = pd.concat(frames, axis=1).dropna(how="all") if frames else pd.DataFrame()
-    return curve_figure(
-        frame.rename(columns=lambda name: name.replace("_", " ")), "Recall on the validation split", y_range=(0, 1)
-    )
+    frame = frame.rename(columns=lambda name: name.replace("_", " "))
+    return curve_figure(frame, "Recall on the validation split", points=points, y_range=(0, 1))
 
 
 def _split(name: str) -> tuple[str, tuple[str]]:
@@ -193,9 +194,9 @@ def _split(name: str) -> tuple[str, tuple[str]]:
     return prefix, (rest,)
 
 
-def gradient_figure(history: pd.DataFrame):
+def gradient_figure(history: pd.DataFrame, points: int | None = 120):
     "The gradient norm before clipping over the steps, on a logarithmic axis."
-    return curve_figure(columns_like(history, "grad", ("norm",)), "Gradient norm", "norm", log=True)
+    return curve_figure(columns_like(history, "grad", ("norm",)), "Gradient norm", "norm", points=points, log=True)
 
 # %% ../../nbs/reporting/756_run_figures.ipynb #74fd9f7c
 def panels(
@@ -209,10 +210,8 @@ def panels(
 
     _refuse_empty(list(figures), title.lower())
     titles, rows = [figure.layout.title.text for figure in figures], math.ceil(len(figures) / columns)
-    whole, names = (
-        make_subplots(rows, min(columns, len(figures)), subplot_titles=titles, horizontal_spacing=0.06),
-        set(),
-    )
+    whole = make_subplots(rows, min(columns, len(figures)), subplot_titles=titles, horizontal_spacing=0.06)
+    names = set()
     for place, figure in enumerate(figures):
         where = {"row": place // columns + 1, "col": place % columns + 1}
         for trace in figure.data:
@@ -231,37 +230,54 @@ def panels(
 def load_figure(
     history: pd.DataFrame,
     view: str | None = None,  # t, i or mm; None: all that there are, as panels
+    points: int | None = 120,
 ):
     "Share of a view's tokens that each expert gets over the steps, with an even share."
+    even = 1 / max(1, len(last_load(history)))
     frames = {name: load_series(history, name) for name in ([view] if view else VIEWS)}
     figures = []
     for name, frame in frames.items():
         if frame.size:
-            level = (1 / frame.shape[1], "even share")
             title = f"Load over the steps: {VIEW_WORDS[name]}"
-            figures.append(curve_figure(frame, title, level=level).update_yaxes(tickformat=".0%"))
+            figure = curve_figure(frame, title, points=points, level=(even, "even share"))
+            figures.append(figure.update_yaxes(tickformat=".0%"))
     _refuse_empty(figures, "expert load")
     return figures[0] if view else panels(figures, "Expert load per view (dashed: an even share)", columns=3)
 
 # %% ../../nbs/reporting/756_run_figures.ipynb #da841363
-def filter_figure(
+def reliability_figure(
     history: pd.DataFrame,
     threshold: float = math.nan,  # filter_threshold of the run
+    points: int | None = 120,
 ):
-    "Quantiles of the reliability phi and the share of down-weighted triplets over the steps."
-    phi = columns_like(history, "phi", ("q05", "q50", "q95"))
+    "Median of the reliability phi over the steps, in a band from the 5 % to the 95 % quantile."
+    phi = columns_like(history, "phi", ("q05", "q50", "q95")).rename(columns={"q50": "median"})
     _refuse_empty(phi, "phi quantiles")
-    frame = pd.concat([phi, columns_like(history, "share", ("down_weighted",))], axis=1)
-    frame = frame.rename(columns={"q50": "median phi", "down_weighted": "down-weighted"})
     level = (threshold, f"threshold {threshold:g}") if math.isfinite(threshold) else None
-    title = "Reliability phi and share of triplets down-weighted"
-    return curve_figure(frame, title, "phi, share", y_range=(0, 1), band=("q05", "q95"), level=level)
+    band = ("q05", "q95")
+    return curve_figure(phi, "Reliability phi", "phi", points=points, y_range=(0, 1), band=band, level=level)
 
 
-def masked_figure(history: pd.DataFrame):
+def down_weighted_figure(history: pd.DataFrame, points: int | None = 120):
+    "Share of the triplets of each batch that the filter down-weights."
+    share = columns_like(history, "share", ("down_weighted",)).rename(columns={"down_weighted": "share"})
+    return curve_figure(share, "Share of triplets down-weighted", "share", points=points, y_range=(0, 1))
+
+
+def filter_figure(history: pd.DataFrame, threshold: float = math.nan, points: int | None = 120):
+    "`reliability_figure` with the curve of `down_weighted_figure` in it, where the history has one."
+    figure, titled = reliability_figure(history, threshold, points), {"title_text": "Dynamic sample filter"}
+    figure.update_layout(**titled).for_each_trace(lambda trace: trace.update(name="median phi"), {"name": "median"})
+    if columns_like(history, "share", ("down_weighted",)).size:
+        line = {"color": SERIES_COLORS[1], "dash": "dot"}
+        figure.add_traces(down_weighted_figure(history, points).data[0].update(name="share down-weighted", line=line))
+    return figure.update_yaxes(title_text="phi, share", range=(0, 1.02))
+
+
+def masked_figure(history: pd.DataFrame, points: int | None = 120):
     "Pairs of each batch that are left out of the loss, as they have the same product key."
     masked = columns_like(history, "masked", ("pairs",)).rename(columns={"pairs": "masked"})
-    return curve_figure(masked, "Masked pairs", "pairs")
+    return curve_figure(masked, "Masked pairs", "pairs", points=points)
 
 # %% ../../nbs/reporting/756_run_figures.ipynb #d498a4a1
 def preference_figure(

@@ -8,6 +8,7 @@ __all__ = ['write_report']
 # %% ../../nbs/reporting/780_run_report.ipynb #b50c2906
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,8 @@ from .figure_svg import figure_svg
 from .heatmap_figures import match_html
 from .html import QueryHits, render, write_page
 from moon2_lab.reporting.run_figures import (
-    filter_figure, gradient_figure, load_figure, loss_figure, masked_figure, omega_figure, recall_figure,
+    down_weighted_figure, gradient_figure, load_figure, loss_figure, masked_figure, omega_figure, recall_figure,
+    reliability_figure,
 )
 from moon2_lab.reporting.tables import (
     METRICS, OBJECTIVE_WORDS, PAPER_RESULTS, VIEW_WORDS, against_baselines, beside_paper, estimate, label_table,
@@ -83,7 +85,7 @@ def _summary(metrics: dict, history: pd.DataFrame | None, settings: dict) -> str
     return printable(" ".join(sentences), 600)
 
 
-def _run_facts(metrics: dict, history: pd.DataFrame | None, settings: dict) -> list[tuple[str, str]]:
+def _fact_list(metrics: dict, history: pd.DataFrame | None, settings: dict) -> list[tuple[str, str]]:
     "What was run, as names and values."
     protocol, facts = section(metrics, "protocol"), dict(settings.get("facts") or {})
     model = protocol.get("model") and Path(str(protocol["model"])).name
@@ -118,7 +120,7 @@ def _watch_part(metrics: dict, history: pd.DataFrame | None, notes: list[str]) -
     return lines + [("note", "Remark", note) for note in notes]
 
 # %% ../../nbs/reporting/780_run_report.ipynb #bc2f3deb
-def _score_rows(scores: pd.DataFrame, others: list[str]) -> list[dict]:
+def _direction_rows(scores: pd.DataFrame, others: list[str]) -> list[dict]:
     "One row per direction: R@1, R@5, R@10, the best baseline, other runs; None for a score that there is not."
     standing, rows = against_baselines(scores).set_index("direction"), []
     for direction in dict.fromkeys(scores[scores.kind == "run"].direction):
@@ -149,7 +151,7 @@ def _score_part(metrics: dict, scores: pd.DataFrame) -> dict:
     head = ["Direction", *METRICS, "Best trivial baseline, R@10", "Against it"]
     return {
         "tracks": tracks, "legend": sorted(marks, key=lambda mark: mark[0] != "run"), "head": head, "others": others,
-        "rows": _score_rows(scores, others), "balance": number(section(metrics, "balance").get("ratio")),
+        "rows": _direction_rows(scores, others), "balance": number(section(metrics, "balance").get("ratio")),
     }
 
 # %% ../../nbs/reporting/780_run_report.ipynb #30f29d9f
@@ -176,12 +178,12 @@ def _label_part(metrics: dict) -> list[tuple[str, dict, object]]:
     return [(str(task).replace("_", " "), by_view, list(by_view.values())[-1]) for task, by_view in views.items()]
 
 # %% ../../nbs/reporting/780_run_report.ipynb #63c0180e
-def _charts(*figures: tuple[Callable, str]) -> list[Markup]:
-    "Figures with their captions, drawn; those that have nothing to draw are left out."
+def _charts(history: pd.DataFrame, *figures: tuple[Callable, str]) -> list[Markup]:
+    "Figures of a history with their captions, drawn; those that have nothing to draw are left out."
     charts = []
     for draw, caption in figures:
         try:
-            charts.append(figure_svg(draw(), caption))
+            charts.append(figure_svg(draw(history, points=None), caption))
         except LabError:  # nothing to draw
             continue
     return charts
@@ -201,9 +203,8 @@ def _training_part(history: pd.DataFrame) -> list[Markup]:
     if most <= LARGEST_SHARE - 0.2:
         weights += f" All stay far below {LARGEST_SHARE}, where one objective would take over (highest: {most:.2f})."
     return _charts(
-        (lambda: loss_figure(history), loss + stretch), (lambda: omega_figure(history), weights),
-        (lambda: recall_figure(history), "Scored during training."),
-        (lambda: gradient_figure(history), f"Before clipping, on a logarithmic axis. {stretch}"),
+        history, (loss_figure, loss + stretch), (omega_figure, weights), (recall_figure, "Scored during training."),
+        (gradient_figure, f"Before clipping, on a logarithmic axis. {stretch}"),
     )
 
 
@@ -211,11 +212,8 @@ def _matrix(table: pd.DataFrame, title: str, caption: str) -> list[dict]:
     "A matrix of numbers for the template; none for an empty table."
     rows = list(zip(table.index, table.to_numpy(dtype=float).tolist()))
     full = max(1e-9, table.max(axis=None)) if table.size else 1
-    return (
-        [{"title": title, "caption": caption, "columns": list(table.columns), "rows": rows, "full": full}]
-        if rows
-        else []
-    )
+    matrix = {"title": title, "caption": caption, "columns": list(table.columns), "rows": rows, "full": full}
+    return [matrix] if rows else []
 
 
 def _expert_part(history: pd.DataFrame) -> dict:
@@ -225,18 +223,18 @@ def _expert_part(history: pd.DataFrame) -> dict:
     matrices = _matrix(load.rename(columns=VIEW_WORDS), "Load at the end", f"{caption}{1 / max(1, len(load)):.0%}.")
     caption = "Which objective each expert supports. Rows sum to 1."
     matrices += _matrix(preference_matrix(history), "Preference p at the last step", caption)
-    charts = _charts(*[(lambda view=view: load_figure(history, view), share) for view in VIEWS])
+    charts = _charts(history, *[(partial(load_figure, view=view), share) for view in VIEWS])
     return {"matrices": matrices, "charts": charts} if matrices or charts else {}
 
 
 def _filter_part(history: pd.DataFrame, settings: dict) -> list[Markup]:
     "Reliability phi, share down-weighted, masked pairs."
     threshold = number(_setting(settings, "filter_threshold"))
-    phi = "Median of phi, and a band from the 5 % to the 95 % quantile; share of the triplets that are down-weighted. "
-    masked = "Pairs of one batch with the same product key: they are no negatives."
     return _charts(
-        (lambda: filter_figure(history, threshold), f"{phi}They stay in training, with phi as their weight."),
-        (lambda: masked_figure(history), masked),
+        history,
+        (partial(reliability_figure, threshold=threshold), "Median, and a band from the 5 % to the 95 % quantile."),
+        (down_weighted_figure, "They stay in training, with phi as their weight."),
+        (masked_figure, "Pairs of one batch with the same product key: they are no negatives."),
     )
 
 # %% ../../nbs/reporting/780_run_report.ipynb #6c1bbe72
@@ -336,7 +334,7 @@ def write_report(
         title=title or f"MOON2.0 encoder on {catalog}",
         badges=_badges(metrics, history, settings),
         summary=_summary(metrics, history, settings),
-        run_facts=_run_facts(metrics, history, settings),
+        run_facts=_fact_list(metrics, history, settings),
         cards=_cards(scores),
         parts=parts,
         objective_words=OBJECTIVE_WORDS,

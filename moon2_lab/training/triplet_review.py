@@ -27,7 +27,7 @@ _FORMAT = "moon2_lab verdicts 1"  # of the file
 KINDS = {"put_back": "the filter leaves its weight at 1", "drop": "left out of the training"}
 
 
-def _items_of(
+def _product_ids(
     triplet: Triplet,
 ) -> tuple[str, ...]:
     "The ids of the positive and the negatives."
@@ -87,7 +87,7 @@ class Verdicts:
         note: str = "",
     ) -> None:
         "Enter a verdict in place of the one there was."
-        query_id, items = (about.query_id, _items_of(about)) if isinstance(about, Triplet) else (about, ())
+        query_id, items = (about.query_id, _product_ids(about)) if isinstance(about, Triplet) else (about, ())
         if not isinstance(query_id, str) or not query_id:
             raise UsageError(
                 f"{query_id!r} is no query_id", where="verdict", advice="give a triplet or the text of its query_id"
@@ -203,7 +203,7 @@ def stray_verdicts(
         named = by_query.get(query_id, [])
         if len(named) != 1:
             stray[query_id] = f"{len(named)} triplets have this query_id" if named else "no triplet has this query_id"
-        elif entry.items and entry.items != _items_of(named[0]):
+        elif entry.items and entry.items != _product_ids(named[0]):
             stray[query_id] = "its positive or its negatives are others now"
     return stray
 
