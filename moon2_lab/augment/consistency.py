@@ -185,9 +185,8 @@ def drop_inconsistent(
     scores = pd.Series(scores, index=list(pairs), dtype=float)
     table = table.assign(score=scores.reindex(table.index))
     low = table.index.isin(scores.index[scores < threshold])
-    table.loc[low, "reason"] = (
-        table.loc[low, "score"].map("inconsistent: score {:.4f} below ".format) + f"{threshold:.4f}"
-    )
+    reasons = [f"inconsistent: score {score:.4f} below {threshold:.4f}" for score in table.loc[low, "score"]]
+    table.loc[low, "reason"] = reasons
     table.loc[low, "kept"] = False
     facts = {"scorer": label, "threshold": threshold, "real_pairs": len(real), "refused": int(low.sum())}
     return table, facts | origin
