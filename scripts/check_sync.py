@@ -29,8 +29,8 @@ def notebooks():
 
 def contents():
     "{path: bytes} of everything that a command generates or rewrites."
-    readme = [path for path in (ROOT / "README.md", PACKAGE / "__init__.py") if path.exists()]
-    return {path: path.read_bytes() for path in [*modules(), *notebooks(), *readme]}
+    pages = [path for path in (ROOT / "README.md", PACKAGE / "__init__.py", *(ROOT / "docs").glob("*.md")) if path.exists()]
+    return {path: path.read_bytes() for path in [*modules(), *notebooks(), *pages]}
 
 
 def git_status():
@@ -46,7 +46,8 @@ def regenerate(before):
     "Delete, export, clean, rebuild; on a crash everything is put back as it was."
     environment = {name: value for name, value in os.environ.items() if name != "IN_TEST"}  # nbdev-export does nothing under IN_TEST
     scripts = Path(sys.executable).parent
-    commands = [[scripts / "nbdev-export"], [scripts / "nbdev-clean"], [sys.executable, ROOT / "scripts" / "make_readme.py"]]
+    makers = [[sys.executable, ROOT / "scripts" / name] for name in ("make_readme.py", "make_docs.py")]
+    commands = [[scripts / "nbdev-export"], [scripts / "nbdev-clean"], *makers]
     for path in modules():
         path.unlink()
     for command in commands:

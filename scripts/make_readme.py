@@ -1,10 +1,15 @@
 #!/usr/bin/env python
-"""Build README.md from nbs/index.ipynb: hidden cells and `#|` lines dropped, the map of the notebooks filled in, links made relative to the repository root."""
+"""Build README.md from nbs/index.ipynb: hidden cells and `#|` lines dropped, links made relative to the repository root.
+
+The map of the notebooks is a cell of nbs/index.ipynb, filled here, that README.md leaves out.
+"""
 import json
 import os
 import re
 import sys
 from pathlib import Path
+
+from rooms import PURPOSES
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "nbs" / "index.ipynb"
@@ -23,13 +28,28 @@ def heading(path):
 
 
 def map_of_notebooks():
-    "A table of the numbered notebooks in reading order, then the lessons."
-    rows = ["| notebook | what it is |", "|---|---|"]
-    lessons = sorted((SOURCE.parent / "lessons").glob("*.ipynb"))
-    numbered = {path for path in SOURCE.parent.rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in path.parts}
-    for path in [*sorted(numbered - set(lessons), key=lambda path: path.name), *lessons]:
-        rows.append(f"| [{path.relative_to(SOURCE.parent).with_suffix('').as_posix()}]({path.relative_to(SOURCE.parent).as_posix()}) | {heading(path)[1] or heading(path)[0]} |")
-    return "\n".join(rows)
+    "The numbered notebooks in reading order, a table for each room, then the lessons."
+    numbered = [path for path in SOURCE.parent.rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in path.parts]
+    lines = []
+    for room, purpose in {**PURPOSES, "lessons": "walk-throughs that export nothing"}.items():
+        folder = SOURCE.parent / room.replace(".", "/") if room != "(root)" else SOURCE.parent
+        lines += [f"### {room}: {purpose}", "", "| notebook | what it is |", "|---|---|"]
+        for path in sorted(path for path in numbered if path.parent == folder):
+            link = path.relative_to(SOURCE.parent).as_posix()
+            lines.append(f"| [{path.stem}]({link}) | {heading(path)[1] or heading(path)[0]} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def fill_map():
+    "The text of nbs/index.ipynb with the map of the notebooks as it is now, under its mark."
+    notebook = json.loads(SOURCE.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        if MAP_MARK in text:
+            text = text[: text.index(MAP_MARK)] + f"{MAP_MARK}\n\n{map_of_notebooks()}"
+            cell["source"] = text.splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def relative_to_root(markdown):
@@ -52,7 +72,7 @@ def readme():
     kept = []
     for cell in notebook.cells:
         directives = {line[2:].split()[0].rstrip(":") for line in cell.source.splitlines() if line.startswith("#|") and line[2:].split()}
-        if directives & {"hide", "export", "exporti", "default_exp"}:
+        if directives & {"hide", "export", "exporti", "default_exp"} or MAP_MARK in cell.source:
             continue
         if "echo: false" in cell.source:
             directives.add("no-input")
@@ -63,13 +83,18 @@ def readme():
     notebook.cells = kept
     notebook.metadata["language_info"] = {"name": "python"}
     body, _ = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook)
-    body = re.sub(r"```python\s*```\n?", "", body).replace(MAP_MARK, map_of_notebooks())
+    body = re.sub(r"```python\s*```\n?", "", body)
     return NOTICE + re.sub(r"\n{3,}", "\n\n", relative_to_root(body)).strip() + "\n"
 
 
+def main():
+    "Write both files, or with --check exit with what is stale."
+    for path, made in {SOURCE: fill_map(), TARGET: readme()}.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != made:
+            if "--check" in sys.argv:
+                sys.exit(f"{path.relative_to(ROOT)} is stale: run scripts/make_readme.py")
+            path.write_text(made, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    text = readme()
-    if "--check" in sys.argv:
-        sys.exit(0 if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text else "README.md is not what nbs/index.ipynb gives: run scripts/make_readme.py")
-    if not TARGET.exists() or TARGET.read_text(encoding="utf-8") != text:
-        TARGET.write_text(text, encoding="utf-8")
+    main()

@@ -132,9 +132,37 @@ def test_readme_is_made_from_the_index_notebook():
     spec.loader.exec_module(module)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text == module.readme(), "stale: run scripts/make_readme.py"
+    assert (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8") == module.fill_map(), "stale: run make_readme.py"
+    assert len(text.splitlines()) < 200
+
+
+def test_docs_are_made_from_the_notebooks():
+    "docs/*.md: pages of the interface are generated; edit the notebook, then run scripts/make_docs.py."
+    command = [sys.executable, "scripts/make_docs.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/measured.md", "docs/demo.md", "data/README.md"])
+def test_links_lead_somewhere(page):
+    "Every relative link and picture of a page is there."
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
     targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", target)]
-    missing = [target for target in targets if not (ROOT / target).exists()]
-    assert targets and not missing, f"links to nothing: {missing}"
+    missing = [target for target in targets if not ((ROOT / page).parent / target.split("#")[0]).exists()]
+    assert not missing, f"links to nothing: {missing}"
+
+
+def test_recipes_of_contributing_run():
+    "The code that CONTRIBUTING.md shows, one block after the other, in a process of its own; each registers what it shows."
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.S)
+    asked = """
+from moon2_lab.explain.attribution import METHODS
+from moon2_lab.objective.objective import ALIGNMENT
+from moon2_lab.objective.recipes import RIVALS
+print(sorted({"query_pair", "words", "vector_length"} & {*ALIGNMENT, *RIVALS, *METHODS}), SHOP.name)
+"""
+    done = subprocess.run([sys.executable, "-c", "\n".join([*blocks, asked])], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("['query_pair', 'vector_length', 'words'] shop"), done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- notebooks
