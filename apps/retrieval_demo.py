@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Product search in the browser (`make app`): runs/demo/model if it is there, else a tiny model trained in seconds. --help lists the options."""
+"""Product search in the browser (`make app`): runs/demo/model if it is there, else a tiny model trained in seconds.
+--help lists the options.
+"""
 import sys
 from pathlib import Path
 

@@ -1,7 +1,9 @@
 """Attention averaged over all rows: recomputed from queries and keys, against eager attention that returns its weights.
 
-A random Llama-like decoder of the width of mini (576 wide, 9 heads, 3 key heads) with 12 layers, one sequence of 1,024 tokens, both arms give the mean over all rows for every layer and head. Measured, in a process of
-its own for each pass, in alternating order: extra peak memory (the highest resident size during the pass, less what the same pass needs with fused attention alone) and seconds of a second pass. The two arms must agree
+A random Llama-like decoder of the width of mini (576 wide, 9 heads, 3 key heads) with 12 layers, one sequence of 1,024
+tokens, both arms give the mean over all rows for every layer and head. Measured, in a process of
+its own for each pass, in alternating order: extra peak memory (the highest resident size during the pass, less what the
+same pass needs with fused attention alone) and seconds of a second pass. The two arms must agree
 within 1e-5. Targets: extra memory at most 1/4 of eager's, and not slower.
 
     python bench/attention.py
@@ -24,7 +26,11 @@ ARMS = ("plain", "rows", "eager")
 
 def peak() -> int:
     "Highest resident size of this process since the last reset, in bytes."
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
 def reset_peak() -> None:
@@ -35,8 +41,13 @@ def decoder(layers: int, attention: str):
     from transformers import LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
-    return LlamaModel(LlamaConfig(vocab_size=64, num_hidden_layers=layers, attn_implementation=attention, **shape)).eval()
+    shape = {
+        "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+    }
+    return LlamaModel(
+        LlamaConfig(vocab_size=64, num_hidden_layers=layers, attn_implementation=attention, **shape)
+    ).eval()
 
 
 @torch.no_grad()
@@ -66,7 +77,10 @@ def passes(args) -> dict:
 
 
 def in_own_process(args, arm: str, folder: str) -> dict:
-    words = [sys.executable, __file__, "--arm", arm, "--out", f"{folder}/{arm}.npy", "--threads", str(args.threads), "--layers", str(args.layers), "--tokens", str(args.tokens)]
+    words = [
+        sys.executable, __file__, "--arm", arm, "--out", f"{folder}/{arm}.npy", "--threads", str(args.threads),
+        "--layers", str(args.layers), "--tokens", str(args.tokens),
+    ]
     return json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -82,10 +96,22 @@ def compare(args) -> dict:
     seconds = {arm: [one["seconds"] for one in found[arm]] for arm in ARMS}
     extra = {arm: [value - median(grown["plain"]) for value in grown[arm]] for arm in ("rows", "eager")}
     memory, slower = ratio(extra["rows"], extra["eager"]), ratio(seconds["rows"], seconds["eager"])
-    print(f"{args.tokens} tokens, {args.layers} layers: extra {median(extra['rows']):.0f} MiB against {median(extra['eager']):.0f} MiB; {told('memory', memory)} (target {MEMORY}: {verdict(memory['ratio'], MEMORY, False, args.quick)})")
-    print(f"{median(seconds['rows']):.2f} s against {median(seconds['eager']):.2f} s, fused alone {median(seconds['plain']):.2f} s; {told('time', slower)} (target {TIME}: {verdict(slower['ratio'], TIME, False, args.quick)})")
-    return {"tokens": args.tokens, "layers": args.layers, "apart": apart, "memory": memory, "time": slower, "extra_mib": {arm: spread(values) for arm, values in extra.items()},
-            "grown_mib": {arm: spread(values) for arm, values in grown.items()}, "seconds": {arm: spread(values) for arm, values in seconds.items()}}
+    print(
+        f"{args.tokens} tokens, {args.layers} layers: extra {median(extra['rows']):.0f} MiB against "
+        f"{median(extra['eager']):.0f} MiB; {told('memory', memory)} (target {MEMORY}: "
+        f"{verdict(memory['ratio'], MEMORY, False, args.quick)})"
+    )
+    print(
+        f"{median(seconds['rows']):.2f} s against {median(seconds['eager']):.2f} s, fused alone "
+        f"{median(seconds['plain']):.2f} s; {told('time', slower)} (target {TIME}: "
+        f"{verdict(slower['ratio'], TIME, False, args.quick)})"
+    )
+    return {
+        "tokens": args.tokens, "layers": args.layers, "apart": apart, "memory": memory, "time": slower,
+        "extra_mib": {arm: spread(values) for arm, values in extra.items()},
+        "grown_mib": {arm: spread(values) for arm, values in grown.items()},
+        "seconds": {arm: spread(values) for arm, values in seconds.items()},
+    }
 
 
 def main() -> None:
@@ -102,7 +128,10 @@ def main() -> None:
     about = start(args)
     if args.quick:
         args.layers, args.tokens = 2, 128
-    finish(args, {"benchmark": "attention", **about, "targets": {"memory": MEMORY, "time": TIME}, "results": [compare(args)]})
+    finish(
+        args,
+        {"benchmark": "attention", **about, "targets": {"memory": MEMORY, "time": TIME}, "results": [compare(args)]},
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What the benchmarks share: arms that take turns in one process, ratios of medians, a catalogue, random vision features.
+"""What the benchmarks share: arms that take turns in one process, ratios of medians, a catalogue, random vision
+features.
 
-Two arms are compared in the same run, on the same work, in alternating order. Ratios say something about the code; seconds say something about the machine, and a busy machine makes both worthless:
+Two arms are compared in the same run, on the same work, in alternating order. Ratios say something about the code;
+seconds say something about the machine, and a busy machine makes both worthless:
 the load is printed with every result."""
 import argparse
 import contextlib
@@ -22,12 +24,21 @@ TINY = {"image_size": 32, "visual_tokens": 4}
 def options(about: str, **defaults) -> argparse.ArgumentParser:
     "A parser with the options that all benchmarks have."
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--catalog", help="catalogue folder; without it products are invented (titles of moon2 data synth, no pictures drawn)")
+    parser.add_argument(
+        "--catalog",
+        help="catalogue folder; without it products are invented (titles of moon2 data synth, no pictures drawn)",
+    )
     parser.add_argument("--backbone", default="mini", help="mini or tiny (default mini)")
-    parser.add_argument("--repeats", type=int, default=defaults.get("repeats", 7), help="timed rounds, at least 5 for a result")
+    parser.add_argument(
+        "--repeats", type=int, default=defaults.get("repeats", 7), help="timed rounds, at least 5 for a result"
+    )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", nargs="+", default=defaults.get("dtype", ["float32"]), choices=["float32", "bfloat16"])
-    parser.add_argument("--quick", action="store_true", help="small shapes, two rounds: does it run? The figures mean nothing")
+    parser.add_argument(
+        "--dtype", nargs="+", default=defaults.get("dtype", ["float32"]), choices=["float32", "bfloat16"]
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes, two rounds: does it run? The figures mean nothing"
+    )
     parser.add_argument("--json", help="also write the JSON object to this file")
     return parser
 
@@ -39,9 +50,16 @@ def start(args) -> dict:
         args.backbone, args.repeats = "tiny", 2
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(f"warning: other programs are running (load {load:.1f}); timings with {args.threads} threads cannot be trusted", file=sys.stderr)
+        print(
+            f"warning: other programs are running (load {load:.1f}); timings with {args.threads} threads cannot be "
+            f"trusted",
+            file=sys.stderr,
+        )
     run = {"backbone": args.backbone, "threads": torch.get_num_threads(), "repeats": args.repeats, "quick": args.quick}
-    return run | {"load_at_start": round(load, 2), "torch": torch.__version__, "catalog": Path(args.catalog).name if args.catalog else "invented"}
+    return run | {
+        "load_at_start": round(load, 2), "torch": torch.__version__,
+        "catalog": Path(args.catalog).name if args.catalog else "invented",
+    }
 
 
 def finish(args, result: dict) -> None:
@@ -100,7 +118,9 @@ def told(name: str, found: dict) -> str:
 
 @contextlib.contextmanager
 def own_cache(backbone: str) -> Iterator[Path]:
-    "A cache folder for random features; fetched model parts and examined pictures are taken from the user's, measured choices are not."
+    """A cache folder for random features; fetched model parts and examined pictures are taken from the user's, measured
+    choices are not.
+    """
     from moon2_lab.files import cache_dir
     from moon2_lab.model.backbone import mini_assets
 
@@ -118,7 +138,9 @@ def own_cache(backbone: str) -> Iterator[Path]:
 
 
 def catalogue(args, products: int):
-    "The catalogue of --catalog, or invented products: drawn titles and attributes, three pictures each that exist by key only."
+    """The catalogue of --catalog, or invented products: drawn titles and attributes, three pictures each that exist by
+    key only.
+    """
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.data.images import ImageRef
     from moon2_lab.data.products import Product
@@ -134,7 +156,10 @@ def catalogue(args, products: int):
 
     def invented(number):
         facts = describe(0, number)
-        return Product(facts.product_id, make_title(facts, number % 7), None, *facts.category, facts.attributes, split=facts.split, refs=refs(number))
+        return Product(
+            facts.product_id, make_title(facts, number % 7), None, *facts.category, facts.attributes, split=facts.split,
+            refs=refs(number),
+        )
 
     return Catalog.from_products([invented(number) for number in range(products)])
 
@@ -144,18 +169,26 @@ def _no_picture():
 
 
 def give_features(encoder, refs) -> int:
-    "Random vision features for `refs`, so that the vision tower never runs: its speed is not what is measured. Returns how many were new."
+    """Random vision features for `refs`, so that the vision tower never runs: its speed is not what is measured.
+    Returns how many were new.
+    """
     store, keys = encoder.backbone.features, encoder.backbone._keys(list(refs))
     places = store.missing(keys)
     generator = np.random.default_rng(0)
     for begin in range(0, len(places), 512):
         chunk = places[begin : begin + 512]
-        store.add([keys[place] for place in chunk], generator.standard_normal((len(chunk), *store.shape), dtype=np.float32).astype(np.float16) * np.float16(0.5))
+        store.add(
+            [keys[place] for place in chunk],
+            generator.standard_normal((len(chunk), *store.shape), dtype=np.float32).astype(np.float16)
+            * np.float16(0.5),
+        )
     return len(places)
 
 
 def make_encoder(args, **fields):
-    "An encoder as training uses it: word embeddings of a pretrained backbone frozen, the faster expert kernel of this run."
+    """An encoder as training uses it: word embeddings of a pretrained backbone frozen, the faster expert kernel of this
+    run.
+    """
     from moon2_lab.config import TrainConfig
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.training.optim import prepare_trainable

@@ -1,7 +1,10 @@
-"""The search page under load: 20 clients ask 200 searches each, all at the same time, of the app in a process of its own, on two cores.
+"""The search page under load: 20 clients ask 200 searches each, all at the same time, of the app in a process of its
+own, on two cores.
 
-Every answer is compared with the exact one, computed beforehand in this process by the same model: a search is lost when no answer comes, wrong when a hit or a score (beyond 1e-5) differs. Told are lost, wrong,
-median, 95th percentile and longest wait, searches a second, and the memory of the app before and after. The clients use the same cores as the app.
+Every answer is compared with the exact one, computed beforehand in this process by the same model: a search is lost
+when no answer comes, wrong when a hit or a score (beyond 1e-5) differs. Told are lost, wrong,
+median, 95th percentile and longest wait, searches a second, and the memory of the app before and after. The clients use
+the same cores as the app.
 
     python bench/demo_load.py --model runs/demo --catalog path/to/catalogue
 """
@@ -44,14 +47,21 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(words: Sequence[str], folder: Path, env: dict[str, str], cores: int = 0, seconds: float = 120) -> Iterator[App]:
-    "The program `words` (PORT in them is replaced) while it serves; on `cores` cores, 0 = all. RuntimeError with its last lines when it does not start."
+def serving(
+    words: Sequence[str], folder: Path, env: dict[str, str], cores: int = 0, seconds: float = 120
+) -> Iterator[App]:
+    """The program `words` (PORT in them is replaced) while it serves; on `cores` cores, 0 = all. RuntimeError with its
+    last lines when it does not start.
+    """
     port, places = free_port(), sorted(os.sched_getaffinity(0))[: cores or None]
     with tempfile.TemporaryDirectory() as work:
         log = Path(work) / "log"
         with open(log, "wb") as file:
-            process = subprocess.Popen([word.replace("PORT", str(port)) for word in words], cwd=folder, env=env | {"GRADIO_SERVER_PORT": str(port)}, stdout=file, stderr=subprocess.STDOUT,
-                                       preexec_fn=lambda: os.sched_setaffinity(0, places))
+            process = subprocess.Popen(
+                [word.replace("PORT", str(port)) for word in words], cwd=folder,
+                env=env | {"GRADIO_SERVER_PORT": str(port)}, stdout=file, stderr=subprocess.STDOUT,
+                preexec_fn=lambda: os.sched_setaffinity(0, places),
+            )
         try:
             until = time.monotonic() + seconds
             while not _answers(port):
@@ -81,7 +91,10 @@ def _answers(port: int) -> bool:
 
 def app_words(model: Path, catalog: Path) -> list[str]:
     "How the search page is started on all products of a catalogue."
-    return [sys.executable, str(ROOT / "apps" / "retrieval_demo.py"), str(model), "--catalog", str(catalog), "--split", "all", "--port", "PORT"]
+    return [
+        sys.executable, str(ROOT / "apps" / "retrieval_demo.py"), str(model), "--catalog", str(catalog), "--split",
+        "all", "--port", "PORT",
+    ]
 
 
 def memory(pid: int) -> float:
@@ -94,7 +107,14 @@ def memory(pid: int) -> float:
 
 def peak_memory(pid: int) -> float:
     "The most it ever was, MiB."
-    return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    return (
+        next(
+            int(line.split()[1])
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+        / 1024
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what is asked
@@ -113,12 +133,19 @@ def make_questions(shop, count: int, pictures: int, seed: int = 0) -> list[Quest
     "Different ones: every tenth with a picture, every fifth with a filter, in all three views."
     from moon2_lab.data.queries import Lexicon, search_phrase
 
-    chance, lexicon, filters = random.Random(seed), Lexicon(shop.catalog.whole), [expression for _, expression in shop.categories()]
+    chance, lexicon, filters = (
+        random.Random(seed), Lexicon(shop.catalog.whole), [expression for _, expression in shop.categories()],
+    )
     found = []
     for number in range(count):
         product = shop.catalog[chance.randrange(len(shop.catalog))]
         text = search_phrase(product, number % 3, lexicon) or product.title or "lamp"
-        found.append(Question(text, number // 10 % pictures if number % 10 == 9 else None, ("mm", "t", "i")[number % 3], 1 + number % 20, chance.choice(filters) if number % 5 == 3 and filters else ""))
+        found.append(
+            Question(
+                text, number // 10 % pictures if number % 10 == 9 else None, ("mm", "t", "i")[number % 3],
+                1 + number % 20, chance.choice(filters) if number % 5 == 3 and filters else "",
+            )
+        )
     return found
 
 
@@ -128,17 +155,32 @@ def expected_answers(shop, questions: Sequence[Question], pictures: Sequence[Pat
 
     told = []
     for one in questions:
-        found = shop.find(query_item(one.text, None if one.picture is None else pictures[one.picture]), one.direction, one.k, one.filter, "A")
-        told.append({"ids": [product.product_id for product, _ in found], "scores": [score for _, score in found], "titles": [product.title for product, _ in found]})
+        found = shop.find(
+            query_item(one.text, None if one.picture is None else pictures[one.picture]), one.direction, one.k,
+            one.filter, "A",
+        )
+        told.append(
+            {
+                "ids": [product.product_id for product, _ in found], "scores": [score for _, score in found],
+                "titles": [product.title for product, _ in found],
+            }
+        )
     return told
 
 
 def is_right(expected: dict, hits: list[dict]) -> bool:
     "The same products with the same scores and titles, best first; products of equal scores may change places."
-    known = {name: (score, title) for name, score, title in zip(expected["ids"], expected["scores"], expected["titles"])}
-    if [hit["score"] for hit in hits] != sorted((hit["score"] for hit in hits), reverse=True) or sorted(hit["product_id"] for hit in hits) != sorted(known):
+    known = {
+        name: (score, title) for name, score, title in zip(expected["ids"], expected["scores"], expected["titles"])
+    }
+    if [hit["score"] for hit in hits] != sorted((hit["score"] for hit in hits), reverse=True) or sorted(
+        hit["product_id"] for hit in hits
+    ) != sorted(known):
         return False
-    return all(abs(hit["score"] - known[hit["product_id"]][0]) <= SCORE and hit["title"] == known[hit["product_id"]][1] for hit in hits)
+    return all(
+        abs(hit["score"] - known[hit["product_id"]][0]) <= SCORE and hit["title"] == known[hit["product_id"]][1]
+        for hit in hits
+    )
 
 
 # ---------------------------------------------------------------------------------------------- who asks
@@ -150,7 +192,9 @@ class Client:
     def __init__(self, address: str):
         self.address, self.connection, self.session = address, None, uuid.uuid4().hex
 
-    def send(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json") -> tuple[int, bytes]:
+    def send(
+        self, method: str, path: str, body: bytes | None = None, kind: str = "application/json"
+    ) -> tuple[int, bytes]:
         "Status and body of the answer; after an error the next call opens a new connection."
         if self.connection is None:
             self.connection = http.client.HTTPConnection(self.address, timeout=WAIT)
@@ -173,12 +217,19 @@ class Client:
     def upload(self, content: bytes, name: str = "photo.jpg") -> tuple[int, bytes]:
         "Give a file; on success the body is a list with its path on the server."
         mark = uuid.uuid4().hex
-        head = f'--{mark}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\nContent-Type: application/octet-stream\r\n\r\n'
-        return self.send("POST", "/gradio_api/upload", head.encode() + content + f"\r\n--{mark}--\r\n".encode(), f"multipart/form-data; boundary={mark}")
+        disposition = f'Content-Disposition: form-data; name="files"; filename="{name}"'
+        head = f"--{mark}\r\n{disposition}\r\nContent-Type: application/octet-stream\r\n\r\n"
+        return self.send(
+            "POST", "/gradio_api/upload", head.encode() + content + f"\r\n--{mark}--\r\n".encode(),
+            f"multipart/form-data; boundary={mark}",
+        )
 
     def call(self, data: list | None, endpoint: str = "search", raw: bytes | None = None) -> tuple[int, str, object]:
         "Status, event (complete, error or none) and what came with it."
-        status, body = self.send("POST", f"/gradio_api/call/{endpoint}", raw if raw is not None else json.dumps({"data": data, "session_hash": self.session}).encode())
+        status, body = self.send(
+            "POST", f"/gradio_api/call/{endpoint}",
+            raw if raw is not None else json.dumps({"data": data, "session_hash": self.session}).encode(),
+        )
         if status != 200:
             return status, "", body.decode("utf-8", "replace")
         status, body = self.send("GET", f"/gradio_api/call/{endpoint}/{json.loads(body)['event_id']}")
@@ -194,13 +245,21 @@ def picture_data(path: str) -> dict:
 
 def ask(client: Client, one: Question, uploaded: Sequence[str]) -> list[dict]:
     "The hits; RuntimeError when there are none."
-    status, event, told = client.call([one.text, None if one.picture is None else picture_data(uploaded[one.picture]), one.direction, one.k, one.filter, "A"])
+    status, event, told = client.call(
+        [
+            one.text, None if one.picture is None else picture_data(uploaded[one.picture]), one.direction, one.k,
+            one.filter, "A",
+        ]
+    )
     if status != 200 or event != "complete":
         raise RuntimeError(f"{status} {event} {str(told)[:200]}")
     return told[0]["hits"]
 
 
-def load(address: str, clients: int, searches: int, questions: Sequence[Question], expected: Sequence[dict], pictures: Sequence[Path]) -> dict:
+def load(
+    address: str, clients: int, searches: int, questions: Sequence[Question], expected: Sequence[dict],
+    pictures: Sequence[Path],
+) -> dict:
     "All clients at once; each begins at another question. Counts, waits, and the first complaints."
     waits, wrong, lost = [[] for _ in range(clients)], [], []
     ready = threading.Barrier(clients + 1)
@@ -215,7 +274,7 @@ def load(address: str, clients: int, searches: int, questions: Sequence[Question
             one, begun = place % len(questions), time.perf_counter()
             try:
                 hits = ask(client, questions[one], uploaded)
-            except (OSError, http.client.HTTPException, RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+            except (OSError, http.client.HTTPException, RuntimeError, ValueError, LookupError, TypeError) as error:
                 lost.append(f"{questions[one]}: {type(error).__name__} {error}")
                 continue
             waits[number].append(time.perf_counter() - begun)
@@ -232,8 +291,19 @@ def load(address: str, clients: int, searches: int, questions: Sequence[Question
         thread.join()
     seconds, all_waits = time.perf_counter() - begun, sorted(itertools.chain(*waits))
     asked = clients * searches
-    told = {"asked": asked, "answered": len(all_waits), "lost": asked - len(all_waits), "wrong": len(wrong), "seconds": round(seconds, 2), "per_second": round(len(all_waits) / seconds, 1), "complaints": (lost + wrong)[:5]}
-    return told | ({"p50_ms": _ms(statistics.median(all_waits)), "p95_ms": _ms(all_waits[int(0.95 * (len(all_waits) - 1))]), "max_ms": _ms(all_waits[-1])} if all_waits else {})
+    told = {
+        "asked": asked, "answered": len(all_waits), "lost": asked - len(all_waits), "wrong": len(wrong),
+        "seconds": round(seconds, 2), "per_second": round(len(all_waits) / seconds, 1),
+        "complaints": (lost + wrong)[:5],
+    }
+    return told | (
+        {
+            "p50_ms": _ms(statistics.median(all_waits)), "p95_ms": _ms(all_waits[int(0.95 * (len(all_waits) - 1))]),
+            "max_ms": _ms(all_waits[-1]),
+        }
+        if all_waits
+        else {}
+    )
 
 
 def _ms(seconds: float) -> float:
@@ -247,7 +317,12 @@ def measure(app: App, shop, clients: int, searches: int, pictures: Sequence[Path
     load(app.address, 2, 20, questions, expected, pictures)
     before = memory(app.pid)
     told = load(app.address, clients, searches, questions, expected, pictures)
-    return told | {"clients": clients, "searches_each": searches, "different_questions": len(questions), "memory_mib": {"before": round(before, 1), "after": round(memory(app.pid), 1), "peak": round(peak_memory(app.pid), 1)}}
+    return told | {
+        "clients": clients, "searches_each": searches, "different_questions": len(questions),
+        "memory_mib": {
+            "before": round(before, 1), "after": round(memory(app.pid), 1), "peak": round(peak_memory(app.pid), 1),
+        },
+    }
 
 
 # ---------------------------------------------------------------------------------------------- the benchmark
@@ -304,9 +379,17 @@ def main() -> None:
         args.clients, args.searches = 4, 10
     with own_cache(args.backbone):
         told = run(args)
-    memory_, sound = told["memory_mib"], "none lost, none wrong" if not told["lost"] + told["wrong"] else f"{told['lost']} LOST, {told['wrong']} WRONG: {told['complaints']}"
-    print(f"{told['clients']} clients x {told['searches_each']} searches: {sound}; {told['per_second']:.0f} a second, median {told['p50_ms']:.0f} ms, p95 {told['p95_ms']:.0f} ms, longest {told['max_ms']:.0f} ms; "
-          f"memory {memory_['before']:.0f} -> {memory_['after']:.0f} MiB")
+    memory_, sound = (
+        told["memory_mib"],
+        "none lost, none wrong"
+        if not told["lost"] + told["wrong"]
+        else f"{told['lost']} LOST, {told['wrong']} WRONG: {told['complaints']}",
+    )
+    print(
+        f"{told['clients']} clients x {told['searches_each']} searches: {sound}; {told['per_second']:.0f} a second, "
+        f"median {told['p50_ms']:.0f} ms, p95 {told['p95_ms']:.0f} ms, longest {told['max_ms']:.0f} ms; "
+        f"memory {memory_['before']:.0f} -> {memory_['after']:.0f} MiB"
+    )
     finish(args, {"benchmark": "demo_load", **about, "results": [told]})
 
 

@@ -1,7 +1,9 @@
 """How long an evaluation takes once the vision features are cached.
 
-The whole of catalog-v1 (five directions, classification, attributes, 1,000 bootstrap resamples, the baselines BM25, frozen vision, untrained encoder) over the test split of --catalog, or over 974
-invented products. Seconds are the point here: target under 60 s for 974 products on two cores. The parts are printed as shares.
+The whole of catalog-v1 (five directions, classification, attributes, 1,000 bootstrap resamples, the baselines BM25,
+frozen vision, untrained encoder) over the test split of --catalog, or over 974
+invented products. Seconds are the point here: target under 60 s for 974 products on two cores. The parts are printed as
+shares.
 
     python bench/evaluate.py --catalog path/to/catalogue
 """
@@ -14,7 +16,12 @@ PRODUCTS, TARGET = 974, 60.0
 
 def images_of(question) -> list:
     "All pictures the question will ask for."
-    return [item.image for side in (question.gallery, question.queries, question.cross) for item in side.items if item.image is not None]
+    return [
+        item.image
+        for side in (question.gallery, question.queries, question.cross)
+        for item in side.items
+        if item.image is not None
+    ]
 
 
 def main() -> None:
@@ -51,10 +58,22 @@ def main() -> None:
     products, total = metrics["protocol"]["n_products"], spread(whole)
     shares = {name: spread(values)["median"] / total["median"] for name, values in seconds.items()}
     scaled = total["median"] * PRODUCTS / products
-    print(f"{products} products of split {split}: {total['median']:.1f} s (from {total['min']:.1f} to {total['max']:.1f}); " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
-    print(f"for {PRODUCTS} products {scaled:.1f} s (target {TARGET:.0f} s: {verdict(scaled, TARGET, False, args.quick)})")
-    finish(args, {"benchmark": "evaluate", **about, "target": TARGET, "products": products, "split": split, "seconds": total, "seconds_for_974": scaled, "shares": shares,
-                  "directions": {name: block["n_queries"] for name, block in metrics["directions"].items()}})
+    print(
+        f"{products} products of split {split}: {total['median']:.1f} s (from {total['min']:.1f} to "
+        f"{total['max']:.1f}); "
+        + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    )
+    print(
+        f"for {PRODUCTS} products {scaled:.1f} s (target {TARGET:.0f} s: {verdict(scaled, TARGET, False, args.quick)})"
+    )
+    finish(
+        args,
+        {
+            "benchmark": "evaluate", **about, "target": TARGET, "products": products, "split": split, "seconds": total,
+            "seconds_for_974": scaled, "shares": shares,
+            "directions": {name: block["n_queries"] for name, block in metrics["directions"].items()},
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""What a GPU makes of it: training steps a second in float32 and bfloat16, items embedded a second, memory, and how far its numbers are from the CPU's.
+"""What a GPU makes of it: training steps a second in float32 and bfloat16, items embedded a second, memory, and how far
+its numbers are from the CPU's.
 
-Runs in a few minutes on a machine with one card. On the CPU alone it says that there is no device and stops; `--device cpu --quick` only shows that it runs.
+Runs in a few minutes on a machine with one card. On the CPU alone it says that there is no device and stops; `--device
+cpu --quick` only shows that it runs.
 NOT RUN YET on a GPU: no figure in this project comes from it.
 
     python bench/gpu.py --json gpu.json
     python bench/gpu.py --backbone tiny --quick        # without the pretrained parts
 
-Agreement is measured on one model and one batch: the loss of the first step (float32: within 1 % of the CPU's), and the dot product of the embeddings of the two
+Agreement is measured on one model and one batch: the loss of the first step (float32: within 1 % of the CPU's), and the
+dot product of the embeddings of the two
 devices (float32: at least 0.999; bfloat16: at least 0.98, the usual loss of eight bits of mantissa).
 """
 
@@ -32,7 +35,10 @@ def trainer_on(args, catalog, device: torch.device, dtype: str) -> Trainer:
     "A trainer whose vision features are there already."
     fields = TINY if args.backbone == "tiny" else {}
     encoder = Moon2Encoder.from_backbone(args.backbone, **fields)
-    config = TrainConfig(backbone=args.backbone, device=str(device), dtype=dtype, max_steps=1_000, per_device_train_batch_size=args.triplets, num_threads=args.threads, filter_warmup_ratio=0.0)
+    config = TrainConfig(
+        backbone=args.backbone, device=str(device), dtype=dtype, max_steps=1_000,
+        per_device_train_batch_size=args.triplets, num_threads=args.threads, filter_warmup_ratio=0.0,
+    )
     trainer = Trainer(encoder, catalog, config)
     give_features(encoder, {ref.key: ref for ref in trainer.needed_images()}.values())
     return trainer
@@ -58,11 +64,17 @@ def training(args, catalog, device: torch.device, dtype: str) -> dict:
     trainer = trainer_on(args, catalog, device, dtype)
     seconds = take_steps(trainer, args.repeats)
     row = trainer.history[-1]
-    result = {"dtype": dtype, "kernel": trainer.choices.expert_kernel, "step_seconds": spread(seconds), "steps_per_second": 1 / spread(seconds)["median"]}
+    result = {
+        "dtype": dtype, "kernel": trainer.choices.expert_kernel, "step_seconds": spread(seconds),
+        "steps_per_second": 1 / spread(seconds)["median"],
+    }
     result |= {"tokens_per_step": row["tokens"], "first_loss": trainer.history[0]["loss"]}
     if device.type == "cuda":
         result["peak_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
-    print(f"training, {dtype}, {result['kernel']}: {result['steps_per_second']:.2f} steps/s, {row['tokens'] * result['steps_per_second']:,.0f} tokens/s, {result.get('peak_memory_mb', '-')} MB")
+    print(
+        f"training, {dtype}, {result['kernel']}: {result['steps_per_second']:.2f} steps/s, "
+        f"{row['tokens'] * result['steps_per_second']:,.0f} tokens/s, {result.get('peak_memory_mb', '-')} MB"
+    )
     return result
 
 
@@ -81,8 +93,14 @@ def embedding(args, catalog, device: torch.device) -> dict:
         begun = time.perf_counter()
         model.encode(items, batch_size=256)
         rate = len(items) / (time.perf_counter() - begun)
-        found[dtype] = {"items_per_second": rate, "kernel": model.moe_blocks[0].kernel, "worst_dot_product": float(agreement.min()), "mean_dot_product": float(agreement.mean())}
-        print(f"embedding, {dtype}: {rate:,.0f} items/s; dot product with the CPU's vectors at least {agreement.min():.5f}")
+        found[dtype] = {
+            "items_per_second": rate, "kernel": model.moe_blocks[0].kernel, "worst_dot_product": float(agreement.min()),
+            "mean_dot_product": float(agreement.mean()),
+        }
+        print(
+            f"embedding, {dtype}: {rate:,.0f} items/s; dot product with the CPU's vectors at least "
+            f"{agreement.min():.5f}"
+        )
     return found
 
 
@@ -105,7 +123,9 @@ def main() -> int:
     try:
         device = pick_device(args.device)
         if args.device == "auto" and device.type == "cpu":
-            raise UsageError("no GPU on this machine", where="device", advice="--device cpu --quick shows only that the script runs")
+            raise UsageError(
+                "no GPU on this machine", where="device", advice="--device cpu --quick shows only that the script runs"
+            )
     except UsageError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -114,7 +134,9 @@ def main() -> int:
     with own_cache(args.backbone):
         catalog = catalogue(args, products=max(200, args.items))
         result["training"] = [training(args, catalog, device, dtype) for dtype in args.dtype]
-        result["agreement"] = agreement(args, catalog, {entry["dtype"]: entry["first_loss"] for entry in result["training"]})
+        result["agreement"] = agreement(
+            args, catalog, {entry["dtype"]: entry["first_loss"] for entry in result["training"]}
+        )
         result["embedding"] = embedding(args, catalog, device)
     if not np.isfinite([entry["first_loss"] for entry in result["training"]]).all():
         return 1

@@ -1,7 +1,9 @@
 """Filters and the best hits of the search page, over more and more products: does the time grow in proportion?
 
-Made-up products with a category, four attributes and an id each. Timed are the table of facets (built once, at the start of the page), a filter of three comparisons,
-and candidates for the twelve best of random scores among what it keeps. The exponent between two sizes is log(time ratio) / log(size ratio): 1 is in proportion, 2 is the square.
+Made-up products with a category, four attributes and an id each. Timed are the table of facets (built once, at the
+start of the page), a filter of three comparisons,
+and candidates for the twelve best of random scores among what it keeps. The exponent between two sizes is log(time
+ratio) / log(size ratio): 1 is in proportion, 2 is the square.
 
     python bench/page_filter.py
 """
@@ -18,7 +20,11 @@ def made_up(count: int) -> list[dict[str, set[str]]]:
     "Field -> values of each product."
     drawn = np.random.default_rng(0).integers(0, 20, size=(count, 4))
     names = ("colour", "material", "size", "style")
-    return [{"product_id": {f"p{place}"}, "category_l1": {f"c{place % 7}"}} | {name: {f"v{value}"} for name, value in zip(names, row)} for place, row in enumerate(drawn.tolist())]
+    return [
+        {"product_id": {f"p{place}"}, "category_l1": {f"c{place % 7}"}}
+        | {name: {f"v{value}"} for name, value in zip(names, row)}
+        for place, row in enumerate(drawn.tolist())
+    ]
 
 
 def seconds(act, repeats: int) -> float:
@@ -41,10 +47,20 @@ def main() -> None:
         values, scores = made_up(count), np.random.default_rng(1).normal(size=count).astype(np.float32)
         table = FacetTable(values)
         keep = table.mask(FILTER)
-        acts = {"table": (lambda values=values: FacetTable(values), 1), "filter": (lambda table=table: table.mask(FILTER), args.repeats), "best": (lambda scores=scores, keep=keep: top_candidates(scores, keep, 12), args.repeats)}
-        rows.append({"products": count, "kept": int(keep.sum())} | {f"{name}_ms": round(1000 * seconds(*act), 3) for name, act in acts.items()})
+        acts = {
+            "table": (lambda values=values: FacetTable(values), 1),
+            "filter": (lambda table=table: table.mask(FILTER), args.repeats),
+            "best": (lambda scores=scores, keep=keep: top_candidates(scores, keep, 12), args.repeats),
+        }
+        rows.append(
+            {"products": count, "kept": int(keep.sum())}
+            | {f"{name}_ms": round(1000 * seconds(*act), 3) for name, act in acts.items()}
+        )
         print(rows[-1], flush=True)
-    exponents = {name: round(math.log(rows[-1][f"{name}_ms"] / rows[0][f"{name}_ms"]) / math.log(sizes[-1] / sizes[0]), 2) for name in ("table", "filter", "best")}
+    exponents = {
+        name: round(math.log(rows[-1][f"{name}_ms"] / rows[0][f"{name}_ms"]) / math.log(sizes[-1] / sizes[0]), 2)
+        for name in ("table", "filter", "best")
+    }
     print(f"exponents from {sizes[0]:,} to {sizes[-1]:,} products: {exponents}")
     finish(args, {"benchmark": "page_filter", **about, "rows": rows, "exponents": exponents})
 

@@ -17,7 +17,10 @@ NOT_BENCHMARKS = {"run", "common", "gpu"}  # gpu is for another kind of machine
 def run(name: str, words: list[str]) -> dict:
     "The JSON object that benchmark `name` ends with; its other lines are passed on as they come."
     paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen([sys.executable, str(HERE / f"{name}.py"), *words], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / f"{name}.py"), *words], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
     last = ""
     for line in process.stdout:
         if last:

@@ -1,8 +1,12 @@
-"""What grows with the size of a catalogue, and how: `data check`, loading (first and second), triplets with hard negatives, an epoch of batches, the feature cache, embedding, evaluation.
+"""What grows with the size of a catalogue, and how: `data check`, loading (first and second), triplets with hard
+negatives, an epoch of batches, the feature cache, embedding, evaluation.
 
-Made-up products with a picture of their own each (8 x 8 pixels, in tars), five categories, some without attributes, one category of a third of all products; the backbone tiny with one layer. Each size runs in a process of
-its own, with a cache of its own. Seconds are the processor's, over all threads, and memory is the highest resident size of each phase. The exponent is the slope of log seconds over log products: 1 is linear, 2 is the square.
-Goal: at most 1.1 for each phase. The scores of all queries against all products (Q x G numbers, a tenth of the products each) are the square by nature and stand apart.
+Made-up products with a picture of their own each (8 x 8 pixels, in tars), five categories, some without attributes, one
+category of a third of all products; the backbone tiny with one layer. Each size runs in a process of
+its own, with a cache of its own. Seconds are the processor's, over all threads, and memory is the highest resident size
+of each phase. The exponent is the slope of log seconds over log products: 1 is linear, 2 is the square.
+Goal: at most 1.1 for each phase. The scores of all queries against all products (Q x G numbers, a tenth of the products
+each) are the square by nature and stand apart.
 
     python bench/size.py                            # 10,000, 50,000 and 200,000 products: most of an hour
     python bench/size.py --sizes 2000 8000          # some minutes
@@ -47,8 +51,15 @@ def write_catalogue(folder: Path, products: int) -> None:
         thing, colour = things[i * 31 % 7], colours[i * 17 % 4]
         split = ("train", "valid", "test")[max(0, i % 10 - 7)]
         attributes = {} if i % 5 == 0 else {"colour": colour, "code": str(i % 9)}
-        rows.append((f"p{i:07}", f"Nordhollow {colour} {thing} number {i}", "Goods", thing, json.dumps(attributes), json.dumps([f"images/{i:07}.png"]), split))
-    pd.DataFrame(rows, columns=["product_id", "title", "category_l1", "category_l2", "attributes", "image_paths", "split"]).to_parquet(folder / "products.parquet")
+        rows.append(
+            (
+                f"p{i:07}", f"Nordhollow {colour} {thing} number {i}", "Goods", thing, json.dumps(attributes),
+                json.dumps([f"images/{i:07}.png"]), split,
+            )
+        )
+    pd.DataFrame(
+        rows, columns=["product_id", "title", "category_l1", "category_l2", "attributes", "image_paths", "split"]
+    ).to_parquet(folder / "products.parquet")
     for start in range(0, products, 10_000):
         with tarfile.open(folder / f"images-{start // 10_000:02}.tar", "w") as tar:
             for i in range(start, min(products, start + 10_000)):
@@ -63,8 +74,18 @@ def timed(name: str, work: Callable[[], object], found: dict) -> object:
     before, begun = os.times(), time.perf_counter()
     result = work()
     after = os.times()
-    peak = next((int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")), 0.0)
-    found[name] = {"seconds": sum(after[:4]) - sum(before[:4]), "wall": time.perf_counter() - begun, "memory_mb": max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)}
+    peak = next(
+        (
+            int(line.split()[1]) / 1024
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        ),
+        0.0,
+    )
+    found[name] = {
+        "seconds": sum(after[:4]) - sum(before[:4]), "wall": time.perf_counter() - begun,
+        "memory_mb": max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+    }
     return result
 
 
@@ -85,14 +106,23 @@ def measure(folder: Path, products: int, queries: int) -> dict:
     with open(os.devnull, "w") as nowhere:
         sys.stdout, kept = nowhere, sys.stdout
         try:
-            timed("data check", lambda: main(["data", "check", str(folder)]), found)  # the first look: pictures are decoded
+            timed(
+                "data check", lambda: main(["data", "check", str(folder)]), found
+            )  # the first look: pictures are decoded
         finally:
             sys.stdout = kept
     catalog = timed("load again", lambda: Catalog.load(folder), found)
     triplets = timed("triplets", lambda: build_triplets(catalog.split("train"), variants=2, paired=True), found)
     timed("batches", lambda: TripletSampler(triplets, 32, paired=True).batches(0), found)
     encoder = Moon2Encoder.from_backbone("tiny", num_layers=1, image_size=32, visual_tokens=4).eval()
-    timed("feature cache", lambda: [encoder.vision_features([product.image_ref() for product in catalog[start : start + 256]]) for start in range(0, len(catalog), 256)], found)
+    timed(
+        "feature cache",
+        lambda: [
+            encoder.vision_features([product.image_ref() for product in catalog[start : start + 256]])
+            for start in range(0, len(catalog), 256)
+        ],
+        found,
+    )
     timed("embed", lambda: embed_catalog(encoder, catalog, folder.parent / "vectors.parquet"), found)
     timed("evaluate", lambda: evaluate(encoder, catalog, "test", limit=queries or None, resamples=100), found)
     count, rng = products // 10, np.random.default_rng(0)
@@ -109,7 +139,10 @@ def one_size(products: int, queries: int) -> dict:
         folder.mkdir()
         write_catalogue(folder, products)
         command = [sys.executable, __file__, "--inside", str(folder), str(products), str(queries)]
-        done = subprocess.run(command, env={**os.environ, "MOON2_CACHE": str(Path(home) / "cache")}, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, env={**os.environ, "MOON2_CACHE": str(Path(home) / "cache")}, stdout=subprocess.PIPE, text=True,
+            check=True,
+        )
         return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -128,8 +161,18 @@ def table(sizes: list[int], figures: list[dict]) -> tuple[str, dict]:
     for phase in PHASES:
         seconds, memory = ([entry[phase][name] for entry in figures] for name in ("seconds", "memory_mb"))
         exponents[phase] = {"seconds": round(exponent(sizes, seconds), 3), "memory": round(exponent(sizes, memory), 3)}
-        said = "square by nature" if phase in SQUARE else "reached" if exponents[phase]["seconds"] <= GOAL else "NOT reached"
-        lines.append(f"{phase:<14}" + "".join(f"{s:>14.2f} {m:>7.0f}" for s, m in zip(seconds, memory)) + f"{exponents[phase]['seconds']:>10.2f}  {said}")
+        said = (
+            "square by nature"
+            if phase in SQUARE
+            else "reached"
+            if exponents[phase]["seconds"] <= GOAL
+            else "NOT reached"
+        )
+        lines.append(
+            f"{phase:<14}"
+            + "".join(f"{s:>14.2f} {m:>7.0f}" for s, m in zip(seconds, memory))
+            + f"{exponents[phase]['seconds']:>10.2f}  {said}"
+        )
     return "\n".join(lines), exponents
 
 
@@ -139,7 +182,11 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 50_000, 200_000], help="products")
-    parser.add_argument("--queries", type=int, default=1000, help="test products that are evaluated, the same number at each size; 0 = all (then the square of the test split is in it)")
+    parser.add_argument(
+        "--queries", type=int, default=1000,
+        help="test products that are evaluated, the same number at each size; 0 = all (then the square of the test "
+             "split is in it)",
+    )
     parser.add_argument("--json", help="also write the JSON object to this file")
     args = parser.parse_args()
     load = os.getloadavg()[0]
@@ -151,7 +198,10 @@ def main() -> None:
         print(f"{size:,} products done", file=sys.stderr)
     text, exponents = table(args.sizes, figures)
     print(text)
-    result = {"sizes": args.sizes, "figures": figures, "exponents": exponents, "goal": GOAL, "load_at_start": round(load, 2), "load_at_end": round(os.getloadavg()[0], 2)}
+    result = {
+        "sizes": args.sizes, "figures": figures, "exponents": exponents, "goal": GOAL, "load_at_start": round(load, 2),
+        "load_at_end": round(os.getloadavg()[0], 2),
+    }
     if args.json:
         Path(args.json).write_text(json.dumps(result) + "\n")
     print(json.dumps(result))

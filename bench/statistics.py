@@ -1,13 +1,18 @@
 """How often the intervals hold the truth, and how often the paired test errs, by simulation.
 
-Evaluations are invented: keys with one query or several, whose answers stand and fall together to a degree rho, and a true R@k. An interval of 95 % should hold the truth in 95 % of them
-(wanted: .93 to .97), the test should find a difference between equals in 5 % of them (wanted: .03 to .06). With few queries near 100 % only a few outcomes are possible: of 50 queries at R = .99
-all are right in 61 %, 49 in 31 %, 48 in 8 % of the evaluations, so that any rule holds the truth in 91 or in 99 %. Beside the coverage at R exactly stands the mean over true values around it
+Evaluations are invented: keys with one query or several, whose answers stand and fall together to a degree rho, and a
+true R@k. An interval of 95 % should hold the truth in 95 % of them
+(wanted: .93 to .97), the test should find a difference between equals in 5 % of them (wanted: .03 to .06). With few
+queries near 100 % only a few outcomes are possible: of 50 queries at R = .99
+all are right in 61 %, 49 in 31 %, 48 in 8 % of the evaluations, so that any rule holds the truth in 91 or in 99 %.
+Beside the coverage at R exactly stands the mean over true values around it
 (1 - R from 0.7 to 1.3 times as large), and beside both the percentile bootstrap. All cells are printed, bad ones too.
 
     python bench/statistics.py
 """
-if __name__ == "statistics":  # whoever stands in this folder and imports the standard library's module of this name shall get it
+if (
+    __name__ == "statistics"
+):  # whoever stands in this folder and imports the standard library's module of this name shall get it
     import importlib.util
     import sys
     import sysconfig
@@ -44,7 +49,10 @@ class Design:
         return f"{self.keys:4} keys of 1" + (f" to {self.most}, rho {self.rho:g}" if self.most > 1 else "")
 
 
-DESIGNS = (Design(50), Design(200), Design(800), Design(50, 3, 0.5), Design(200, 3, 0.5), Design(23), Design(23, 3, 0.3), Design(23, 15, 0.1), Design(23, 15, 0.5))
+DESIGNS = (
+    Design(50), Design(200), Design(800), Design(50, 3, 0.5), Design(200, 3, 0.5), Design(23), Design(23, 3, 0.3),
+    Design(23, 15, 0.1), Design(23, 15, 0.5),
+)
 
 
 def around(recall: float, rng: np.random.Generator) -> float:
@@ -53,7 +61,9 @@ def around(recall: float, rng: np.random.Generator) -> float:
 
 
 def coverage(design: Design, recall: float, repeats: int, seed: int = 0) -> dict[str, float]:
-    "Shares of evaluations whose interval holds the truth: at `recall`, around it, and for the percentile bootstrap around it."
+    """Shares of evaluations whose interval holds the truth: at `recall`, around it, and for the percentile bootstrap
+    around it.
+    """
     from moon2_lab.evaluation.statistics import bootstrap_ci, share_interval
 
     rng, held = np.random.default_rng(seed), np.zeros(3)
@@ -61,13 +71,20 @@ def coverage(design: Design, recall: float, repeats: int, seed: int = 0) -> dict
         keys, near = design.draw_keys(rng), around(recall, rng)
         luck = design.draw_luck(keys, rng)
         found = (luck < near).astype(float)
-        for place, (truth, ends) in enumerate(((recall, share_interval(luck < recall, keys)), (near, share_interval(found, keys)), (near, bootstrap_ci(found, keys, 400, turn)))):
+        for place, (truth, ends) in enumerate(
+            (
+                (recall, share_interval(luck < recall, keys)), (near, share_interval(found, keys)),
+                (near, bootstrap_ci(found, keys, 400, turn)),
+            )
+        ):
             held[place] += ends[0] - 1e-9 <= truth <= ends[1] + 1e-9
     return dict(zip(("at", "around", "percentile"), (held / repeats).tolist()))
 
 
 def errors(design: Design, recall: float, repeats: int, seed: int = 0, same: float = 0.6) -> dict[str, float]:
-    "Two models: coverage of the difference where there is none and where one errs half as often again, and the share of p <= .05 where there is none."
+    """Two models: coverage of the difference where there is none and where one errs half as often again, and the share
+    of p <= .05 where there is none.
+    """
     from moon2_lab.evaluation.statistics import paired_test
 
     rng, counted = np.random.default_rng(seed), np.zeros(3)
@@ -83,7 +100,9 @@ def errors(design: Design, recall: float, repeats: int, seed: int = 0, same: flo
 
 
 def macro_coverage(rarest: int, repeats: int, classes: int = 6, right: float = 0.7, seed: int = 0) -> dict[str, float]:
-    "Coverage of the percentile bootstrap of macro F1, where the rarest of the classes has `rarest` products in the mean and the others 10 times as many."
+    """Coverage of the percentile bootstrap of macro F1, where the rarest of the classes has `rarest` products in the
+    mean and the others 10 times as many.
+    """
     from moon2_lab.evaluation.ranking import _class_marks, _fewest_keys, _macro_rates, classification_scores
     from moon2_lab.evaluation.statistics import key_draws, percentile_ci
 
@@ -96,7 +115,10 @@ def macro_coverage(rarest: int, repeats: int, classes: int = 6, right: float = 0
         truth = rng.choice(classes, products, p=share)
         answer = np.where(rng.random(products) < right, truth, rng.integers(0, classes, products))
         marks = _class_marks(truth[:, None] == np.arange(classes), answer)
-        samples = [_macro_rates(*(part.per_class(times, classes) for part in marks)) for times in key_draws(products, 400, turn)]
+        samples = [
+            _macro_rates(*(part.per_class(times, classes) for part in marks))
+            for times in key_draws(products, 400, turn)
+        ]
         low, high = percentile_ci(np.concatenate(samples))[2]
         held += low <= truth_f1 <= high
         shown += bool(classification_scores(truth, answer, n_classes=classes, resamples=1)["macro_f1"]["ci95"])
@@ -117,17 +139,29 @@ def main() -> None:
     repeats = 60 if args.quick else args.repeats
     about, rows = start(args), []
     noise = (0.95 * 0.05 / repeats) ** 0.5
-    print(f"{repeats} evaluations a cell; * = outside {WANTED[0]} to {WANTED[1]} (errors of the test: {WANTED_ERRORS[0]} to {WANTED_ERRORS[1]}) by more than two standard errors")
+    print(
+        f"{repeats} evaluations a cell; * = outside {WANTED[0]} to {WANTED[1]} (errors of the test: "
+        f"{WANTED_ERRORS[0]} to {WANTED_ERRORS[1]}) by more than two standard errors"
+    )
     print(f"{'':29} {'R':>5}   at R  around  percentile | difference: none, some | errors at .05")
     for design in DESIGNS:
         for recall in RECALLS:
             share, pair = coverage(design, recall, repeats), errors(design, recall, repeats)
-            cells = [sign(share[name], WANTED, noise) for name in ("at", "around", "percentile")] + [sign(pair[name], WANTED, noise) for name in ("no difference", "difference")]
-            print(f"{str(design):29} {recall:5.2f}  {cells[0]}  {cells[1]}  {cells[2]}     | {cells[3]}  {cells[4]}         | {sign(pair['errors'], WANTED_ERRORS, noise)}", flush=True)
+            cells = [sign(share[name], WANTED, noise) for name in ("at", "around", "percentile")] + [
+                sign(pair[name], WANTED, noise) for name in ("no difference", "difference")
+            ]
+            print(
+                f"{str(design):29} {recall:5.2f}  {cells[0]}  {cells[1]}  {cells[2]}     | {cells[3]}  {cells[4]}     "
+                f"    | {sign(pair['errors'], WANTED_ERRORS, noise)}",
+                flush=True,
+            )
             rows.append({"design": str(design), "recall": recall, **share, **pair})
     macro = {rarest: macro_coverage(rarest, max(20, repeats // 4)) for rarest in (3, 5, 10, 20, 40)}
     for rarest, found in macro.items():
-        print(f"macro F1, rarest class with {rarest:2} products in the mean: coverage {found['coverage']:.3f}, interval shown in {found['interval_shown']:.0%}")
+        print(
+            f"macro F1, rarest class with {rarest:2} products in the mean: coverage {found['coverage']:.3f}, interval "
+            f"shown in {found['interval_shown']:.0%}"
+        )
     finish(args, {"benchmark": "statistics", **about, "evaluations": repeats, "cells": rows, "macro_f1": macro})
 
 

@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Write constraints.txt: the versions in this environment of what the project needs, and of what that needs in turn. Run it after the tests have passed."""
+"""Write constraints.txt: the versions in this environment of what the project needs, and of what that needs in turn.
+Run it after the tests have passed.
+"""
 import re
 import sys
 import tomllib
@@ -10,8 +12,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("dev", "trackers", "bench")
-HEADER = """# The versions that the tests were run with. `make` installs with `-c constraints.txt`; pyproject.toml says what is allowed.
-# torch is pinned to a release that has a CPU build; which build you get is decided by the index that your pip is set to.
+HEADER = """# The versions that the tests were run with. `make` installs with `-c constraints.txt`; pyproject.toml says what
+# is allowed.
+# torch is pinned to a release that has a CPU build; which build you get is decided by the index that your pip is set
+# to.
 # Made by scripts/make_constraints.py.
 """
 
@@ -36,7 +40,9 @@ def closure(requirements):
         except metadata.PackageNotFoundError:
             print(f"not installed here, left out: {requirement}", file=sys.stderr)
             continue
-        found[canonical(requirement.name)] = distribution.version.split("+")[0]  # a local build tag would exclude other builds
+        found[canonical(requirement.name)] = distribution.version.split("+")[
+            0
+        ]  # a local build tag would exclude other builds
         for line in distribution.requires or []:
             waiting += [(Requirement(line), name) for name in ("", *requirement.extras)]
     return found

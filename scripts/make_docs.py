@@ -22,6 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, DOCS = ROOT / "nbs", ROOT / "docs"
 NOTICE = "<!-- Made from the notebooks by scripts/make_docs.py: edit the notebook. -->\n\n"
 MOST_LINES = 14  # of an example
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse }
+td, th { border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; vertical-align: top }
+pre { background: #f6f6f6; padding: .6rem; overflow: auto }
+"""
 
 
 @dataclass
@@ -64,7 +70,12 @@ def parameters_of(node: ast.FunctionDef, comments: dict[int, str]) -> list[tuple
         if arg.arg not in ("self", "cls"):
             default = ast.unparse(defaults[arg.arg]) if arg.arg in defaults else ""
             kind = ast.unparse(arg.annotation) if arg.annotation else ""
-            rows.append((star + arg.arg, kind, default, comments.get(arg.end_lineno, "") if arg.end_lineno != node.lineno else ""))
+            rows.append(
+                (
+                    star + arg.arg, kind, default,
+                    comments.get(arg.end_lineno, "") if arg.end_lineno != node.lineno else "",
+                )
+            )
     return rows
 
 
@@ -80,14 +91,29 @@ def entry_of(node: ast.AST, comments: dict[int, str]) -> Entry:
     if isinstance(node, ast.ClassDef):
         made = next((part for part in node.body if getattr(part, "name", "") == "__init__"), None)
         fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-        rows = parameters_of(made, comments) if made else [
-            (part.target.id, ast.unparse(part.annotation), ast.unparse(part.value) if part.value else "", comments.get(part.end_lineno, ""))
-            for part in fields
-        ]
+        rows = (
+            parameters_of(made, comments)
+            if made
+            else [
+                (
+                    part.target.id, ast.unparse(part.annotation), ast.unparse(part.value) if part.value else "",
+                    comments.get(part.end_lineno, ""),
+                )
+                for part in fields
+            ]
+        )
         public = [part for part in node.body if isinstance(part, ast.FunctionDef) and not part.name.startswith("_")]
         methods = [(signature_of(part), (ast.get_docstring(part) or "").split("\n\n")[0]) for part in public]
         return Entry(node.name, signature_of(made, node.name) if made else node.name, docstring, rows, methods=methods)
-    returns = " ".join(filter(None, [ast.unparse(node.returns) if node.returns else "", comments.get(node.returns.end_lineno, "") if node.returns else ""]))
+    returns = " ".join(
+        filter(
+            None,
+            [
+                ast.unparse(node.returns) if node.returns else "",
+                comments.get(node.returns.end_lineno, "") if node.returns else "",
+            ],
+        )
+    )
     return Entry(node.name, signature_of(node), docstring, parameters_of(node, comments), returns)
 
 
@@ -99,7 +125,10 @@ def example_of(name: str, cells: list[dict], start: int) -> str:
             continue
         if "test_eq(" in source.split("\n")[0] or len(source.splitlines()) > MOST_LINES:
             continue
-        printed = "".join("".join(output.get("text", "")) or "".join(output.get("data", {}).get("text/plain", "")) for output in cell["outputs"])
+        printed = "".join(
+            "".join(output.get("text", "")) or "".join(output.get("data", {}).get("text/plain", ""))
+            for output in cell["outputs"]
+        )
         short = printed.strip() and len(printed.splitlines()) <= MOST_LINES and "<" not in printed
         return f"```python\n{source}\n```" + (f"\n\n```text\n{printed.strip()}\n```" if short else "")
     return ""
@@ -109,7 +138,9 @@ def page_of(path: Path) -> Page | None:
     "The page of a notebook; None where it exports nothing."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells]
-    module = next((re.search(r"#\| *default_exp +(\S+)", source)[1] for source in sources if "default_exp" in source), None)
+    module = next(
+        (re.search(r"#\| *default_exp +(\S+)", source)[1] for source in sources if "default_exp" in source), None
+    )
     if module is None:
         return None
     entries = []
@@ -117,7 +148,11 @@ def page_of(path: Path) -> Page | None:
         if cell["cell_type"] == "code" and re.match(r"#\| *export\b", source):
             comments = line_comments(source)
             for node in ast.parse(source).body:
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not is_patch(node):
+                if (
+                    isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                    and not node.name.startswith("_")
+                    and not is_patch(node)
+                ):
                     entry = entry_of(node, comments)
                     entry.example = example_of(node.name, cells, number)
                     entries.append(entry)
@@ -145,11 +180,16 @@ def entry_lines(entry: Entry) -> list[str]:
     lines = [f"### {entry.name}", "", f"```python\n{entry.signature}\n```", "", entry.docstring, ""]
     if entry.parameters:
         lines += ["| parameter | type | default | what |", "|---|---|---|---|"]
-        lines += [f"| `{n}` | {code_text(t)} | {code_text(d)} | {cell_text(c)} |" for n, t, d, c in entry.parameters] + [""]
+        lines += [
+            f"| `{n}` | {code_text(t)} | {code_text(d)} | {cell_text(c)} |" for n, t, d, c in entry.parameters
+        ] + [""]
     if entry.returns and entry.returns != "None":
         lines += [f"Returns {code_text(entry.returns)}.", ""]
     if entry.methods:
-        lines += ["| method | what |", "|---|---|", *(f"| {code_text(s)} | {cell_text(first)} |" for s, first in entry.methods), ""]
+        lines += [
+            "| method | what |", "|---|---|",
+            *(f"| {code_text(s)} | {cell_text(first)} |" for s, first in entry.methods), "",
+        ]
     return lines + ([entry.example, ""] if entry.example else [])
 
 
@@ -168,7 +208,10 @@ def room_page(room: str, pages: list[Page]) -> str:
     lines = [NOTICE + f"# {room}", "", "[all rooms](index.md)", ""]
     for page in pages:
         link = Path("..") / page.notebook.relative_to(ROOT)
-        lines += [f"## {page.module}", "", page.subtitle, "", f"Notebook: [{page.notebook.name}]({link.as_posix()})", ""]
+        lines += [
+            f"## {page.module}",
+            "", page.subtitle, "", f"Notebook: [{page.notebook.name}]({link.as_posix()})", "",
+        ]
         for entry in page.entries:
             lines += entry_lines(entry)
     return "\n".join(lines).rstrip() + "\n"
@@ -179,7 +222,10 @@ def index_page(rooms: dict[str, list[Page]]) -> str:
     lines = [NOTICE + "# The interface, room by room", "", "A room imports only from the rooms above it.", ""]
     for room, pages in rooms.items():
         lines += [f"## [{room}]({file_name(room)}.md)", "", "| module | what it is |", "|---|---|"]
-        lines += [f"| [{page.module}]({file_name(room)}.md#{page.module.replace('.', '')}) | {cell_text(page.subtitle)} |" for page in pages] + [""]
+        lines += [
+            f"| [{page.module}]({file_name(room)}.md#{page.module.replace('.', '')}) | {cell_text(page.subtitle)} |"
+            for page in pages
+        ] + [""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -189,7 +235,9 @@ def all_pages() -> dict[str, str]:
     rooms = {room: [] for room in ROOMS}
     for page in found:
         rooms[room_name(page.module)].append(page)
-    return {"index.md": index_page(rooms)} | {f"{file_name(room)}.md": room_page(room, pages) for room, pages in rooms.items()}
+    return {"index.md": index_page(rooms)} | {
+        f"{file_name(room)}.md": room_page(room, pages) for room, pages in rooms.items()
+    }
 
 
 def as_html(markdown: str, title: str) -> str:
@@ -198,9 +246,8 @@ def as_html(markdown: str, title: str) -> str:
 
     body = re.sub(r'href="([\w-]+)\.md', r'href="\1.html', markdown2html(markdown))
     body = re.sub(r'<h2 id="[^"]*"', "<h2", body)
-    style = "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}"
-    style += "td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:left;vertical-align:top}pre{background:#f6f6f6;padding:.6rem;overflow:auto}"
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>{body}'
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}{body}'
 
 
 def main() -> None:
@@ -210,7 +257,11 @@ def main() -> None:
     args = parser.parse_args()
     pages = all_pages()
     if args.check:
-        stale = [name for name, text in pages.items() if not (DOCS / name).exists() or (DOCS / name).read_text(encoding="utf-8") != text]
+        stale = [
+            name
+            for name, text in pages.items()
+            if not (DOCS / name).exists() or (DOCS / name).read_text(encoding="utf-8") != text
+        ]
         sys.exit(f"docs/ is not what the notebooks give ({', '.join(stale)}): run scripts/make_docs.py" if stale else 0)
     DOCS.mkdir(exist_ok=True)
     for name, text in pages.items():

@@ -2,7 +2,8 @@
 """Draw the pictures of README.md into nbs/images.
 
     python scripts/make_picture.py catalogue         drawn products, one row per view
-    python scripts/make_picture.py scores runs/demo  the retrieval scores of a finished run (needs Chromium: plotly draws them)
+    python scripts/make_picture.py scores runs/demo  the retrieval scores of a finished run (needs Chromium: plotly
+    draws them)
     python scripts/make_picture.py rooms             the rooms of the package and what imports from what
 """
 import argparse
@@ -29,25 +30,33 @@ WIDTH, HEIGHT = 860, 380
 
 def browser():
     "Chromium under one of its names."
-    return next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    return next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
 
 
 def screenshot(page, target):
     "A PNG of a page, with few colours so that it stays small."
     program = browser() or sys.exit("no Chromium found: install it (Debian: chromium) to draw the picture")
     with tempfile.TemporaryDirectory() as profile:
-        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars", f"--user-data-dir={profile}",
-                   f"--window-size={WIDTH},{HEIGHT}", "--virtual-time-budget=5000", f"--screenshot={target}", page.as_uri()]
+        command = [
+            program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+            "--hide-scrollbars", f"--user-data-dir={profile}", f"--window-size={WIDTH},{HEIGHT}",
+            "--virtual-time-budget=5000", f"--screenshot={target}", page.as_uri(),
+        ]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
     Image.open(target).convert("RGB").quantize(64).save(target, optimize=True)
 
 
 def scores(run):
     "The retrieval scores of a run, with intervals and baselines."
-    figure = score_figure(score_table(read_json(run / "metrics.json"))).update_layout(width=WIDTH, height=HEIGHT, margin={"r": 30})
+    figure = score_figure(score_table(read_json(run / "metrics.json"))).update_layout(
+        width=WIDTH, height=HEIGHT, margin={"r": 30}
+    )
+    drawn = figure.to_html(include_plotlyjs=True, full_html=False, config={"displayModeBar": False})
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "figure.html"
-        page.write_text(f"<body style='margin:0'>{figure.to_html(include_plotlyjs=True, full_html=False, config={'displayModeBar': False})}</body>", encoding="utf-8")
+        page.write_text(f"<body style='margin:0'>{drawn}</body>", encoding="utf-8")
         screenshot(page, IMAGES / "scores.png")
     return IMAGES / "scores.png"
 
@@ -61,7 +70,9 @@ def catalogue(columns=14, side=84):
     sheet = Image.new("RGB", (columns * side, 3 * side), "white")
     for place, product in enumerate(products):
         for row, picture in enumerate(product.pictures[:3]):
-            sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (place * side, row * side))
+            sheet.paste(
+                picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (place * side, row * side)
+            )
     target = IMAGES / "catalogue.jpg"
     sheet.save(target, quality=82, optimize=True)
     return target
@@ -87,16 +98,26 @@ def rooms():
     for place, room in enumerate(ROOMS):
         axes.barh(-place, lines[room] / 1000, height=0.62, color="#4c78a8", alpha=0.85)
         axes.text(-0.12, -place, room, ha="right", va="center", fontsize=11, weight="bold")
-        axes.text(lines[room] / 1000 + 0.1, -place, PURPOSES[room], ha="left", va="center", fontsize=9.5, color="#333333")
+        axes.text(
+            lines[room] / 1000 + 0.1, -place, PURPOSES[room], ha="left", va="center", fontsize=9.5, color="#333333"
+        )
     for (room, other), count in imports.items():
         if room != other:
             ends = [(-2.7, -ROOMS.index(name)) for name in (room, other)]
             width = 0.4 + min(count, 12) / 5
-            axes.add_patch(FancyArrowPatch(*ends, connectionstyle="arc3,rad=-0.45", arrowstyle="-|>", mutation_scale=7, lw=width, alpha=0.25, color="#555555"))
+            axes.add_patch(
+                FancyArrowPatch(
+                    *ends, connectionstyle="arc3,rad=-0.45", arrowstyle="-|>", mutation_scale=7, lw=width, alpha=0.25,
+                    color="#555555",
+                )
+            )
     axes.set_xlim(-6.4, 9)
     axes.set_ylim(-len(ROOMS) + 0.4, 0.6)
     axes.axis("off")
-    axes.set_title("The rooms of moon2_lab: bars are thousands of lines, arrows are imports, all of them upwards", fontsize=10.5, loc="left")
+    axes.set_title(
+        "The rooms of moon2_lab: bars are thousands of lines, arrows are imports, all of them upwards", fontsize=10.5,
+        loc="left",
+    )
     target = IMAGES / "rooms.png"
     figure.savefig(target, dpi=96, bbox_inches="tight")
     Image.open(target).convert("RGB").quantize(64).save(target, optimize=True)

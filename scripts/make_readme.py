@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Build README.md from nbs/index.ipynb: hidden cells and `#|` lines dropped, links made relative to the repository root.
+"""Build README.md from nbs/index.ipynb: hidden cells and `#|` lines dropped, links made relative to the repository
+root.
 
 The map of the notebooks is a cell of nbs/index.ipynb, filled here, that README.md leaves out.
 """
@@ -71,7 +72,11 @@ def readme():
     notebook = nbformat.read(SOURCE, as_version=4)
     kept = []
     for cell in notebook.cells:
-        directives = {line[2:].split()[0].rstrip(":") for line in cell.source.splitlines() if line.startswith("#|") and line[2:].split()}
+        directives = {
+            line[2:].split()[0].rstrip(":")
+            for line in cell.source.splitlines()
+            if line.startswith("#|") and line[2:].split()
+        }
         if directives & {"hide", "export", "exporti", "default_exp"} or MAP_MARK in cell.source:
             continue
         if "echo: false" in cell.source:

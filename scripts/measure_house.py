@@ -36,7 +36,9 @@ def imported_modules(tree: ast.Module, name: str, known: set[str]) -> set[str]:
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = [*here[: -node.level], *filter(None, [node.module])] if node.level else (node.module or "").split(".")
+            base = (
+                [*here[: -node.level], *filter(None, [node.module])] if node.level else (node.module or "").split(".")
+            )
             targets = [".".join(base), *(".".join([*base, alias.name]) for alias in node.names)]
         else:
             continue
@@ -46,7 +48,11 @@ def imported_modules(tree: ast.Module, name: str, known: set[str]) -> set[str]:
 
 def exported_names(tree: ast.Module) -> list[str]:
     "The names of `__all__`."
-    lists = [node.value for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"]
+    lists = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    ]
     return [name for value in lists for name in ast.literal_eval(value)]
 
 
@@ -58,7 +64,10 @@ def defined_names(tree: ast.Module) -> list[str]:
 
 def is_patch(node: ast.AST) -> bool:
     "Whether a function is a method that fastcore's `@patch` puts into its class."
-    return any("patch" in {getattr(part, "id", ""), getattr(getattr(part, "func", None), "id", "")} for part in getattr(node, "decorator_list", ()))
+    return any(
+        "patch" in {getattr(part, "id", ""), getattr(getattr(part, "func", None), "id", "")}
+        for part in getattr(node, "decorator_list", ())
+    )
 
 
 def functions(tree: ast.Module) -> list[tuple[str, int]]:
@@ -71,10 +80,15 @@ def notebook_cells(root: Path) -> tuple[int, int]:
     "(cells that export, cells that test) of the notebooks of modules."
     exported = tested = 0
     for path in sorted((root / "nbs").rglob("*.ipynb")):
-        sources = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        sources = [
+            "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"
+        ]
         if any("#| default_exp" in source for source in sources):
             exported += sum(bool(re.search(r"^#\| *export", source, re.M)) for source in sources)
-            tested += sum("#| export" not in source and bool(re.search(r"\btest_\w+\(|^assert |^    assert ", source, re.M)) for source in sources)
+            tested += sum(
+                "#| export" not in source and bool(re.search(r"\btest_\w+\(|^assert |^    assert ", source, re.M))
+                for source in sources
+            )
     return exported, tested
 
 
@@ -127,20 +141,26 @@ def measure(root: Path) -> dict:
 
 
 def upward_imports(trees: dict[str, ast.Module]) -> list[str]:
-    "Imports from a room that stands below in `rooms.ROOMS`, but for those of `testing`; empty where a checkout has no rooms."
+    """Imports from a room that stands below in `rooms.ROOMS`, but for those of `testing`; empty where a checkout has no
+    rooms.
+    """
     try:
         from rooms import ROOMS
     except ImportError:
         return []
     place = {room: number for number, room in enumerate(ROOMS)}
-    wrong = [imports for (room, other), imports in room_edges(trees).items() if place.get(room, -1) < place.get(other, -1)]
+    wrong = [
+        imports for (room, other), imports in room_edges(trees).items() if place.get(room, -1) < place.get(other, -1)
+    ]
     return sorted(text for imports in wrong for text in imports if not text.startswith("testing ->"))
 
 
 def measure_ref(ref: str) -> dict:
     "All figures of another commit."
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "-C", str(ROOT), "archive", ref, PACKAGE, "nbs"], check=True, capture_output=True).stdout
+        archive = subprocess.run(
+            ["git", "-C", str(ROOT), "archive", ref, PACKAGE, "nbs"], check=True, capture_output=True
+        ).stdout
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
         return measure(Path(folder))
 

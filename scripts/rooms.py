@@ -1,4 +1,5 @@
-"""The rooms of the package in reading order: a room imports only from those before it. "(root)" is the package itself."""
+"""The rooms of the package in reading order: a room imports only from those before it. "(root)" is the package itself.
+"""
 PURPOSES = {
     "(root)": "settings, errors, files, the machine",
     "data": "a folder becomes products, queries, triplets, batches",

@@ -1,9 +1,12 @@
-"""How faithful each method's maps are, over many real pairs: deletion and insertion against random maps and against a model with re-drawn weights.
+"""How faithful each method's maps are, over many real pairs: deletion and insertion against random maps and against a
+model with re-drawn weights.
 
     python bench/studies/faithful.py --model path/to/run --catalog path/to/catalogue --out study --pairs 200
 
-A pair is what the evaluation asks: search phrase and query picture of a product, and the product itself. Of the split's products that have both a title and a picture the first by the hash of their ids are taken. The item side is
-explained. All maps of a pair are tested on the same rows against the same random maps. Each pair's rows stand in OUT/rows.parquet as soon as they are there; a second call makes what is missing, so --pairs and --methods may grow.
+A pair is what the evaluation asks: search phrase and query picture of a product, and the product itself. Of the split's
+products that have both a title and a picture the first by the hash of their ids are taken. The item side is
+explained. All maps of a pair are tested on the same rows against the same random maps. Each pair's rows stand in
+OUT/rows.parquet as soon as they are there; a second call makes what is missing, so --pairs and --methods may grow.
 """
 import argparse
 import copy
@@ -15,7 +18,10 @@ from pathlib import Path
 import pandas as pd
 
 COMPARED = ("over_random", "over_redrawn", "to_best")
-SHOWN = ["method", "pairs", "gain", *(f"{name}{end}" for name in COMPARED for end in ("", "_lower", "_upper")), "of_rise", "share_trusted", "seconds", "verdict"]
+SHOWN = [
+    "method", "pairs", "gain", *(f"{name}{end}" for name in COMPARED for end in ("", "_lower", "_upper")), "of_rise",
+    "share_trusted", "seconds", "verdict",
+]
 
 
 def chosen_pairs(catalog, split: str, count: int) -> tuple[list[tuple], int]:
@@ -28,14 +34,19 @@ def chosen_pairs(catalog, split: str, count: int) -> tuple[list[tuple], int]:
     able = {int(row) for row in queries.places_with("mm") if products[row].has_text and products[row].has_image}
     places = sorted(able)[:count]
     last = places[-1] if places else len(products) - 1
-    return [(products[place], queries.items[place], products[place].item("mm")) for place in places], last + 1 - len(places)
+    return [(products[place], queries.items[place], products[place].item("mm")) for place in places], last + 1 - len(
+        places
+    )
 
 
 def open_rows(out: Path, about: dict) -> list[dict]:
     "Rows of an earlier call; stops where that was about something else."
     kept = out / "about.json"
     if kept.is_file() and json.loads(kept.read_text()) != about:
-        raise SystemExit(f"{kept}: rows of another model, catalogue or setting; give another --out\n  there: {kept.read_text()}\n  asked: {json.dumps(about)}")
+        raise SystemExit(
+            f"{kept}: rows of another model, catalogue or setting; give another --out\n  there: {kept.read_text()}\n  "
+            f"asked: {json.dumps(about)}"
+        )
     kept.write_text(json.dumps(about))
     return pd.read_parquet(out / "rows.parquet").to_dict("records") if (out / "rows.parquet").is_file() else []
 
@@ -72,7 +83,9 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--trials", type=int, default=140, help="random maps; at least 20 for each method, else none of them can pass")
+    parser.add_argument(
+        "--trials", type=int, default=140, help="random maps; at least 20 for each method, else none of them can pass"
+    )
     parser.add_argument("--steps", type=int, default=32, help="points of the integral to begin with")
     parser.add_argument("--most-steps", type=int, default=512, help="and at most")
     parser.add_argument("--samples", type=int, default=25, help="orders of Shapley sampling")
@@ -96,10 +109,16 @@ def main() -> None:
     pairs, lacking = chosen_pairs(Catalog.load(args.catalog), args.split, args.pairs)
     print(f"{len(pairs)} pairs of split {args.split}; {lacking} products passed over for want of a view", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    about = {"model": encoder.fingerprint, "catalog": Path(args.catalog).name, "split": args.split} | {name: getattr(args, name) for name in ("trials", "steps", "most_steps", "samples", "seed")}
+    about = {"model": encoder.fingerprint, "catalog": Path(args.catalog).name, "split": args.split} | {
+        name: getattr(args, name) for name in ("trials", "steps", "most_steps", "samples", "seed")
+    }
     rows, failed, begun, made = open_rows(out, about), {}, time.perf_counter(), 0
     for number, (product, query, item) in enumerate(pairs, 1):
-        todo = [name for name in args.methods if not any(row["method"] == name and row["pair"] == product.product_id for row in rows)]
+        todo = [
+            name
+            for name in args.methods
+            if not any(row["method"] == name and row["pair"] == product.product_id for row in rows)
+        ]
         if not todo:
             continue
         try:
@@ -112,13 +131,23 @@ def main() -> None:
         write_parquet(out / "rows.parquet", pd.DataFrame(rows))
         if made % 10 == 1:
             spent = time.perf_counter() - begun
-            print(f"{number} of {len(pairs)} pairs, {spent / made:.1f} s a pair, about {spent / made * (len(pairs) - number) / 60:.0f} min to go", flush=True)
+            print(
+                f"{number} of {len(pairs)} pairs, {spent / made:.1f} s a pair, about "
+                f"{spent / made * (len(pairs) - number) / 60:.0f} min to go",
+                flush=True,
+            )
     wanted = {product.product_id for product, *_ in pairs}
     found = pd.DataFrame([row for row in rows if row["pair"] in wanted and row["method"] in args.methods])
     if not len(found):
         raise SystemExit("no pair could be measured")
     table = faithfulness_table(found, args.seed)
-    write_json(out / "faithful.json", {"about": about, "pairs": len(pairs), "passed_over": lacking, "failed": failed, "table": table.astype(object).where(table.notna(), None).to_dict("records")})
+    write_json(
+        out / "faithful.json",
+        {
+            "about": about, "pairs": len(pairs), "passed_over": lacking, "failed": failed,
+            "table": table.astype(object).where(table.notna(), None).to_dict("records"),
+        },
+    )
     print(table[SHOWN].to_string(index=False, float_format="%.4f", na_rep="-"))
 
 

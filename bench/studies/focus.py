@@ -1,10 +1,14 @@
-"""Where attention goes before and after training, with and without dual-level alignment: the paper's heatmap figure as a number.
+"""Where attention goes before and after training, with and without dual-level alignment: the paper's heatmap figure as
+a number.
 
     python bench/studies/focus.py --catalog path/to/catalogue --out study --minutes 8 --products 4000
 
-Trains the full objective and "w/o dual-level alignment" from the same start, on the same triplets, for the same number of steps (found once, or given by --steps), and keeps the models in OUT.
-Then the attention of each model, and of the untrained one, over the products of the test split: words in the views t and mm, cells of the subject and the split between title and picture in view mm, without the first position.
-What has nothing to compare (no content word, no filler word, no subject on a plain backdrop) is left out by rule, and counted. In OUT: focus.parquet (each product), compared.parquet (means and paired differences) and focus.html.
+Trains the full objective and "w/o dual-level alignment" from the same start, on the same triplets, for the same number
+of steps (found once, or given by --steps), and keeps the models in OUT.
+Then the attention of each model, and of the untrained one, over the products of the test split: words in the views t
+and mm, cells of the subject and the split between title and picture in view mm, without the first position.
+What has nothing to compare (no content word, no filler word, no subject on a plain backdrop) is left out by rule, and
+counted. In OUT: focus.parquet (each product), compared.parquet (means and paired differences) and focus.html.
 """
 import argparse
 import json
@@ -23,8 +27,12 @@ def train_arm(catalog, part, arm: str, config, steps_file: Path, folder: Path) -
         return
     objective = {"full": Moon2Objective, "unaligned": UnalignedObjective}[arm]
     if not steps_file.is_file():
-        steps_file.write_text(json.dumps(config.max_steps or make_trainer(catalog, part, config, objective(config)).calibrate()))
-    config = config.replace(max_steps=json.loads(steps_file.read_text()), max_minutes=0)  # the same steps for both, without a clock
+        steps_file.write_text(
+            json.dumps(config.max_steps or make_trainer(catalog, part, config, objective(config)).calibrate())
+        )
+    config = config.replace(
+        max_steps=json.loads(steps_file.read_text()), max_minutes=0
+    )  # the same steps for both, without a clock
     trainer = make_trainer(catalog, part, config, objective(config))
     trainer.train()
     trainer.encoder.save_pretrained(folder)
@@ -49,7 +57,10 @@ def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     catalog = Catalog.load(args.catalog)
-    config = TrainConfig(**dict(pair.split("=", 1) for pair in args.set) | {"query_variants": 1, "max_minutes": args.minutes, "max_steps": args.steps})
+    config = TrainConfig(
+        **dict(pair.split("=", 1) for pair in args.set)
+        | {"query_variants": 1, "max_minutes": args.minutes, "max_steps": args.steps}
+    )
     part = chosen_products(catalog, args.products)
     for arm in args.arms:
         train_arm(catalog, part, arm, config, out / "steps.json", out / arm)
@@ -59,7 +70,10 @@ def main() -> None:
     from moon2_lab.reporting.attention_figures import focus_figure
 
     fields = config.encoder_fields()
-    models = {"untrained": Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields).eval(), **{arm: Moon2Encoder.from_pretrained(out / arm) for arm in args.arms}}
+    models = {
+        "untrained": Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields).eval(),
+        **{arm: Moon2Encoder.from_pretrained(out / arm) for arm in args.arms},
+    }
     tables = []
     for name, encoder in models.items():
         table = focus_table(encoder, catalog, split="test")

@@ -1,9 +1,12 @@
 """What the filter finds of noise that was put in on purpose, for shares of noise and margin schedules.
 
-    python bench/studies/noise.py --catalog path/to/catalogue --out study --minutes 8 --products 4000 --arms 0.2:0.2:0 0.2:off
+    python bench/studies/noise.py --catalog path/to/catalogue --out study --minutes 8 --products 4000 --arms 0.2:0.2:0
+    0.2:off
 
-An arm is SHARE:START:END (noise, margin at the start and at the end of training) or SHARE:off (filter off). All arms train the same encoder on the same triplets for the same number of steps, which
-is found once; each arm's result stands in OUT as soon as it is there, and a second call makes the arms that are missing.
+An arm is SHARE:START:END (noise, margin at the start and at the end of training) or SHARE:off (filter off). All arms
+train the same encoder on the same triplets for the same number of steps, which
+is found once; each arm's result stands in OUT as soon as it is there, and a second call makes the arms that are
+missing.
 """
 import argparse
 import json
@@ -41,7 +44,10 @@ def run_arm(catalog, part, arm: str, config, out: Path, most: int) -> dict:
     history.to_parquet(out / f"{name}-history.parquet")
     metrics = evaluate(encoder, catalog, split="valid", baselines=False, labels=False)
     recalls = {f"R@10 {direction}": block["R@10"]["value"] for direction, block in metrics["directions"].items()}
-    return {"arm": arm, "steps": trainer.step, "minutes": trainer.seconds["steps"] / 60, "noise": triplets.counts, **recalls, "mean R@10": sum(recalls.values()) / len(recalls)}
+    return {
+        "arm": arm, "steps": trainer.step, "minutes": trainer.seconds["steps"] / 60, "noise": triplets.counts,
+        **recalls, "mean R@10": sum(recalls.values()) / len(recalls),
+    }
 
 
 def main() -> None:
@@ -63,7 +69,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     catalog = Catalog.load(args.catalog)
     part = chosen_products(catalog, args.products)
-    config = TrainConfig(**dict(pair.split("=", 1) for pair in args.set) | {"query_variants": 1, "max_minutes": args.minutes})
+    config = TrainConfig(
+        **dict(pair.split("=", 1) for pair in args.set) | {"query_variants": 1, "max_minutes": args.minutes}
+    )
     steps_file = out / "steps.json"
     if not steps_file.is_file():
         steps_file.write_text(json.dumps(args.steps or make_trainer(catalog, part, config).calibrate()))

@@ -1,10 +1,15 @@
-"""What smaller vectors cost: number types and prefixes, of a model trained with `matryoshka_dims` and of one trained without.
+"""What smaller vectors cost: number types and prefixes, of a model trained with `matryoshka_dims` and of one trained
+without.
 
-    python bench/studies/reduced.py --catalog path/to/catalogue --out study --dims 64 128 256 --steps 145 --products 4000 --seeds 0 1 2
+    python bench/studies/reduced.py --catalog path/to/catalogue --out study --dims 64 128 256 --steps 145 --products
+    4000 --seeds 0 1 2
 
-Both arms have the same products, seeds and number of steps; the order alternates from seed to seed. Each model encodes the test split once, and the same queries (catalog-v1) are asked of every form of its products,
-whole but for their length, as in a search. A run's model and results stand in OUT as soon as they are there, and a second call makes what is missing (calls with different --seeds may run side by side). At the end,
-for each form: the mean R@10 over the seeds, and the difference from the same model's full float32 vectors, paired by query, with its interval; and the one arm against the other, form by form.
+Both arms have the same products, seeds and number of steps; the order alternates from seed to seed. Each model encodes
+the test split once, and the same queries (catalog-v1) are asked of every form of its products,
+whole but for their length, as in a search. A run's model and results stand in OUT as soon as they are there, and a
+second call makes what is missing (calls with different --seeds may run side by side). At the end,
+for each form: the mean R@10 over the seeds, and the difference from the same model's full float32 vectors, paired by
+query, with its interval; and the one arm against the other, form by form.
 """
 import argparse
 import json
@@ -21,7 +26,9 @@ class Kept:
     "An encoder that encodes the same items once."
 
     def __init__(self, encoder):
-        self.encoder, self.fingerprint, self.embedding_dim, self.known = encoder, encoder.fingerprint, encoder.embedding_dim, {}
+        self.encoder, self.fingerprint, self.embedding_dim, self.known = (
+            encoder, encoder.fingerprint, encoder.embedding_dim, {},
+        )
 
     def encode_views(self, items, batch_size: int = 64):
         key = tuple(item.content for item in items)
@@ -73,12 +80,17 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     catalog = Catalog.load(args.catalog)
     part = chosen_products(catalog, args.products)
-    settings = {"query_variants": 1, "max_steps": args.steps, "max_minutes": 0} | dict(pair.split("=", 1) for pair in args.set)
+    settings = {"query_variants": 1, "max_steps": args.steps, "max_minutes": 0} | dict(
+        pair.split("=", 1) for pair in args.set
+    )
     arms = {"plain": (), "matryoshka": tuple(args.dims)}
     for turn, seed in enumerate(args.seeds):
         for arm in list(arms)[:: 1 if turn % 2 == 0 else -1]:
             if not (out / f"{arm}-{seed}.json").is_file():
-                run_arm(catalog, part, TrainConfig(**settings | {"matryoshka_dims": arms[arm], "seed": seed}), out, arm, seed, args.dims)
+                run_arm(
+                    catalog, part, TrainConfig(**settings | {"matryoshka_dims": arms[arm], "seed": seed}), out, arm,
+                    seed, args.dims,
+                )
     seeds = [seed for seed in range(100) if all((out / f"{arm}-{seed}.json").is_file() for arm in arms)]
     if not seeds:
         return
@@ -86,7 +98,9 @@ def main() -> None:
     forms = [(dtype, dim) for dim in (full, *sorted(args.dims, reverse=True)) for dtype in DTYPES]
     tables = []
     for dtype, dim in forms:
-        pairs = [(f"{arm}.{dtype}.{dim}", f"{arm}.float32.{full}", arm) for arm in arms] + [(f"matryoshka.{dtype}.{dim}", f"plain.{dtype}.{dim}", "matryoshka - plain")]
+        pairs = [(f"{arm}.{dtype}.{dim}", f"{arm}.float32.{full}", arm) for arm in arms] + [
+            (f"matryoshka.{dtype}.{dim}", f"plain.{dtype}.{dim}", "matryoshka - plain")
+        ]
         for one, other, what in pairs:
             found = paired(out, seeds, one, other).rename(columns={one: "value", other: "other"})
             tables.append(found.loc[:, ~found.columns.duplicated()].assign(arm=what, dtype=dtype, dim=dim))
