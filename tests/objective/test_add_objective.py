@@ -102,10 +102,10 @@ def test_the_page_has_its_curve(run):
 
 def test_the_widgets_have_it(run):
     from moon2_lab.reporting.routing_figures import training_steps
-    from moon2_lab.widgets.training import live_curves
+    from moon2_lab.widgets.training import live_figure
 
     _, _, history = run
-    assert [curve.name for curve in live_curves(history)].count("query_pair") == 2  # loss and omega
+    assert [trace.name for trace in live_figure(history).data].count("query_pair") == 2  # loss and omega
     steps = training_steps(history)
     assert steps.objectives == SIX and steps.preference.shape == (3, 4, 6) and steps.omega.shape == (3, 6)
 
