@@ -176,7 +176,7 @@ def made_up_query(
     direction: str = "t->mm",
 ):
     "A `QueryHits` with eight drawn hits. It comes from no model."
-    from moon2_lab.reporting.html import RankedProduct, QueryHits
+    from moon2_lab.reporting.html import QueryHits, RankedProduct
 
     text = "made-up phrase" if direction.startswith(("t", "mm")) else None
     image = None if direction.startswith("t") else drawn_shape(place)
@@ -280,7 +280,7 @@ def made_up_routing(
     "A `RoutingMaps` with invented numbers, for figures and widgets without a model."
     from dataclasses import replace
 
-    from moon2_lab.reporting.routing_figures import RoutingMaps, training_steps
+    from moon2_lab.reporting.routing_maps import RoutingMaps, training_steps
 
     rng = np.random.default_rng(seed)
     side = made_up_side("item", text, grid, rng, layers=layers, experts=experts)

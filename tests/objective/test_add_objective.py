@@ -101,7 +101,7 @@ def test_the_page_has_its_curve(run):
 
 
 def test_the_widgets_have_it(run):
-    from moon2_lab.reporting.routing_figures import training_steps
+    from moon2_lab.reporting.routing_maps import training_steps
     from moon2_lab.widgets.training import live_figure
 
     _, _, history = run

@@ -18,11 +18,12 @@ from moon2_lab.config import OBJECTIVES, VIEWS
 from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain.expert_routing import expert_load, token_routing
-from moon2_lab.reporting.routing_figures import EVEN, RoutingMaps, routing_maps, routing_payload, training_steps
-from moon2_lab.testing import made_up_history, made_up_routing
-from moon2_lab.widgets.routing import (
-    COLOURS, RoutingWidget, expert_map_figure, ink_on, routing_picture, routing_png, show_routing,
+from moon2_lab.reporting.routing_figures import (
+    EXPERT_COLOURS, expert_map_figure, ink_on, routing_picture, routing_png, show_routing,
 )
+from moon2_lab.reporting.routing_maps import EVEN, RoutingMaps, routing_maps, routing_payload, training_steps
+from moon2_lab.testing import made_up_history, made_up_routing
+from moon2_lab.widgets.routing import RoutingWidget
 
 MEBIBYTE = 2**20
 HOSTILE = "<script>window.pwned=1</script> <img/src=x/onerror=window.pwned=2> 红色杯子 😀 \u202egnol &amp; $x_2$"
@@ -260,7 +261,7 @@ def test_still_picture_shows_the_strongest_expert():
     grounds = [
         tuple(picture[34 + 65 * (place // 4) + 24, 12 + 65 * (place % 4) + 32].tolist()) for place in range(16)
     ]  # cells of 65 pixels from (12, 34) on; just above the digit
-    assert grounds == [COLOURS[z] for z in maps.strongest[2, :16]]
+    assert grounds == [EXPERT_COLOURS[z] for z in maps.strongest[2, :16]]
     assert routing_png(maps, 0) != routing_png(maps, 2)
     shown = show_routing(maps, 2)
     assert "layer 2" in shown.alt and shown.data.startswith(b"\x89PNG")
@@ -390,7 +391,7 @@ def test_page_shows_the_numbers(opened):
             weights, best = maps.weights[layer, chosen], maps.strongest[layer, chosen]
             assert marks(page, kind) == [str(z) for z in best]
             drawn = [parts(colour) for colour in colours(page, kind)]
-            assert [colour for colour, _ in drawn] == [COLOURS[z] for z in best]
+            assert [colour for colour, _ in drawn] == [EXPERT_COLOURS[z] for z in best]
             assert np.allclose([alpha for _, alpha in drawn], strongest * weights.max(-1), atol=0.006)
         assert page.locator("[data-control='MoE layer'] output").inner_text() == f"layer {layer}"
         shown = page.locator("[data-view=i] .m2r-value").all_inner_texts()
@@ -537,7 +538,7 @@ def test_fits_and_can_be_read(opened, scheme, width):
             parts(chips.nth(expert).evaluate(f"one => getComputedStyle(one).{name}"))[0]
             for name in ("backgroundColor", "color")
         )
-        assert (ground, ink) == (COLOURS[expert], ink_on(expert)) and contrast(ground, ink) >= 4.5
+        assert (ground, ink) == (EXPERT_COLOURS[expert], ink_on(expert)) and contrast(ground, ink) >= 4.5
     keep_screenshot(page, f"experts_{scheme}_{width}.png")
 
 
