@@ -75,6 +75,7 @@ def _tshirt(art: CutOut) -> None:
     if look.feature == "chest pocket":
         art.part(box(.55, .36, .67, .50), look.accent)
 
+# %% ../../../nbs/data/synthetic/252_garments.ipynb #15c8a8e0
 @drawn_as(GARMENTS, "hoodie", ("pullover", "zip-up"), ("kangaroo pocket", "drawstring", "contrast hem"),
           (.40, .50), .055)
 def _hoodie(art: CutOut) -> None:
@@ -95,6 +96,7 @@ def _hoodie(art: CutOut) -> None:
     if look.feature == "contrast hem":
         art.part(box(.285, .83, .715, .91), look.accent)
 
+# %% ../../../nbs/data/synthetic/252_garments.ipynb #87f7381c
 @drawn_as(GARMENTS, "dress", ("mini", "midi", "maxi"), ("", "short sleeve", "belted", "ruffle hem"), (.5, .58), .05)
 def _dress(art: CutOut) -> None:
     "A dress; the style is its length."
@@ -114,6 +116,7 @@ def _dress(art: CutOut) -> None:
         for x in np.linspace(.53 - flare, .47 + flare, 7).tolist():
             art.part(oval(x, hem, .05, .035), look.accent)
 
+# %% ../../../nbs/data/synthetic/252_garments.ipynb #2bb12486
 @drawn_as(GARMENTS, "trousers", ("slim", "wide leg", "shorts"),
           ("", "cargo pocket", "turn-up", "side stripe"), (.40, .20), .045)
 def _trousers(art: CutOut) -> None:
@@ -160,6 +163,7 @@ def _sneaker(art: CutOut) -> None:
     if look.feature == "heel tab":
         art.part(box(.06, top + .06, .16, .62, .03), look.accent)
 
+# %% ../../../nbs/data/synthetic/252_garments.ipynb #222c9b6f
 @drawn_as(GARMENTS, "handbag", ("tote", "satchel", "bucket"), ("chain strap", "contrast handle", "tassel"),
           (.40, .80), .055)
 def _handbag(art: CutOut) -> None:
@@ -185,6 +189,7 @@ def _handbag(art: CutOut) -> None:
         art.stroke([(.68, high), (.70, high + .12)], .016, look.accent)
         art.part([(.68, high + .12), (.72, high + .12), (.75, high + .28), (.65, high + .28)], look.accent)
 
+# %% ../../../nbs/data/synthetic/252_garments.ipynb #5e26b951
 @drawn_as(GARMENTS, "backpack", ("round top", "square", "roll top"), ("front pocket", "two buckles", "side band"),
           (.5, .46), .06)
 def _backpack(art: CutOut) -> None:
@@ -208,6 +213,7 @@ def _backpack(art: CutOut) -> None:
     if look.feature == "side band":
         art.part(box(.23, .60, .77, .68, .0), look.accent)
 
+# %% ../../../nbs/data/synthetic/252_garments.ipynb #e800a025
 @drawn_as(GARMENTS, "hat", ("baseball", "bucket", "beanie"),
           ("", "contrast brim", "pompom", "ribbon"), (.46, .48), .075)
 def _hat(art: CutOut) -> None:
@@ -230,6 +236,7 @@ def _hat(art: CutOut) -> None:
     if look.feature == "ribbon":
         art.stroke([(.24, .60), (.5, .62), (.76, .60)], .045, look.accent)
 
+# %% ../../../nbs/data/synthetic/252_garments.ipynb #79364eae
 @drawn_as(GARMENTS, "watch", ("round dial", "square dial", "rectangular dial"),
           ("", "chronograph", "gold case"), (.5, .12), .04)
 def _watch(art: CutOut) -> None:
@@ -256,6 +263,7 @@ def _watch(art: CutOut) -> None:
     art.stroke([(.5, .5), (.5, .37)], .014, ink, 0)
     art.stroke([(.5, .5), (.585, .54)], .016, ink, 0)
 
+# %% ../../../nbs/data/synthetic/252_garments.ipynb #ad21542c
 @drawn_as(GARMENTS, "sunglasses", ("round", "square", "cat-eye"), ("", "mirrored lens", "tinted lens", "double bridge"),
           (.5, .46), .025)
 def _sunglasses(art: CutOut) -> None:

@@ -41,6 +41,7 @@ def _mug(art: CutOut) -> None:
     else:
         art.part(oval(.45, .27, .40 - side[0][0], .048), (84, 52, 34), .5)
 
+# %% ../../../nbs/data/synthetic/255_shapes.ipynb #d6725ab0
 @drawn_as(DRAWINGS, "vase", ("bottle", "bulb", "cylinder"),
           ("", "two handles", "dipped base", "flared rim"), (.5, .66), .07)
 def _vase(art: CutOut) -> None:
@@ -63,6 +64,7 @@ def _vase(art: CutOut) -> None:
         neck, top = neck - .09, top - .035
     art.part(oval(.5, top + .01, .5 - neck, .025), toned(look.colour, -.45), .2)
 
+# %% ../../../nbs/data/synthetic/255_shapes.ipynb #07386362
 @drawn_as(DRAWINGS, "lamp", ("cone shade", "drum shade", "dome shade"), ("tripod base", "ball base", "column base"),
           (.5, .40), .06)
 def _lamp(art: CutOut) -> None:
@@ -82,6 +84,7 @@ def _lamp(art: CutOut) -> None:
              "dome shade": arc(.5, .52, .32, .42, 180, 360)}[look.style]
     art.part(shade)
 
+# %% ../../../nbs/data/synthetic/255_shapes.ipynb #ed0ca471
 @drawn_as(DRAWINGS, "cushion", ("square", "lumbar", "round"), ("", "tassels", "piping", "button"), (.66, .62), .06)
 def _cushion(art: CutOut) -> None:
     "A cushion, flat."
@@ -103,6 +106,7 @@ def _cushion(art: CutOut) -> None:
     if look.feature == "button":
         art.part(oval(.5, .5, .05), look.accent)
 
+# %% ../../../nbs/data/synthetic/255_shapes.ipynb #045f91fb
 @drawn_as(DRAWINGS, "chair", ("solid back", "slatted back", "round back"), ("", "metal legs", "armrests", "seat pad"),
           (.5, .28), .06)
 def _chair(art: CutOut) -> None:
@@ -128,6 +132,7 @@ def _chair(art: CutOut) -> None:
     if look.feature == "seat pad":
         art.part(smooth([(.27, .51), (.73, .51), (.79, .60), (.21, .60)], 2), look.accent)
 
+# %% ../../../nbs/data/synthetic/255_shapes.ipynb #a44b0021
 @drawn_as(DRAWINGS, "teapot", ("round", "tall", "squat"), ("wooden handle", "top handle", "contrast lid"),
           (.5, .66), .075)
 def _teapot(art: CutOut) -> None:
@@ -167,6 +172,7 @@ def _headphones(art: CutOut) -> None:
             art.part(oval(x, .64, .065), (120, 230, 240))
             art.part(oval(x, .64, .045), look.colour)
 
+# %% ../../../nbs/data/synthetic/255_shapes.ipynb #e93c6858
 @drawn_as(DRAWINGS, "speaker", ("tower", "box", "round"),
           ("", "carry handle", "control knob", "light strip"), (.5, .48), .04)
 def _speaker(art: CutOut) -> None:
@@ -189,6 +195,7 @@ def _speaker(art: CutOut) -> None:
         strip = {"tower": [(.36, .20), (.64, .20)], "box": [(.18, .32), (.82, .32)], "round": [(.36, .27), (.64, .27)]}
         art.stroke(strip[look.style], .03, (120, 230, 240), .2)
 
+# %% ../../../nbs/data/synthetic/255_shapes.ipynb #6cbe6d94
 @drawn_as(DRAWINGS, "phone", ("slim", "rugged", "flip"), ("single camera", "dual camera", "triple camera"),
           (.5, .70), .075)
 def _phone(art: CutOut) -> None:
@@ -207,6 +214,7 @@ def _phone(art: CutOut) -> None:
         art.part(oval(.38, .17 + .125 * number, .022), (90, 120, 170))
     art.part(oval(.52, .15, .016), PALE)
 
+# %% ../../../nbs/data/synthetic/255_shapes.ipynb #dfda9e8c
 @drawn_as(DRAWINGS, "laptop", ("slim", "classic", "2-in-1"), ("", "number pad", "light bar"), (.78, .80), .035)
 def _laptop(art: CutOut) -> None:
     "An open laptop; the surface is around the keys."
@@ -230,6 +238,7 @@ def _laptop(art: CutOut) -> None:
         for x in (.27, .73):
             art.part(box(x - .05, .59, x + .05, .65, .01), STEEL)
 
+# %% ../../../nbs/data/synthetic/255_shapes.ipynb #61fa6518
 @drawn_as(DRAWINGS, "camera", ("compact", "mirrorless", "instant"), ("", "hand strap", "pop-up flash", "viewfinder"),
           (.20, .56), .05)
 def _camera(art: CutOut) -> None:
@@ -254,6 +263,7 @@ def _camera(art: CutOut) -> None:
         art.part(box(.70, top + .02, .84, top + .11, .01), (60, 70, 90))
     art.part(box(.16, top - .035, .26, top + .01, .01), look.accent)
 
+# %% ../../../nbs/data/synthetic/255_shapes.ipynb #03ab148e
 @drawn_as(DRAWINGS, "gamepad", ("classic", "flat", "winged"), ("", "shoulder triggers", "light bar", "single stick"),
           (.5, .45), .045)
 def _gamepad(art: CutOut) -> None:
