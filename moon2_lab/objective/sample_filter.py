@@ -23,7 +23,7 @@ def reliability(
     margin: float,  # by how much the positive should be ahead
     kappa: float,  # slope
 ) -> Tensor:  # (B,), between 0 and 1
-    "phi: how far the positive is ahead of the hardest negative. Without negatives there is nothing to doubt: 1."
+    "phi: how far the positive is ahead of the hardest negative. 1 without negatives."
     hardest = sim_neg.amax(-1) if sim_neg.shape[-1] else torch.full_like(sim_pos, -math.inf)
     return torch.sigmoid(kappa * (sim_pos - hardest - margin))
 

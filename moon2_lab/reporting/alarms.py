@@ -75,7 +75,8 @@ def query_alarms(metrics: dict) -> list[Alarm]:
             text = f"{text} that they look for; to find that is no search."
             alarms.append(Alarm("warning" if share >= 0.5 else "note", text))
     for group in section(metrics, "protocol").get("large_keys") or ():
-        alarms.append(Alarm("note" if group["by"] == "title" else "warning", printable(describe_large_key(group), 200) + "."))
+        level = "note" if group["by"] == "title" else "warning"
+        alarms.append(Alarm(level, printable(describe_large_key(group), 200) + "."))
     return alarms
 
 

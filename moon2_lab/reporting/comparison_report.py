@@ -213,7 +213,8 @@ def _category_counts(index: _PageIndex, comparison: Comparison) -> list[list]:
 
 
 def _place_pictures(
-    index: _PageIndex, comparison: Comparison, rows: list[dict], entries: list[dict], pictures: _ThumbnailURIs, hits: int
+    index: _PageIndex, comparison: Comparison, rows: list[dict], entries: list[dict], pictures: _ThumbnailURIs,
+    hits: int,
 ) -> None:
     "Give entries and products the places of their pictures, row by row: those of the queries and of the hits shown."
     queries, products = direction_queries(comparison.question), list(index.products)
@@ -271,9 +272,9 @@ def _direction_rows(comparison: Comparison) -> tuple[list[str], list[dict]]:
             "direction": direction, "n": int(count["n"]), "tests": [(row, p_text(row)) for row in known],
             "kinds": [int(count[kind]) for kind in KINDS], "overlap": count["overlap"],
         })
-    metrics = [
-        name for metric in dict.fromkeys(tests["metric"]) for name in (f"{metric} A", f"{metric} B", f"B − A, {metric}")
-    ]
+    metrics = []
+    for metric in dict.fromkeys(tests["metric"]):
+        metrics += [f"{metric} A", f"{metric} B", f"B − A, {metric}"]
     return ["Direction", "Queries", *metrics, "▲ won", "▼ lost", "◆ moved", "= same", "lists shared"], rows
 
 # %% ../../nbs/reporting/784_comparison_report.ipynb #97556bf2

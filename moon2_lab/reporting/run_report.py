@@ -120,7 +120,7 @@ def _watch_part(metrics: dict, history: pd.DataFrame | None, notes: list[str]) -
     return lines + [("note", "Remark", note) for note in notes]
 
 # %% ../../nbs/reporting/780_run_report.ipynb #bc2f3deb
-def _direction_rows(scores: pd.DataFrame, others: list[str]) -> list[dict]:
+def _rows_by_direction(scores: pd.DataFrame, others: list[str]) -> list[dict]:
     "One row per direction: R@1, R@5, R@10, the best baseline, other runs; None for a score that there is not."
     standing, rows = against_baselines(scores).set_index("direction"), []
     for direction in dict.fromkeys(scores[scores.kind == "run"].direction):
@@ -151,7 +151,7 @@ def _score_part(metrics: dict, scores: pd.DataFrame) -> dict:
     head = ["Direction", *METRICS, "Best trivial baseline, R@10", "Against it"]
     return {
         "tracks": tracks, "legend": sorted(marks, key=lambda mark: mark[0] != "run"), "head": head, "others": others,
-        "rows": _direction_rows(scores, others), "balance": number(section(metrics, "balance").get("ratio")),
+        "rows": _rows_by_direction(scores, others), "balance": number(section(metrics, "balance").get("ratio")),
     }
 
 # %% ../../nbs/reporting/780_run_report.ipynb #30f29d9f

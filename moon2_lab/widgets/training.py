@@ -152,7 +152,8 @@ class LiveView:
     def draw(self) -> None:
         "Bring the curves up to date now: in place, unless the history has other columns than before."
         started, history = time.monotonic(), pd.DataFrame(self.rows or {"step": []})
-        numbers = history.set_index("step").apply(pd.to_numeric, errors="coerce").replace([math.inf, -math.inf], math.nan)
+        numbers = history.set_index("step").apply(pd.to_numeric, errors="coerce")
+        numbers = numbers.replace([math.inf, -math.inf], math.nan)
         numbers = thin(numbers.dropna(axis="columns", how="all"), self.points).round(4)
         with self.widget.batch_update():
             if set(numbers) == self._columns:

@@ -146,7 +146,7 @@ class _TripletList:
             "curve": self.curve(row.query_id), "points": len(self.curve_rows.get(row.query_id, ()))}
 
     def curve(self, query_id: str) -> list:
-        "[step, doubted or sampled, phi_t, phi_i, phi_mm] in order of steps; long ones are thinned to 200."
+        "[step, source (doubted: down-weighted; sampled), phi_t, phi_i, phi_mm] by step; at most 200."
         rows = self.curve_rows.get(query_id, np.zeros(0, int))
         if len(rows) > 200:
             rows = rows[np.unique(np.linspace(0, len(rows) - 1, 200).astype(int))]
@@ -182,7 +182,7 @@ class FilterInspector(StillWidget):
         ledger=None,  # a FilterLedger, its table, or None
         samples: pd.DataFrame | None = None,  # of PhiWatch.table()
         verdicts: Verdicts | None = None,  # to go on with
-        threshold: float = 0.6,  # under which a triplet is doubted
+        threshold: float = 0.6,  # under which a triplet is down-weighted
         path: str | Path | None = None,  # of the change list
     ):
         if not len(triplets):
