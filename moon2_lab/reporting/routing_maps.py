@@ -17,7 +17,7 @@ from ..config import OBJECTIVES, VIEWS
 from ..errors import DataError, UsageError, printable
 from ..explain.heatmap_data import SideMaps, check_side, side_json
 from ..files import plain
-from ..objective.omega_alarm import objectives_in
+from ..objective.omega_alarm import LARGEST_SHARE, SMALLEST_SUM, objectives_in
 from .alarms import weight_alarms
 from .tables import OBJECTIVE_WORDS, VIEW_WORDS, columns_like, load_series, objective_series
 
@@ -252,6 +252,8 @@ def routing_payload(
     side |= {"experts": {"at": len(data), "shape": list(packed.shape)}, "strongest": maps.strongest.tolist()}
     load = {view: _five_digits(maps.load[view]) for view in VIEWS if view in maps.load}
     objectives = maps.training.objectives if maps.training else OBJECTIVES
-    words = {"views": VIEW_WORDS, "objectives": list(objectives), "objective_words": OBJECTIVE_WORDS}
+    words = {"views": VIEW_WORDS, "objectives": list(objectives)}
+    words["objective_words"] = {name: OBJECTIVE_WORDS.get(name, name) for name in objectives}
+    words["omega_rule"] = {"largest_share": LARGEST_SHARE, "smallest_sum": SMALLEST_SUM}
     payload = {"side": side, "load": load, "training": _training_json(maps.training)}
     return payload | words, data + packed.tobytes()

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..config import DIRECTIONS, VIEWS
 from ..errors import LabError
-from ..objective.omega_alarm import LARGEST_SHARE
+from ..objective.omega_alarm import LARGEST_SHARE, NEAR_SHARE
 from moon2_lab.reporting.tables import (
     BASELINE_WORDS, VIEW_WORDS, columns_like, last_load, load_series, objective_series, score_table, thin,
 )
@@ -174,7 +174,7 @@ def omega_figure(history: pd.DataFrame, points: int | None = 120):
     omega = objective_series(history, "omega")
     _refuse_empty(omega, "objective weights omega")
     most, y_range, level = omega.max(axis=None), None, (1 / len(omega.columns), "even")
-    if most > LARGEST_SHARE - 0.2:
+    if most > NEAR_SHARE:
         y_range, level = (0, max(1.0, most)), (LARGEST_SHARE, "alarm")
     return curve_figure(omega, "Objective weights omega", "omega", points=points, y_range=y_range, level=level)
 

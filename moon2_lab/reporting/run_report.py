@@ -17,7 +17,7 @@ from markupsafe import Markup
 from ..config import DIRECTIONS, VIEWS
 from ..errors import LabError, printable
 from ..explain.heatmap_data import PairHeatmap
-from ..objective.omega_alarm import LARGEST_SHARE, OMEGA_RULE
+from ..objective.omega_alarm import LARGEST_SHARE, NEAR_SHARE, OMEGA_RULE
 from .alarms import alarms
 from .figure_svg import figure_svg
 from .heatmap_figures import match_html
@@ -200,7 +200,7 @@ def _training_part(history: pd.DataFrame) -> list[Markup]:
         loss += "they fall there without the model having learned. "
     weights = f"How much each objective counts; evenly it would be {1 / max(1, len(omega.columns)):.2f}."
     most = omega.max(axis=None) if omega.size else math.nan
-    if most <= LARGEST_SHARE - 0.2:
+    if most <= NEAR_SHARE:
         weights += f" All stay far below {LARGEST_SHARE}, where one objective would take over (highest: {most:.2f})."
     return _charts(
         history, (loss_figure, loss + stretch), (omega_figure, weights), (recall_figure, "Scored during training."),

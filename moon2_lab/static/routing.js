@@ -172,6 +172,7 @@ class Course {
     this.root = make("section", { class: "m2r-course", "aria-label": "over training" }, make("h3", {}, "Over training"));
     if (!run) { this.root.append(make("p", { class: "m2r-none" }, "No training history was given.")); return; }
     this.objectives = payload.objectives.map((name) => [name, payload.objective_words[name]]);
+    this.rule = payload.omega_rule;
     this.slider = make("input", { type: "range", min: 0, max: run.steps.length - 1, step: 1, oninput: () => put("step", run.steps[Number(this.slider.value)]) });
     this.output = make("output");
     this.alarm = make("div", { role: "alert" });
@@ -209,13 +210,13 @@ class Course {
     });
     const total = run.total?.[at] ?? null;
     return make("div", { class: "m2r-omega" }, make("h4", {}, "Objective weights ω"), make("ul", { class: "m2r-bars m2r-wide", role: "list" }, ...rows),
-      make("p", { class: "m2r-note" }, `Dashed: an even weight, ${(1 / this.objectives.length).toFixed(1)}. Sum of ω as printed in the paper: ${total === null ? "unknown" : total.toFixed(2)}.`));
+      make("p", { class: "m2r-note" }, `Dashed: an even weight, ${Number((1 / this.objectives.length).toFixed(2))}. Sum of ω as printed in the paper: ${total === null ? "unknown" : total.toFixed(2)}.`));
   }
 
   warn(at) {
     const omega = this.run.omega?.[at] ?? [], sum = omega.reduce((all, value) => all + (value ?? 0), 0), total = this.run.total?.[at] ?? null, lines = [];
-    omega.forEach((value, place) => { if (sum > 0 && value / sum > 0.8) lines.push(`${this.objectives[place][0]} holds ${percent(value / sum)} of the objective weight at this step: one objective takes over.`); });
-    if (total !== null && total < 0.5) lines.push(`The objective weights sum to ${total.toFixed(2)} at this step: the router escapes the objectives.`);
+    omega.forEach((value, place) => { if (sum > 0 && value / sum > this.rule.largest_share) lines.push(`${this.objectives[place][0]} holds ${percent(value / sum)} of the objective weight at this step: one objective takes over.`); });
+    if (total !== null && total < this.rule.smallest_sum) lines.push(`The objective weights sum to ${total.toFixed(2)} at this step: the router escapes the objectives.`);
     if (this.shown === lines.join()) return;
     this.shown = lines.join();
     this.alarm.replaceChildren(...lines.map((line) => make("p", { class: "m2r-warning" }, make("b", { "aria-hidden": "true" }, "⚠ "), line)));

@@ -1,5 +1,5 @@
 """A sixth alignment objective from outside the package: one entry in `ALIGNMENT`; it has omega, columns, curves."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -101,13 +101,19 @@ def test_the_page_has_its_curve(run):
 
 
 def test_the_widgets_have_it(run):
-    from moon2_lab.reporting.routing_maps import training_steps
+    from moon2_lab.reporting.routing_figures import routing_picture
+    from moon2_lab.reporting.routing_maps import routing_payload, training_steps
+    from moon2_lab.testing import made_up_routing
     from moon2_lab.widgets.training import live_figure
 
     _, _, history = run
     assert [trace.name for trace in live_figure(history).data].count("query_pair") == 2  # loss and omega
     steps = training_steps(history)
     assert steps.objectives == SIX and steps.preference.shape == (3, 4, 6) and steps.omega.shape == (3, 6)
+    maps = replace(made_up_routing(), training=steps)
+    payload, _ = routing_payload(maps)
+    assert payload["objectives"] == list(payload["objective_words"]) == list(SIX)
+    assert np.shape(payload["training"]["omega"]) == (3, 6) and routing_picture(maps).width == 640
 
 
 def test_an_encoder_for_five_is_refused(sixth):
