@@ -388,7 +388,7 @@ def test_the_demo_searches_and_explains_there(fake, monkeypatch, drawn_catalogue
     from moon2_lab.app.interface import prepare
 
     def answers():
-        shop_of = prepare(*model_folders, drawn_catalogue, "test").shop
+        shop_of = prepare(*model_folders, drawn_catalogue, "test").service
         assert {model.encoder.backbone.device.type for model in shop_of.models.values()} == {runtime.pick_device().type}
         hits = shop_of.search("red bag", None)
         return hits, shop_of.heatmap("red bag", None, next(iter(hits.values()))[0]["product_id"])

@@ -57,7 +57,10 @@ def _open_galleries(
     "The gallery of each model: the file or store that it made, else its vectors in the cache; else `UsageError`."
     galleries = {}
     for source in (*vectors, *uris):
-        gallery = _milvus_gallery(source) if source in uris else _file_gallery(source, catalog, facets)
+        gallery = _milvus_gallery(source, catalog) if source in uris else _file_gallery(source, catalog, facets)
+        if not any(map(len, gallery.searchers.values())):
+            what, advice = "none of the products that are shown is in it", "give the catalogue and --split that were embedded"
+            raise UsageError(what, where=str(source), advice=advice)
         searcher = next(iter(gallery.searchers.values()))
         made_by = searcher.about.get("model_fingerprint")
         letters = [letter for letter in encoders if letter not in galleries]
@@ -76,19 +79,17 @@ def _open_galleries(
 
 
 def _file_gallery(path: str | Path, catalog: Catalog, facets: FacetTable) -> Gallery:
-    "The products of the catalogue that a file of vectors holds. `UsageError` where it holds none of them."
+    "The products of the catalogue that a file of vectors holds."
     file = VectorFile(path)
     read = functools.partial(file.read, payload=False)
-    searchers = memory_searchers(read(), catalog.products, facets, file.about, str(path))
-    if not any(map(len, searchers.values())):
-        advice = "give the catalogue and --split that were embedded"
-        raise UsageError("the file holds none of the products that are shown", where=str(path), advice=advice)
-    return Gallery(searchers, read)
+    return Gallery(memory_searchers(read(), catalog.products, facets, file.about, str(path)), read)
 
 
-def _milvus_gallery(uri: str | Path) -> Gallery:
-    "The products that a store of Milvus holds."
-    return Gallery(milvus_searchers(uri), None)
+def _milvus_gallery(uri: str | Path, catalog: Catalog) -> Gallery:
+    "The products that a store of Milvus holds; of the split that is shown, where it is one."
+    splits = {product.split for product in catalog}
+    part = len(catalog) < len(catalog.whole) and len(splits) == 1
+    return Gallery(milvus_searchers(uri, splits.pop() or "all" if part else "all"), None)
 
 # %% ../../nbs/app/860_service.ipynb #52836231
 def _shared_copy(encoder: Moon2Encoder) -> Moon2Encoder:

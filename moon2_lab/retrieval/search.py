@@ -235,11 +235,13 @@ class MilvusSearcher(Searcher):
         self,
         uri: str | Path,
         view: str | None = None,  # None: mm if it is there, else the only one
+        within: str = "",  # a filter that every search keeps to, as on a page that shows one split
     ):
         self.client, self.source = open_store(uri), store_address(uri)
         try:
             with store_errors(uri, "the store cannot be read"):
                 self._open(view)
+                self._within = milvus_filter(within, self.fields) if within else ""
         except BaseException:
             with contextlib.suppress(LabError):  # of a store that is too damaged to be closed
                 self.close()
@@ -261,7 +263,7 @@ class MilvusSearcher(Searcher):
 
     def __len__(self) -> int:
         with store_errors(self.source, "the products cannot be counted"):
-            return count_rows(self.client, self.collection)
+            return count_rows(self.client, self.collection, self._within)
 
     def close(self) -> None:
         "Let go of the store."
@@ -281,7 +283,8 @@ class MilvusSearcher(Searcher):
         _check_k(k)
         queries = _query_vectors(query, self.encoder, self.about["dim"])
         with store_errors(self.source, "the search failed"):
-            expression = milvus_filter(filter, self.fields) if (filter or "").strip() else ""
+            wanted = milvus_filter(filter, self.fields) if (filter or "").strip() else ""
+            expression = " and ".join(f"({term})" for term in (self._within, wanted) if term)
             if self.about["index"] == "FLAT":
                 return self._ask_index(queries, k, expression, {})
             hits = self._compare_matches(queries, k, expression) if expression else None
@@ -358,7 +361,11 @@ def memory_searchers(
     return {view: MemorySearcher(vectors, view, **options) for view in sorted(set(vectors.views))}
 
 
-def milvus_searchers(uri: str | Path) -> dict[str, Searcher]:
-    "View -> searcher in the store, for each view that it holds."
-    first = MilvusSearcher(uri)
-    return {view: first if view == first.view else MilvusSearcher(uri, view) for view in first.views}
+def milvus_searchers(
+    uri: str | Path,
+    split: str = "all",  # only its products are found
+) -> dict[str, Searcher]:
+    "View -> searcher in the store, for each view that it holds. `UsageError` where the store does not know the split."
+    with MilvusSearcher(uri) as store:
+        within = "" if split in ("all", store.about.get("split")) else f"split == {split!r}"
+        return {view: MilvusSearcher(uri, view, within) for view in store.views}

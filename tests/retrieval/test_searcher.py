@@ -264,9 +264,36 @@ def test_the_demo_takes_the_same_file_and_the_same_store(drawn_catalogue, tmp_pa
     with open_searcher(path) as searcher:
         wanted = [hit.product_id for hit in searcher.bind(tiny()).search(query_item("red dress", None), 10)[0]]
     for source in ({"vectors": [path]}, {"uris": [tmp_path / "v.db"]}):
-        shop_page = prepare(tmp_path / "m0", None, drawn_catalogue, **source).shop
+        shop_page = prepare(tmp_path / "m0", None, drawn_catalogue, **source).service
         assert {product.split for product in shop_page.catalog} == {"train"} and shop_page.views == ["t", "i", "mm"]
         hits = shop_page.search("red dress", None, "mm", 10)["hits"]
         assert [hit["product_id"] for hit in hits] == wanted
         with pytest.raises(UsageError, match="by another model"):
             prepare(tmp_path / "m1", None, drawn_catalogue, **source)
+
+
+def test_the_demo_keeps_to_the_split_that_is_shown(drawn_catalogue, tmp_path):
+    "A file or store of all products, and a page of one split: the k best hits of that split; refused where it has none."
+    from moon2_lab.app.interface import prepare
+
+    catalog = Catalog.load(drawn_catalogue)
+    tiny().save_pretrained(tmp_path / "m")
+    path = embed_catalog(tiny(), catalog, tmp_path / "v.parquet").path
+    index_vectors(path, tmp_path / "v.db")
+    with open_searcher(path) as searcher:
+        found = searcher.bind(tiny()).search(query_item("red dress", None), len(catalog), "split == 'valid'")[0]
+    wanted = [hit.product_id for hit in found]
+    assert len(wanted) == len(catalog.split("valid")) > 4
+    for source in ({"vectors": [path]}, {"uris": [tmp_path / "v.db"]}):
+        service = prepare(tmp_path / "m", None, drawn_catalogue, "valid", **source).service
+        assert [hit["product_id"] for hit in service.search("red dress", None, "mm", 4)["hits"]] == wanted[:4]
+        product = catalog.get(wanted[-1])
+        filtered = service.search("red dress", None, "mm", 4, f"product_id == {product.product_id!r}")["hits"]
+        assert [hit["product_id"] for hit in filtered] == wanted[-1:]
+        with pytest.raises(UsageError, match="no product fits the filter"):
+            service.search("red dress", None, "mm", 4, "split == 'train'")
+    only_test = embed_catalog(tiny(), catalog, tmp_path / "test.parquet", split="test").path
+    index_vectors(only_test, tmp_path / "test.db")
+    for source in ({"vectors": [only_test]}, {"uris": [tmp_path / "test.db"]}):
+        with pytest.raises(UsageError, match="none of the products that are shown"):
+            prepare(tmp_path / "m", None, drawn_catalogue, "valid", **source)

@@ -118,6 +118,9 @@ class _Connection:
             self.stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 # %% ../../../nbs/data/importers/215_download.ipynb #ea221202
+_TOO_SLOW = "too slow an answer"
+
+
 def _ask(
     target: Target,
     timeout: float,
@@ -159,7 +162,7 @@ def _ask_address(
             raise ConnectionError(str(error)) from error
         raise Busy(f"no answer from {target.host}: {str(error) or type(error).__name__}") from error
     if connection.hung_up:  # what came until then may look like a whole body
-        raise Busy("the answer takes too long")
+        raise Busy(_TOO_SLOW)
     return answer
 
 
@@ -175,6 +178,8 @@ def _answer(reply, max_bytes: int, until: float) -> tuple[int, str | None, bytes
         return 200, None, read_body(reply.iter_raw(), max_bytes, until)
     except DataError as error:
         raise DataError(f"too long a file: over {max_bytes:,} bytes", advice="scale the picture down") from error
+    except Busy as error:
+        raise Busy(_TOO_SLOW) from error
     except httpx.RemoteProtocolError as error:
         missing = int(reply.headers.get("content-length", 0)) - reply.num_bytes_downloaded
         if missing > 0:
