@@ -36,7 +36,7 @@ from ..reporting.comparison import Comparison, compare_tables
 from ..retrieval.embed import LookupEncoder, cached_vectors
 from ..retrieval.filters import FacetTable, field_values, fold_value
 from ..retrieval.query_input import named_query, query_note, read_upload
-from ..retrieval.search import Searcher, memory_searchers, milvus_searchers
+from ..retrieval.search import MAX_K, Searcher, memory_searchers, milvus_searchers
 from ..retrieval.vectors import VectorBlock, VectorFile
 from ..training.trainer import Trainer
 
@@ -57,10 +57,7 @@ def _open_galleries(
     "The gallery of each model: the file or store that it made, else its vectors in the cache; else `UsageError`."
     galleries = {}
     for source in (*vectors, *uris):
-        gallery = _milvus_gallery(source, catalog) if source in uris else _file_gallery(source, catalog, facets)
-        if not any(map(len, gallery.searchers.values())):
-            what, advice = "none of the products that are shown is in it", "give the catalogue and --split that were embedded"
-            raise UsageError(what, where=str(source), advice=advice)
+        gallery = _milvus_gallery(source) if source in uris else _file_gallery(source, catalog, facets)
         searcher = next(iter(gallery.searchers.values()))
         made_by = searcher.about.get("model_fingerprint")
         letters = [letter for letter in encoders if letter not in galleries]
@@ -79,17 +76,19 @@ def _open_galleries(
 
 
 def _file_gallery(path: str | Path, catalog: Catalog, facets: FacetTable) -> Gallery:
-    "The products of the catalogue that a file of vectors holds."
+    "The products of the catalogue that a file of vectors holds. `UsageError` where it holds none of them."
     file = VectorFile(path)
     read = functools.partial(file.read, payload=False)
-    return Gallery(memory_searchers(read(), catalog.products, facets, file.about, str(path)), read)
+    searchers = memory_searchers(read(), catalog.products, facets, file.about, str(path))
+    if not any(map(len, searchers.values())):
+        advice = "give the catalogue and --split that were embedded"
+        raise UsageError("the file holds none of the products that are shown", where=str(path), advice=advice)
+    return Gallery(searchers, read)
 
 
-def _milvus_gallery(uri: str | Path, catalog: Catalog) -> Gallery:
-    "The products that a store of Milvus holds; of the split that is shown, where it is one."
-    splits = {product.split for product in catalog}
-    part = len(catalog) < len(catalog.whole) and len(splits) == 1
-    return Gallery(milvus_searchers(uri, splits.pop() or "all" if part else "all"), None)
+def _milvus_gallery(uri: str | Path) -> Gallery:
+    "The products that a store of Milvus holds."
+    return Gallery(milvus_searchers(uri), None)
 
 # %% ../../nbs/app/860_service.ipynb #52836231
 def _shared_copy(encoder: Moon2Encoder) -> Moon2Encoder:
@@ -140,9 +139,18 @@ class SearchModel:
             raise UsageError(f"no vectors of the view {view}", where="direction", advice=advice)
         with self.lock:
             vector = self.encoder.encode([query])
-        hits = self.searchers[view].search(vector, k, filter)[0]
-        products = [(self.catalog.get(hit.product_id), hit.score) for hit in hits]
-        return [ProductHit(product, score) for product, score in products if product is not None]
+        return self._shown_hits(self.searchers[view], vector, k, filter)
+
+    def _shown_hits(self, searcher: Searcher, vector: np.ndarray, k: int, filter: str) -> list[ProductHit]:
+        "The k best products that are shown; of a store that holds others, too, more hits are taken until k are shown."
+        depth = k
+        while True:
+            hits = searcher.search(vector, depth, filter)[0]
+            products = [(self.catalog.get(hit.product_id), hit.score) for hit in hits]
+            shown = [ProductHit(product, score) for product, score in products if product is not None]
+            if len(shown) >= k or len(hits) < depth or depth == MAX_K:
+                return shown[:k]
+            depth = min(4 * depth, MAX_K)
 
     def experts(self, items: Sequence[Item]) -> np.ndarray:
         "(N, Z) gate weights of each item, mean over its tokens and MoE layers; Z = 0 for an encoder without experts."
