@@ -124,6 +124,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'moon2_lab.app.service.SearchModel': ('app/service.html#searchmodel', 'moon2_lab/app/service.py'),
                                        'moon2_lab.app.service.SearchModel.__init__': ( 'app/service.html#searchmodel.__init__',
                                                                                        'moon2_lab/app/service.py'),
+                                       'moon2_lab.app.service.SearchModel._shown_hits': ( 'app/service.html#searchmodel._shown_hits',
+                                                                                          'moon2_lab/app/service.py'),
                                        'moon2_lab.app.service.SearchModel.experts': ( 'app/service.html#searchmodel.experts',
                                                                                       'moon2_lab/app/service.py'),
                                        'moon2_lab.app.service.SearchModel.explain': ( 'app/service.html#searchmodel.explain',
