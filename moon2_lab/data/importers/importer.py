@@ -26,7 +26,7 @@ from .encodings import given_encoding
 from .image_store import ImageFinder, ImageResolver, ImageStore, PLAIN, check_place
 from .layouts import find_layout
 from moon2_lab.data.importers.readers import (
-    checked_delimiter, columns_of, data_files, ending_of, open_data, iter_records,
+    checked_delimiter, columns_of, data_files, ending_of, iter_records, open_data,
 )
 from .records import DataFile, Record
 from moon2_lab.data.importers.schemas import (
