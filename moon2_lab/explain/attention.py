@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SideTokens', 'item_in_view', 'side_tokens', 'without_first', 'AttentionRows', 'evaluating', 'attention_of',
-           'WordAttention', 'word_attention', 'rollout', 'probe_attention', 'remove_probes', 'attention_gradient']
+           'WordAttention', 'word_attention', 'rollout', 'attention_gradient']
 
 # %% ../../nbs/explain/615_attention.ipynb #21479b37
 import contextlib
@@ -269,7 +269,7 @@ def _probed_attention(
     return mixed.flatten(0, 1).unflatten(0, (batch, -1)) if packing is not None else mixed, None
 
 
-def probe_attention(model: nn.Module) -> list[nn.Identity]:  # bottom up
+def _probe_attention(model: nn.Module) -> list[nn.Identity]:  # bottom up
     "Let the attention weights of each layer pass an identity, until `remove_probes`. Errors as in `attention_layers`."
     from transformers import AttentionInterface
 
@@ -284,7 +284,7 @@ def probe_attention(model: nn.Module) -> list[nn.Identity]:  # bottom up
     return [module.attention_probe for module in modules]
 
 
-def remove_probes(model: nn.Module) -> None:
+def _remove_probes(model: nn.Module) -> None:
     "Undo `probe_attention`."
     for module in attention_layers(model).values():
         if hasattr(module, "attention_probe"):
@@ -302,9 +302,9 @@ def attention_gradient(
     decoder = score.encoder.backbone.decoder
     probed = hasattr(next(iter(attention_layers(decoder).values())), "attention_probe")
     try:
-        answer = LayerGradientXActivation(score, probe_attention(decoder)).attribute(tuple(inputs))
+        answer = LayerGradientXActivation(score, _probe_attention(decoder)).attribute(tuple(inputs))
     finally:
         if not probed:
-            remove_probes(decoder)
+            _remove_probes(decoder)
     tokens = sum((part[0] if isinstance(part, tuple) else part)[0].mean((0, 1)) for part in answer)  # (T,)
     return [part.detach().cpu().numpy() for part in tokens.split([part.shape[1] for part in inputs])]

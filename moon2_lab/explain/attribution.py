@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'AttributionInputs', 'Method', 'add_method', 'Cancelled', 'raise_if_cancelled', 'run_method',
-           'fitting_methods', 'fitting_method', 'require_vision', 'attribution_inputs', 'pick_side', 'attribute_side',
-           'upsample']
+           'fitting_methods', 'fitting_method', 'require_vision', 'attribution_inputs', 'pick_side', 'attribute_side']
 
 # %% ../../nbs/explain/625_attribution.ipynb #0921143a
 import re
@@ -436,7 +435,7 @@ def attribute_side(
     return Attribution(method, words, picture, chosen.signed, note, inputs.delta, choices, chosen.title)
 
 # %% ../../nbs/explain/625_attribution.ipynb #d513491f
-def upsample(
+def _upsample(
     patches: np.ndarray,  # (g, g) over the padded square
     size: int | tuple[int, int],  # pixels: side of the square, or (width, height)
     how: str = "nearest",  # or bilinear

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Attribution', 'SideMaps', 'PairMaps', 'check_map', 'check_side', 'trust_words', 'trust_facts', 'map_json',
-           'pack_shares', 'small_jpeg', 'side_json', 'pair_payload', 'maps_json', 'PairHeatmap', 'page_heatmap']
+           'small_jpeg', 'side_json', 'pair_payload', 'maps_json', 'PairHeatmap', 'page_heatmap']
 
 # %% ../../nbs/explain/600_heatmap_data.ipynb #a78e146f
 import io
@@ -184,7 +184,7 @@ def _averaged(
     return values, " and ".join(over)
 
 
-def pack_shares(
+def _pack_shares(
     values: np.ndarray,  # (layers, heads, ...) shares
     at: int,  # where the bytes begin
     limit: int,  # bytes
@@ -242,7 +242,7 @@ def side_json(
     for key, values in (("links", side.links), ("pooled", side.pooled), ("experts", experts)):
         facts[key] = None
         if values is not None and values.size:
-            facts[key], more = pack_shares(values, at + len(data), _LIMITS[key])
+            facts[key], more = _pack_shares(values, at + len(data), _LIMITS[key])
             data += more
     if facts["experts"]:
         facts["experts"]["experts"] = int(side.experts.shape[-1])

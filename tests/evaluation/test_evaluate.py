@@ -20,7 +20,7 @@ from moon2_lab.evaluation.baselines import string_match
 from moon2_lab.evaluation.evaluate import evaluate, run_benchmark
 from moon2_lab.evaluation.protocol import catalog_queries, gallery_items, label_tasks, make_benchmark, pick_products
 from moon2_lab.evaluation.statistics import holm, p_text, paired_test_tables
-from moon2_lab.reporting.alarms import baseline_alarms, query_alarms
+from moon2_lab.reporting.alarms import _baseline_alarms, _query_alarms
 from moon2_lab.reporting.tables import against_baselines, score_table
 from PIL import Image, ImageDraw
 
@@ -322,7 +322,7 @@ def test_the_report_says_what_metrics_json_says(metrics):
             entry = metrics["trivial"][row.direction][row.baseline][metric]
             assert (row.verdict, row.p) == (entry["paired"]["verdict"], p_text(entry["paired"]))
     below = {entry["direction"] for entry in metrics["below_baseline"]}
-    assert {alarm.text.split(" ")[0] for alarm in baseline_alarms(scores) if alarm.level == "warning"} <= below
+    assert {alarm.text.split(" ")[0] for alarm in _baseline_alarms(scores) if alarm.level == "warning"} <= below
     untested = {
         d: {
             b: {k: {n: v for n, v in e.items() if n != "paired"} for k, e in block.items()}
@@ -332,7 +332,7 @@ def test_the_report_says_what_metrics_json_says(metrics):
     }
     assert (
         set(against_baselines(score_table(metrics | {"trivial": untested})).verdict) == {"unknown"}
-        and baseline_alarms(score_table(metrics | {"trivial": untested})) == []
+        and _baseline_alarms(score_table(metrics | {"trivial": untested})) == []
     )
 
 
@@ -742,7 +742,7 @@ def test_queries_that_are_the_title_are_counted_everywhere(tmp_path):
     assert 24 <= equal < 30 and metrics["directions"]["t->mm"]["n_queries"] == 30
     assert metrics["protocol"]["queries_equal_title"] == {"n": equal, "of": 30, "share": equal / 30}
     assert f"{equal} of 30 queries equal the title" in score_lines(metrics)
-    assert [alarm.level for alarm in query_alarms(metrics)] == ["warning"] and f"{equal} of 30" in query_alarms(
+    assert [alarm.level for alarm in _query_alarms(metrics)] == ["warning"] and f"{equal} of 30" in _query_alarms(
         metrics
     )[0].text
 
@@ -764,7 +764,7 @@ def test_large_keys_are_named_in_metrics_score_lines_and_alarms():
     (group,) = metrics["protocol"]["large_keys"]
     assert group["products"] == 20 and group["by"] == "picture"
     assert "20 products (50%) share one picture" in score_lines(metrics)
-    assert any("20 products (50%)" in alarm.text and alarm.level == "warning" for alarm in query_alarms(metrics))
+    assert any("20 products (50%)" in alarm.text and alarm.level == "warning" for alarm in _query_alarms(metrics))
 
 
 def test_gallery_files_get_clear_words(catalog, tmp_path):
@@ -812,7 +812,7 @@ def test_cut_texts_are_counted_in_metrics_score_lines_and_alarms():
     assert cut["tokens_cut"] >= 3 * (29 - 8) and f"6 of {cut['texts']} texts are longer than 8 tokens" in score_lines(
         metrics
     )
-    assert any("longer than 8 tokens" in alarm.text for alarm in query_alarms(metrics))
+    assert any("longer than 8 tokens" in alarm.text for alarm in _query_alarms(metrics))
 
 
 def test_a_direction_without_any_right_answer_is_not_scored():

@@ -14,7 +14,7 @@ from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attention import (
-    attention_gradient, attention_of, probe_attention, remove_probes, rollout, side_tokens, without_first,
+    attention_gradient, attention_of, _probe_attention, _remove_probes, rollout, side_tokens, without_first,
     word_attention,
 )
 from moon2_lab.explain.attention_recorder import attention_layers, record_attention
@@ -618,7 +618,7 @@ def test_probes_change_nothing_and_show_the_weights(name, attention, monkeypatch
     score, real, blank = scored(monkeypatch, name, attention=attention)
     pairs = tuple(torch.cat(pair) for pair in zip(real, blank, strict=True))
     plain, wanted = score(*pairs).detach(), eager_rows(score.encoder, item_of())
-    probes, seen = probe_attention(score.encoder.backbone.decoder), []
+    probes, seen = _probe_attention(score.encoder.backbone.decoder), []
     for probe in probes:
         probe.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
     torch.testing.assert_close(score(*pairs).detach(), plain, rtol=0, atol=1e-5)
@@ -627,8 +627,8 @@ def test_probes_change_nothing_and_show_the_weights(name, attention, monkeypatch
     np.testing.assert_allclose(
         attention_of(score.encoder, item_of(), rows="each").weights, wanted, atol=1e-5
     )  # the recorder reads a probed model, too
-    assert probe_attention(score.encoder.backbone.decoder) == probes
-    remove_probes(score.encoder.backbone.decoder)
+    assert _probe_attention(score.encoder.backbone.decoder) == probes
+    _remove_probes(score.encoder.backbone.decoder)
     torch.testing.assert_close(score(*pairs).detach(), plain, rtol=0, atol=0)
 
 
@@ -638,7 +638,7 @@ def test_probes_in_a_padded_batch_of_another_model():
     mask[0, 6:] = 0
     plain = model(input_ids=ids, attention_mask=mask).last_hidden_state.detach()
     wanted, seen = eager_of(model, input_ids=ids, attention_mask=mask), []
-    for probe in probe_attention(model):
+    for probe in _probe_attention(model):
         probe.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
     torch.testing.assert_close(
         model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].detach(),
@@ -653,7 +653,7 @@ def test_captum_takes_the_probes_as_layers(monkeypatch):
     from captum.attr import LayerActivation, LayerGradientXActivation
 
     score, real, _ = scored(monkeypatch)
-    probes, kept = probe_attention(score.encoder.backbone.decoder), []
+    probes, kept = _probe_attention(score.encoder.backbone.decoder), []
     found = LayerGradientXActivation(score, probes).attribute(real)
     activation = LayerActivation(score, probes[0]).attribute(real)
     length = sum(part.shape[1] for part in real)
@@ -687,11 +687,11 @@ def test_attention_gradient_takes_its_probes_out_again(monkeypatch):
 
 def test_probes_want_rows_of_one_length(monkeypatch):
     encoder = encoder_of("tiny", monkeypatch)
-    probe_attention(encoder.backbone.decoder)
+    _probe_attention(encoder.backbone.decoder)
     with pytest.raises(UsageError, match="different lengths"):
         encoder.encode([item_of(), Item("red", None)])
     with pytest.raises(UsageError, match="cannot be picked up"):
-        probe_attention(nn.Linear(2, 2))
+        _probe_attention(nn.Linear(2, 2))
 
 
 # ---------------------------------------------------------------------------------------------- routing

@@ -21,9 +21,9 @@ from moon2_lab.data.products import Item
 from moon2_lab.data.synthetic.generator import draw_product
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attribution import (
-    AttributionInputs, Cancelled, METHODS, attribute_side, attribution_inputs, fitting_methods, run_method, upsample,
+    AttributionInputs, Cancelled, METHODS, attribute_side, attribution_inputs, fitting_methods, run_method, _upsample,
 )
-from moon2_lab.explain.explainer import Explainer, ExplainerCache, read_side
+from moon2_lab.explain.explainer import Explainer, ExplainerCache, _read_side
 from moon2_lab.explain.faithfulness import measure_faithfulness
 from moon2_lab.explain.pair_score import DecoderScore, mean_patch
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
@@ -131,12 +131,12 @@ def test_attention_of_a_layer_and_head():
 
 def test_upsampled_cells_keep_their_places():
     cells = np.arange(4.0).reshape(2, 2)
-    assert (upsample(cells, 4) == np.repeat(np.repeat(cells, 2, 0), 2, 1)).all() and upsample(cells, (6, 4)).shape == (
+    assert (_upsample(cells, 4) == np.repeat(np.repeat(cells, 2, 0), 2, 1)).all() and _upsample(cells, (6, 4)).shape == (
         4,
         6,
     )
     with pytest.raises(UsageError, match="nearest or bilinear"):
-        upsample(cells, 4, "cubic")
+        _upsample(cells, 4, "cubic")
 
 
 # ---------------------------------------------------------------------------------------------- other backbones
@@ -198,7 +198,7 @@ def test_a_method_that_does_not_fit_is_named(monkeypatch):
 def test_a_model_saved_without_its_vision_encoder():
     encoder, (query, item) = tiny(), pair()
     encoder.backbone.vision = None
-    for ask in (lambda: attribute_side(encoder, query, item), lambda: read_side(encoder, item, "item")):
+    for ask in (lambda: attribute_side(encoder, query, item), lambda: _read_side(encoder, item, "item")):
         with pytest.raises(DataError, match="no vision encoder.*explain texts only"):
             ask()
     found = attribute_side(encoder, Item("red box", None), Item("a nice red box", None))

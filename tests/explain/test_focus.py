@@ -17,7 +17,7 @@ from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain import content_focus
 from moon2_lab.explain.attention import AttentionRows, side_tokens
 from moon2_lab.explain.content_focus import (
-    compare_focus, content_tokens, even_attention, focus_table, left_out_counts, subject_patches,
+    compare_focus, _content_tokens, _even_attention, focus_table, left_out_counts, _subject_patches,
 )
 from moon2_lab.reporting.attention_figures import focus_figure
 
@@ -142,8 +142,8 @@ def test_a_model_that_looks_evenly_is_its_own_even_reference(attention):
 def test_even_attention():
     "By hand, and a distribution."
     by_rows = np.tril(np.ones((6, 6))) / np.arange(1, 7)[:, None]
-    assert even_attention(6, True) == pytest.approx(by_rows.mean(0))
-    assert even_attention(5, False) == pytest.approx(np.full(5, 0.2))
+    assert _even_attention(6, True) == pytest.approx(by_rows.mean(0))
+    assert _even_attention(5, False) == pytest.approx(np.full(5, 0.2))
 
 
 # ---------------------------------------------------------------------------------------------- what counts
@@ -153,7 +153,7 @@ def test_content_words_are_found_by_their_letters():
     "Plural, hyphens, signs, blanks before a piece, letters of other scripts; brands are no content."
     title = "ACME Red-Mugs, mugs (rouge) 赤い"
     spans = [(0, 4), (4, 8), (8, 13), (13, 14), (14, 19), (19, 21), (21, 26), (26, 27), (27, 30)]
-    assert content_tokens(title, spans, {"mug", "rouge", "赤い"}).tolist() == [
+    assert _content_tokens(title, spans, {"mug", "rouge", "赤い"}).tolist() == [
         False,
         False,
         False,
@@ -164,7 +164,7 @@ def test_content_words_are_found_by_their_letters():
         False,
         True,
     ]
-    assert content_tokens(title, spans, {"redmug"}).tolist() == [False, True, True] + [False] * 6
+    assert _content_tokens(title, spans, {"redmug"}).tolist() == [False, True, True] + [False] * 6
 
 
 def test_cells_of_the_subject():
@@ -177,13 +177,13 @@ def test_cells_of_the_subject():
         ):  # 9 x 9 of 20 x 20 is less than a quarter, 10 x 10 just that
             picture = Image.new("RGB", (40, 40), backdrop)
             picture.paste((200, 30, 30), (20, 20, 20 + pixels, 20 + pixels))
-            assert np.flatnonzero(subject_patches(picture, 2, fine=20)).tolist() == expected
+            assert np.flatnonzero(_subject_patches(picture, 2, fine=20)).tolist() == expected
     wide = Image.new("RGB", (64, 16), (120, 120, 120))  # padded above and below to 64 x 64
     wide.paste((0, 0, 0), (0, 4, 32, 12))
-    assert np.flatnonzero(subject_patches(wide, 4)).tolist() == [4, 5, 8, 9]
+    assert np.flatnonzero(_subject_patches(wide, 4)).tolist() == [4, 5, 8, 9]
     scene = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    assert not subject_patches(scene, 4).any()
-    assert subject_patches(Image.new("RGB", (1, 1), "red"), 2).shape == (4,)
+    assert not _subject_patches(scene, 4).any()
+    assert _subject_patches(Image.new("RGB", (1, 1), "red"), 2).shape == (4,)
 
 
 def test_what_cannot_be_measured_is_counted():

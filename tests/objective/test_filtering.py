@@ -15,7 +15,7 @@ from moon2_lab.config import CHOICES, OBJECTIVES, TrainConfig, VIEWS
 from moon2_lab.errors import UsageError
 from moon2_lab.files import read_json
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective.contrastive import fits_dim, inter_product_loss, loss_receipt, truncated
+from moon2_lab.objective.contrastive import fits_dim, inter_product_loss, loss_receipt, _truncated
 from moon2_lab.objective.objective import (
     Moon2Objective, TripletKeys, TripletRouting, TripletViews, batch_masks, triplet_reliability,
 )
@@ -405,7 +405,7 @@ def test_an_encoder_trained_with_prefixes_has_better_ones(small_runs, tmp_path):
         trainer = trained_shop(tmp_path / f"run-{len(dims)}", dims)
         own = {triplet.positive.product_id: triplet for triplet in trainer.triplets}.values()
         query, item = (torch.from_numpy(trainer.encoder.encode(rows, view=view)) for rows, view in (([t.query for t in own], "t"), ([t.positive for t in own], "mm")))
-        found[dims] = inter_product_loss(truncated(query, 4), truncated(item, 4), None, 0.05).item(), list(trainer.table().columns)
+        found[dims] = inter_product_loss(_truncated(query, 4), _truncated(item, 4), None, 0.05).item(), list(trainer.table().columns)
         loaded = Moon2Encoder.from_pretrained(tmp_path / f"run-{len(dims)}" / "model")
         assert loaded.info["matryoshka_dims"] == list(dims) and [fits_dim(loaded.info, dim, 64) for dim in (4, 5, 64)] == [bool(dims), False, True]
     assert found[4, 8][0] < 0.7 * found[()][0], found  # seen: 1.14 and 2.39

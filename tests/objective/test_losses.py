@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moon2_lab.config import CHOICES, OBJECTIVES
 from moon2_lab.errors import LabError
 from moon2_lab.objective.contrastive import (
-    candidate_masks, contrastive_loss, fits_dim, inter_product_loss, intra_product_loss, prefix_loss, truncated,
+    candidate_masks, contrastive_loss, fits_dim, inter_product_loss, intra_product_loss, prefix_loss, _truncated,
 )
 from moon2_lab.objective.objective_weights import (
     balance_loss, balance_target, collective_support, load_balance_loss, objective_weights, preference, sparsity_loss,
@@ -245,7 +245,7 @@ def test_gradcheck_of_prefixes():
     query, positive, negatives = (unit(*shape, seed=i).requires_grad_() for i, shape in enumerate(((3, 5), (3, 5), (3, 2, 5))))
     options = {"keys": torch.tensor([1, 2, 2]), "negative_keys": torch.tensor([[3, 1], [4, 4], [5, 6]]), "weight": torch.tensor([0.3, 1.0, 0.9], dtype=torch.float64), "dims": (2, 3)}
     assert torch.autograd.gradcheck(lambda *v: inter_product_loss(*v, 0.5, **options), (query, positive, negatives))
-    (slope,) = torch.autograd.grad(truncated(query, 2).pow(3).sum(), query)
+    (slope,) = torch.autograd.grad(_truncated(query, 2).pow(3).sum(), query)
     assert (slope[:, 2:] == 0).all() and (slope[:, :2] != 0).any()
 
 
@@ -253,7 +253,7 @@ def test_a_prefix_of_zeros_stays_zero_and_its_gradient_is_small():
     rows = unit(3, 6, seed=1)
     rows[1, :2], rows[2, :2] = 0.0, 1e-9
     rows.requires_grad_()
-    short = truncated(rows, 2)
+    short = _truncated(rows, 2)
     assert (short[1] == 0).all() and short[2].abs().max() < 1e-6 and short[0].norm().item() == pytest.approx(1)
     (slope,) = torch.autograd.grad(inter_product_loss(rows, unit(3, 6, seed=2), None, 0.05, dims=(2,)), rows)
     assert slope.isfinite().all() and slope.abs().max() < 100
@@ -272,7 +272,7 @@ def test_masked_rows_may_hold_nan_with_prefixes():
 
 def test_prefixes_of_low_precision_vectors_are_scored_in_float32():
     query, positive = unit(8, 64, seed=1).bfloat16(), unit(8, 64, seed=2).bfloat16()
-    assert truncated(query, 16).dtype == torch.float32
+    assert _truncated(query, 16).dtype == torch.float32
     torch.testing.assert_close(inter_product_loss(query, positive, None, 0.05, dims=(16,)), inter_product_loss(query.float(), positive.float(), None, 0.05, dims=(16,)))
 
 
@@ -298,7 +298,7 @@ def recall_of_a_linear_encoder(dims, seed):
         optimizer.step()
     with torch.no_grad():
         query, item = encode(products[256:]), encode(products[256:])
-        return [((truncated(query, d) @ truncated(item, d).T).argmax(1) == torch.arange(256)).float().mean().item() for d in (4, 8, 32)]
+        return [((_truncated(query, d) @ _truncated(item, d).T).argmax(1) == torch.arange(256)).float().mean().item() for d in (4, 8, 32)]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -21,8 +21,8 @@ from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.evaluate import run_benchmark
 from moon2_lab.evaluation.protocol import make_benchmark
 from moon2_lab.evaluation.statistics import holm, p_text, paired_test_tables
-from moon2_lab.reporting.comparison import KINDS, compare_encoders, compare_tables, query_product
-from moon2_lab.reporting.comparison_report import diff_page, explain_changes, page_data, write_diff_page
+from moon2_lab.reporting.comparison import KINDS, compare_encoders, compare_tables, _query_product
+from moon2_lab.reporting.comparison_report import diff_page, explain_changes, _page_data, write_diff_page
 from moon2_lab.retrieval.query_input import matching_attributes
 from moon2_lab.testing import MadeUpEncoder, made_up_catalog, made_up_comparison
 
@@ -183,13 +183,13 @@ def test_nothing_to_find_is_no_hit(catalog):
 
 
 def test_a_query_of_its_own_belongs_to_what_it_should_find(catalog):
-    assert query_product(catalog, "query 7", ["made-up-003"]).product_id == "made-up-003"
+    assert _query_product(catalog, "query 7", ["made-up-003"]).product_id == "made-up-003"
     assert (
-        query_product(catalog, "made-up-001", ["made-up-003"]).product_id == "made-up-003"
+        _query_product(catalog, "made-up-001", ["made-up-003"]).product_id == "made-up-003"
     )  # an id that only looks like a product's
     assert (
-        query_product(catalog, "made-up-001", []).product_id == "made-up-001"
-        and query_product(catalog, "query 7", []) is None
+        _query_product(catalog, "made-up-001", []).product_id == "made-up-001"
+        and _query_product(catalog, "query 7", []) is None
     )
 
 
@@ -266,7 +266,7 @@ def test_explanations_belong_to_the_first_products(tmp_path):
             assert list(why[letter]["routing"]) == row[f"top_ids_{letter}"] and np.allclose(
                 [sum(shares) for shares in why[letter]["routing"].values()], 1, atol=1e-5
             )
-    data = page_data(found, told)
+    data = _page_data(found, told)
     with_reasons = [row for row in data["rows"] if "why" in row]
     assert len(with_reasons) == 3 and all(
         len(shares) == 4 for row in with_reasons for shares in row["why"]["a"]["routing"].values()
@@ -295,7 +295,7 @@ def test_size_of_500_queries_in_five_directions(tmp_path):
     found = compare_encoders(MadeUpEncoder(1.1, 1), MadeUpEncoder(0.9, 2), catalog, resamples=50)
     assert len(found) == 2500
     path = write_diff_page(found, tmp_path)
-    data = page_data(found)
+    data = _page_data(found)
     assert len(data["rows"]) == 2500 and data["left_out"] == 0 and len(data["pictures"]) == 1000
     assert 4_000_000 < path.stat().st_size < 15_000_000
     small = write_diff_page(found, tmp_path / "small.html", limit=5_000_000)
@@ -307,7 +307,7 @@ def test_size_of_500_queries_in_five_directions(tmp_path):
 def test_rows_that_are_not_shown_are_counted(made):
     content = diff_page(made, most=7)
     assert f"{7 * 5} of {len(made):,} queries are in this page" in content
-    data = page_data(made, most=7)
+    data = _page_data(made, most=7)
     assert sum(sum(row[2:]) for row in data["counts"]) == len(made)
     shown = {
         direction: sorted(abs(row["change"]) for row in data["rows"] if row["d"] == place)
@@ -318,7 +318,7 @@ def test_rows_that_are_not_shown_are_counted(made):
 
 
 def test_each_picture_is_embedded_once(made):
-    data = page_data(made)
+    data = _page_data(made)
     assert len(set(data["pictures"])) == len(data["pictures"])
     for picture in data["pictures"][:5]:
         assert picture.startswith("data:image/jpeg;base64,")

@@ -19,9 +19,9 @@ from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain.expert_routing import expert_load, token_routing
 from moon2_lab.reporting.routing_figures import (
-    EXPERT_COLOURS, expert_map_figure, ink_on, routing_picture, routing_png, show_routing,
+    _EXPERT_COLOURS, expert_map_figure, _ink_on, routing_picture, routing_png, show_routing,
 )
-from moon2_lab.reporting.routing_maps import EVEN, RoutingMaps, routing_maps, routing_payload, training_steps
+from moon2_lab.reporting.routing_maps import _EVEN, RoutingMaps, routing_maps, routing_payload, training_steps
 from moon2_lab.testing import made_up_history, made_up_routing
 from moon2_lab.widgets.routing import RoutingWidget
 
@@ -222,7 +222,7 @@ def test_the_strongest_and_the_even():
     maps = made_up_routing()
     weights = maps.weights.copy()
     weights[0, 5] = 0.5, 0.5, 0, 0
-    weights[0, 6] = 0.5 - EVEN, 0.5 + EVEN, 0, 0
+    weights[0, 6] = 0.5 - _EVEN, 0.5 + _EVEN, 0, 0
     strongest = RoutingMaps(dataclasses.replace(maps.side, experts=weights)).strongest
     assert strongest[0, 5:7].tolist() == [-1, 1] and np.array_equal(strongest[1:], weights[1:].argmax(-1))
 
@@ -261,7 +261,7 @@ def test_still_picture_shows_the_strongest_expert():
     grounds = [
         tuple(picture[34 + 65 * (place // 4) + 24, 12 + 65 * (place % 4) + 32].tolist()) for place in range(16)
     ]  # cells of 65 pixels from (12, 34) on; just above the digit
-    assert grounds == [EXPERT_COLOURS[z] for z in maps.strongest[2, :16]]
+    assert grounds == [_EXPERT_COLOURS[z] for z in maps.strongest[2, :16]]
     assert routing_png(maps, 0) != routing_png(maps, 2)
     shown = show_routing(maps, 2)
     assert "layer 2" in shown.alt and shown.data.startswith(b"\x89PNG")
@@ -391,7 +391,7 @@ def test_page_shows_the_numbers(opened):
             weights, best = maps.weights[layer, chosen], maps.strongest[layer, chosen]
             assert marks(page, kind) == [str(z) for z in best]
             drawn = [parts(colour) for colour in colours(page, kind)]
-            assert [colour for colour, _ in drawn] == [EXPERT_COLOURS[z] for z in best]
+            assert [colour for colour, _ in drawn] == [_EXPERT_COLOURS[z] for z in best]
             assert np.allclose([alpha for _, alpha in drawn], strongest * weights.max(-1), atol=0.006)
         assert page.locator("[data-control='MoE layer'] output").inner_text() == f"layer {layer}"
         shown = page.locator("[data-view=i] .m2r-value").all_inner_texts()
@@ -538,7 +538,7 @@ def test_fits_and_can_be_read(opened, scheme, width):
             parts(chips.nth(expert).evaluate(f"one => getComputedStyle(one).{name}"))[0]
             for name in ("backgroundColor", "color")
         )
-        assert (ground, ink) == (EXPERT_COLOURS[expert], ink_on(expert)) and contrast(ground, ink) >= 4.5
+        assert (ground, ink) == (_EXPERT_COLOURS[expert], _ink_on(expert)) and contrast(ground, ink) >= 4.5
     keep_screenshot(page, f"experts_{scheme}_{width}.png")
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.faithfulness import Faithfulness
-from moon2_lab.explain.heatmap_data import Attribution, PairMaps, map_json, maps_json, pack_shares, pair_payload
+from moon2_lab.explain.heatmap_data import Attribution, PairMaps, map_json, maps_json, _pack_shares, pair_payload
 from moon2_lab.reporting.attention_figures import layer_head_figure
-from moon2_lab.reporting.heatmap_figures import pair_map_figure, pair_map_plot, plot_png, show_static, static_png
+from moon2_lab.reporting.heatmap_figures import pair_map_figure, pair_map_plot, _plot_png, show_static, static_png
 from moon2_lab.reporting.heatmap_page import heat_page, write_heat_page
 from moon2_lab.reporting.html import inline_json
 from moon2_lab.testing import made_up_pair, made_up_side
@@ -100,10 +100,10 @@ def test_more_attention_than_fits_is_averaged_and_told():
 
 def test_bytes_give_the_shares_back():
     shares = np.random.default_rng(0).dirichlet(np.ones(49), (3, 2, 10))
-    told, data = pack_shares(shares, 0, 10**6)
+    told, data = _pack_shares(shares, 0, 10**6)
     back = np.frombuffer(data, np.uint8).reshape(shares.shape) * np.reshape(told["scales"], (3, 2, 1, 1)) / 255
     assert np.abs(back - shares).max() <= shares.max() / 500
-    averaged, data = pack_shares(shares, 0, 1500)
+    averaged, data = _pack_shares(shares, 0, 1500)
     assert averaged["averaged"] == "heads" and len(data) == 3 * 10 * 49
     assert (
         np.abs(
@@ -152,7 +152,7 @@ def test_unusual_pairs_can_be_shown(name):
     assert "<script>window" not in heat_page(pair)
     assert len(static_png(pair)) < 100_000
     assert pair_map_figure(pair, method).data
-    assert Image.open(io.BytesIO(plot_png(pair_map_plot(pair, method, theme="dark")))).width == 600
+    assert Image.open(io.BytesIO(_plot_png(pair_map_plot(pair, method, theme="dark")))).width == 600
 
 
 def test_titles_are_text_in_plotly():

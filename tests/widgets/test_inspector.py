@@ -20,7 +20,7 @@ from moon2_lab.data.triplets import Triplet
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.objective.sample_filter import FilterLedger
 from moon2_lab.training.triplet_review import (
-    PHIS, PhiWatch, Verdict, Verdicts, apply_verdicts, inspection_table, phi_over_time, stray_verdicts, triplet_phi,
+    PHIS, PhiWatch, Verdict, Verdicts, apply_verdicts, inspection_table, phi_over_time, _stray_verdicts, triplet_phi,
 )
 from moon2_lab.widgets.triplets import FilterInspector, PAGE
 
@@ -166,7 +166,7 @@ def test_stray_verdicts_are_told():
     verdicts = Verdicts(
         {"q0001": Verdict("drop", "", ("another", "product")), "nobody": Verdict("drop"), "q0002": Verdict("drop")}
     )
-    assert stray_verdicts(triplets, verdicts) == {
+    assert _stray_verdicts(triplets, verdicts) == {
         "q0001": "its positive or its negatives are others now",
         "nobody": "no triplet has this query_id",
     }

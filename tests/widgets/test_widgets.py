@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from moon2_lab.config import TrainConfig
-from moon2_lab.reporting.contact_sheet import Card, caption_font, card_sheet, cards_html, triplet_cards, wrap
+from moon2_lab.reporting.contact_sheet import Card, _caption_font, card_sheet, cards_html, triplet_cards, wrap
 from moon2_lab.testing import made_up_history
 from moon2_lab.training.run_folder import RunFolder
 from moon2_lab.widgets.training import BatchView, LiveTraining, LiveView
@@ -277,7 +277,7 @@ def test_batch_view_of_real_triplets(make_trainer):
 @given(st.text(max_size=300), st.integers(20, 200), st.integers(1, 4))
 def test_wrapped_words_fit(text, width, lines):
     "Whatever a seller writes: emoji, Arabic, one word of a thousand letters, control characters."
-    font = caption_font(text, 12)
+    font = _caption_font(text, 12)
     found = wrap(text, font, width, lines)
     assert 1 <= len(found) <= lines
     assert all(font.getlength(line) <= width for line in found)
