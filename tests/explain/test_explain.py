@@ -131,10 +131,9 @@ def test_attention_of_a_layer_and_head():
 
 def test_upsampled_cells_keep_their_places():
     cells = np.arange(4.0).reshape(2, 2)
-    assert (_upsample(cells, 4) == np.repeat(np.repeat(cells, 2, 0), 2, 1)).all() and _upsample(cells, (6, 4)).shape == (
-        4,
-        6,
-    )
+    assert (_upsample(cells, 4) == np.repeat(np.repeat(cells, 2, 0), 2, 1)).all() and _upsample(
+        cells, (6, 4)
+    ).shape == (4, 6)
     with pytest.raises(UsageError, match="nearest or bilinear"):
         _upsample(cells, 4, "cubic")
 

@@ -1,4 +1,6 @@
-"""One pass through the language model gives what a forward pass for each view gives: embeddings, routing, every loss term, gradients."""
+"""One pass through the language model gives what a forward pass for each view gives: embeddings, routing, every loss
+term, gradients.
+"""
 import copy
 import dataclasses
 import json
@@ -40,11 +42,15 @@ def mixed():
 
 
 def apart(encoder, items):
-    "Each view of each item by a forward of its own: one row at a time, with the attention of transformers, nothing packed, nothing shared."
+    """Each view of each item by a forward of its own: one row at a time, with the attention of transformers, nothing
+    packed, nothing shared.
+    """
     decoder, blocks = encoder.backbone.decoder, encoder.moe_blocks
     before = decoder.config._attn_implementation
     decoder.set_attn_implementation("sdpa")
-    found, gates, selected, zero = ItemViews({}, {}, {}), [[] for _ in blocks], [[] for _ in blocks], encoder.alignment.new_zeros
+    found, gates, selected, zero = (
+        ItemViews({}, {}, {}), [[] for _ in blocks], [[] for _ in blocks], encoder.alignment.new_zeros,
+    )
     try:
         for view in VIEWS:
             vectors, routings, present = [], [], []
@@ -69,12 +75,17 @@ def apart(encoder, items):
                 for place, layer in enumerate(tape):
                     gates[place].append(layer.gates)
                     selected[place].append(layer.selected)
-            found.embedding[view], found.routing[view], found.present[view] = torch.stack(vectors), torch.stack(routings), torch.tensor(present)
+            found.embedding[view], found.routing[view], found.present[view] = (
+                torch.stack(vectors), torch.stack(routings), torch.tensor(present),
+            )
     finally:
         decoder.set_attn_implementation(before)
         for block in blocks:
             block.tape = None
-    found.layers = [LayerGates(torch.cat(g), torch.cat(s), torch.ones(sum(map(len, g)), dtype=g[0].dtype)) for g, s in zip(gates, selected)]
+    found.layers = [
+        LayerGates(torch.cat(g), torch.cat(s), torch.ones(sum(map(len, g)), dtype=g[0].dtype))
+        for g, s in zip(gates, selected)
+    ]
     return found
 
 
@@ -109,22 +120,35 @@ def assert_same(one, other, eps, gradient_eps=None, rows=None):
     scale = max(1.0, max(g.abs().max().item() for g in grads.values()))
     far = {name: distance(grads[name], grads_apart[name]) / scale for name in grads}
     assert max(far.values()) < (gradient_eps or eps), far
-    assert any("router" in name for name in grads) and "alignment" in grads and all(bool(g.isfinite().all()) for g in grads.values())
+    assert (
+        any("router" in name for name in grads)
+        and "alignment" in grads
+        and all(bool(g.isfinite().all()) for g in grads.values())
+    )
 
 
 # ---------------------------------------------------------------------------------------------- one pass equals three
 
 
-@pytest.mark.parametrize("mode, routing", [("balanced", "per_view"), ("faithful", "per_view"), ("floored", "shared"), ("detached", "shared")])
+@pytest.mark.parametrize(
+    "mode, routing", [("balanced", "per_view"), ("faithful", "per_view"), ("floored", "shared"), ("detached", "shared")]
+)
 def test_one_pass_equals_three_forwards_in_float64(whole, mode, routing):
     "Experts, routers and W* are pushed apart by noise: with copies of one expert it would pass whatever the routing."
     encoder = tiny(perturbed=True, double=True)
     measure = partial(measured, encoder, whole, omega_mode=mode, omega_routing=routing)
-    shared, three, reference = measure(encoder.forward_items), measure(partial(encoder.forward_items, share=False)), measure(partial(apart, encoder))
+    shared, three, reference = (
+        measure(encoder.forward_items), measure(partial(encoder.forward_items, share=False)),
+        measure(partial(apart, encoder)),
+    )
     assert set(OBJECTIVES) <= shared[1].keys() and (mode == "balanced") == ("balance" in shared[1])
     assert_same(shared, reference, 1e-9)
     assert_same(three, reference, 1e-9)
-    assert shared[0].tokens < three[0].tokens < sum(len(layer.gates) for layer in reference[0].layers) / len(reference[0].layers)
+    assert (
+        shared[0].tokens
+        < three[0].tokens
+        < sum(len(layer.gates) for layer in reference[0].layers) / len(reference[0].layers)
+    )
 
 
 @pytest.mark.parametrize("first", range(4))
@@ -134,27 +158,47 @@ def test_any_mix_of_missing_views(mixed, first):
     items, _ = collate(triplets)
     assert {(bool(item.text), item.image is not None) for item in items} == {(True, True), (True, False), (False, True)}
     encoder = tiny(perturbed=True, double=True)
-    assert_same(measured(encoder, triplets, encoder.forward_items), measured(encoder, triplets, partial(apart, encoder)), 1e-9)
+    assert_same(
+        measured(encoder, triplets, encoder.forward_items), measured(encoder, triplets, partial(apart, encoder)), 1e-9
+    )
 
 
 @pytest.mark.parametrize("expanded", ["one", "all", "none"])
 def test_augmented_products(expanded):
-    "Enriched titles and several pictures: images first, then title, then enriched title; three of four products have them."
+    """Enriched titles and several pictures: images first, then title, then enriched title; three of four products have
+    them.
+    """
     triplets = some_triplets(augmented_shop(), count=5)
     items, _ = collate(triplets, expanded=expanded)
-    assert {len(item.pictures) for item in items} == {"one": {1, 2}, "all": {1, 2, 3}, "none": {1}}[expanded] and {len(item.texts) for item in items} == {1, 2}
+    assert {len(item.pictures) for item in items} == {"one": {1, 2}, "all": {1, 2, 3}, "none": {1}}[expanded] and {
+        len(item.texts) for item in items
+    } == {1, 2}
     encoder = tiny(perturbed=True, double=True)
-    shared, three = measured(encoder, triplets, encoder.forward_items, expanded), measured(encoder, triplets, partial(apart, encoder), expanded)
+    shared, three = (
+        measured(encoder, triplets, encoder.forward_items, expanded),
+        measured(encoder, triplets, partial(apart, encoder), expanded),
+    )
     assert_same(shared, three, 1e-9)
-    lengths = [(4 * len(item.pictures), sum(len(encoder.backbone.tokenize(text)[0]) for text in item.texts)) for item in {item.content: item for item in items}.values()]
-    assert shared[0].tokens == sum(image + 2 * text for image, text in lengths)  # (n_c + 1) V + 2 L for mm and i, 2 L for t
+    lengths = [
+        (4 * len(item.pictures), sum(len(encoder.backbone.tokenize(text)[0]) for text in item.texts))
+        for item in {item.content: item for item in items}.values()
+    ]
+    assert shared[0].tokens == sum(
+        image + 2 * text for image, text in lengths
+    )  # (n_c + 1) V + 2 L for mm and i, 2 L for t
 
 
-@pytest.mark.parametrize("fields", [{"moe_layers": "1"}, {"top_k": 1}, {"num_experts": 6, "top_k": 3}, {"visual_tokens": 9, "max_text_tokens": 3}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{"moe_layers": "1"}, {"top_k": 1}, {"num_experts": 6, "top_k": 3}, {"visual_tokens": 9, "max_text_tokens": 3}],
+    ids=str,
+)
 def test_other_shapes(mixed, fields):
     "Some layers dense, one expert per token, more experts, many image tokens and short texts."
     encoder = tiny(perturbed=True, double=True, **fields)
-    assert_same(measured(encoder, mixed, encoder.forward_items), measured(encoder, mixed, partial(apart, encoder)), 1e-9)
+    assert_same(
+        measured(encoder, mixed, encoder.forward_items), measured(encoder, mixed, partial(apart, encoder)), 1e-9
+    )
 
 
 def test_with_lora_too(mixed):
@@ -167,7 +211,9 @@ def test_with_lora_too(mixed):
     encoder.double()
     shared, three = measured(encoder, mixed, encoder.forward_items), measured(encoder, mixed, partial(apart, encoder))
     assert_same(shared, three, 1e-9)
-    assert any("lora_" in name and "mlp" in name for name in shared[2]) and any("lora_" in name and "q_proj" in name for name in shared[2])
+    assert any("lora_" in name and "mlp" in name for name in shared[2]) and any(
+        "lora_" in name and "q_proj" in name for name in shared[2]
+    )
 
 
 def test_both_expert_kernels(whole):
@@ -191,9 +237,17 @@ def float32_pair(encoder, triplets, capsys):
     ties, tokens = token_ties(found)
     near = found.near_tie.view(-1)
     with capsys.disabled():
-        print(f"\nnear ties at the top-k boundary (gates closer than 1e-5): {ties} of {tokens} tokens ({ties / tokens:.3%}), {int(near.sum())} of {len(near)} samples", end=" ")
+        print(
+            f"\nnear ties at the top-k boundary (gates closer than 1e-5): {ties} of {tokens} tokens "
+            f"({ties / tokens:.3%}), {int(near.sum())} of {len(near)} samples",
+            end=" ",
+        )
     assert ties / tokens < 0.01
-    bad = near[: len(triplets)] | near[len(triplets) : 2 * len(triplets)] | near[2 * len(triplets) :].view(len(triplets), -1).any(1)
+    bad = (
+        near[: len(triplets)]
+        | near[len(triplets) : 2 * len(triplets)]
+        | near[2 * len(triplets) :].view(len(triplets), -1).any(1)
+    )
     kept = [triplet for triplet, tied in zip(triplets, bad.tolist()) if not tied]
     assert len(kept) >= 2
     return measured(encoder, kept, encoder.forward_items), measured(encoder, kept, partial(apart, encoder))
@@ -218,7 +272,9 @@ def test_a_near_tie_is_found():
 
 
 def test_a_bidirectional_mask_cannot_share_rows(whole):
-    "The case that must fail: with image tokens that see the text, r^i of the shared row is not r^i. Left alone, the encoder makes separate passes and says so."
+    """The case that must fail: with image tokens that see the text, r^i of the shared row is not r^i. Left alone, the
+    encoder makes separate passes and says so.
+    """
     with pytest.warns(UserWarning, match="pass of its own"):
         encoder = tiny(perturbed=True, double=True, attention="bidirectional")
     right = measured(encoder, whole, encoder.forward_items)
@@ -226,8 +282,14 @@ def test_a_bidirectional_mask_cannot_share_rows(whole):
     wrong = measured(encoder, whole, partial(encoder.forward_items, share=True))
     for table, least in (("embedding", 1e-3), ("routing", 1e-4)):
         assert distance(getattr(right[0], table)["i"], getattr(wrong[0], table)["i"]) > least
-    assert distance(right[0].embedding["mm"], wrong[0].embedding["mm"]) < 1e-12 and distance(right[0].embedding["t"], wrong[0].embedding["t"]) < 1e-12
-    assert distance(right[1]["inter_i"], wrong[1]["inter_i"]) > 1e-4 and distance(right[1]["inter_t"], wrong[1]["inter_t"]) < 1e-12
+    assert (
+        distance(right[0].embedding["mm"], wrong[0].embedding["mm"]) < 1e-12
+        and distance(right[0].embedding["t"], wrong[0].embedding["t"]) < 1e-12
+    )
+    assert (
+        distance(right[1]["inter_i"], wrong[1]["inter_i"]) > 1e-4
+        and distance(right[1]["inter_t"], wrong[1]["inter_t"]) < 1e-12
+    )
     with pytest.raises(AssertionError):
         assert_same(right, wrong, 1e-5)
 
@@ -237,7 +299,10 @@ def test_a_bidirectional_row_sees_its_end():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         encoder = tiny(perturbed=True, double=True, attention="bidirectional")
-    items = [Item("one two three four five six", picture(1)), Item("seven", None), Item(None, picture(2)), Item("eight nine", picture(3))]
+    items = [
+        Item("one two three four five six", picture(1)), Item("seven", None), Item(None, picture(2)),
+        Item("eight nine", picture(3)),
+    ]
     together = encoder.forward_items(items)
     for place, item in enumerate(items):
         alone = encoder.forward_items([item])
@@ -245,10 +310,15 @@ def test_a_bidirectional_row_sees_its_end():
             assert distance(alone.embedding[view][0], together.embedding[view][place]) < 1e-12
 
 
-# ---------------------------------------------------------------------------------------------- what must not move an embedding
+# ---------------------------------------------------------------------------------------------- what must not move an
+# embedding
 
 
-ITEMS = [Item("small red ball", picture(3), "a"), Item("a very much longer title of a large blue box with many words in it " * 2, picture(8), "b"), Item("bar", None, "c"), Item(None, picture(20), "d"), Item("☕ 🙂", picture(21), "e")]
+ITEMS = [
+    Item("small red ball", picture(3), "a"),
+    Item("a very much longer title of a large blue box with many words in it " * 2, picture(8), "b"),
+    Item("bar", None, "c"), Item(None, picture(20), "d"), Item("☕ 🙂", picture(21), "e"),
+]
 
 
 def test_neighbours_do_not_move_an_embedding():
@@ -258,7 +328,10 @@ def test_neighbours_do_not_move_an_embedding():
     for place, item in enumerate(ITEMS):
         alone = encoder.forward_items([item])
         for view in VIEWS:
-            assert distance(alone.embedding[view][0], together.embedding[view][place]) < 1e-12 and distance(alone.routing[view][0], together.routing[view][place]) < 1e-12
+            assert (
+                distance(alone.embedding[view][0], together.embedding[view][place]) < 1e-12
+                and distance(alone.routing[view][0], together.routing[view][place]) < 1e-12
+            )
     rows = encoder.rows_of(ITEMS)
     assert together.tokens == sum(map(len, rows)) == len(together.layers[0].gates)  # nothing is computed for padding
 
@@ -290,27 +363,38 @@ def test_text_is_truncated_alike_with_and_without_an_image():
     long, cut, shorter = (encoder.forward_items([Item(" ".join(words[:n]), picture(1))]) for n in (9, 5, 4))
     for view in VIEWS:
         assert distance(long.embedding[view], cut.embedding[view]) == 0.0
-    assert all(distance(cut.embedding[view], shorter.embedding[view]) > 1e-4 for view in ("t", "mm")) and distance(cut.embedding["i"], shorter.embedding["i"]) < 1e-12
+    assert (
+        all(distance(cut.embedding[view], shorter.embedding[view]) > 1e-4 for view in ("t", "mm"))
+        and distance(cut.embedding["i"], shorter.embedding["i"]) < 1e-12
+    )
     assert sorted(map(len, encoder.rows_of([Item(" ".join(words), picture(1))]))) == [5, 4 + 5]  # [text], [image, text]
 
 
 def test_repeated_items_count_in_the_load_balance_as_often_as_they_stand():
-    "An item is encoded once however often it is in the batch; L_aux and its gradient are as if it had been encoded each time."
+    """An item is encoded once however often it is in the batch; L_aux and its gradient are as if it had been encoded
+    each time.
+    """
     encoder = tiny(perturbed=True, double=True)
     items = [ITEMS[place] for place in (0, 1, 1, 2, 0, 3, 0, 2)]
 
     def aux(found):
         encoder.zero_grad()
-        value = torch.stack([load_balance_loss(layer.gates, layer.selected, layer.weight) for layer in found.layers]).mean()
+        value = torch.stack(
+            [load_balance_loss(layer.gates, layer.selected, layer.weight) for layer in found.layers]
+        ).mean()
         value.backward()
         return value, torch.cat([block.router.grad.flatten() for block in encoder.moe_blocks])
 
     once, each_time = encoder.forward_items(items), apart(encoder, items)
     assert once.tokens == encoder.forward_items(ITEMS[:4]).tokens
-    assert float(once.layers[0].weight.sum()) == len(each_time.layers[0].gates)  # views times items that each token serves
+    assert float(once.layers[0].weight.sum()) == len(
+        each_time.layers[0].gates
+    )  # views times items that each token serves
     (value, gradient), (value_apart, gradient_apart) = aux(once), aux(each_time)
     assert distance(value, value_apart) < 1e-12 and distance(gradient, gradient_apart) < 1e-12
-    assert distance(value, aux(encoder.forward_items(ITEMS[:4]))[0]) > 1e-6  # counting each once would be something else
+    assert (
+        distance(value, aux(encoder.forward_items(ITEMS[:4]))[0]) > 1e-6
+    )  # counting each once would be something else
     for view in VIEWS:
         assert distance(once.embedding[view], each_time.embedding[view]) < 1e-12
 
@@ -387,7 +471,9 @@ def test_permuting_the_experts_changes_nothing_end_to_end(mixed):
     assert max(distance(found.routing[view][:, order], other.routing[view]) for view in VIEWS) < 1e-9
     assert distance(terms.pop("preference")[order], other_terms.pop("preference")) < 1e-9
     assert max(distance(terms[name], other_terms[name]) for name in terms) < 1e-9
-    of_experts = lambda name: name == "alignment" or any(part in name for part in ("router", "gate_up_proj", "down_proj"))
+    of_experts = lambda name: (
+        name == "alignment" or any(part in name for part in ("router", "gate_up_proj", "down_proj"))
+    )
     assert max(distance(g[order] if of_experts(name) else g, other_grads[name]) for name, g in grads.items()) < 1e-9
 
 
@@ -400,7 +486,9 @@ def test_an_expert_without_tokens_is_harmless():
         out = mix_experts(rows, chosen, *weights, block.act, kernel)
         out.sum().backward()
         assert bool(out.isfinite().all()) and all(bool(w.grad.isfinite().all()) for w in weights)
-        assert all(float(w.grad[[1, 3]].abs().max()) == 0 < float(w.grad[[0, 2]].abs().min(0)[0].max()) for w in weights)
+        assert all(
+            float(w.grad[[1, 3]].abs().max()) == 0 < float(w.grad[[0, 2]].abs().min(0)[0].max()) for w in weights
+        )
 
 
 # ---------------------------------------------------------------------------------------------- encode, encode_views
@@ -410,8 +498,12 @@ def test_missing_views_are_rows_of_nan_and_are_listed():
     encoder = tiny()
     products = [*ITEMS[:4], Item(None, None, "nothing")]
     views = encoder.encode_views(products)
-    assert {view: np.isnan(rows).all(1).tolist() for view, rows in views.items()} == {"t": [False, False, False, True, True], "i": [False, False, True, False, True], "mm": [False] * 4 + [True]}
-    assert {view: np.isnan(rows).any(1).tolist() for view, rows in views.items()} == {view: np.isnan(rows).all(1).tolist() for view, rows in views.items()}
+    assert {view: np.isnan(rows).all(1).tolist() for view, rows in views.items()} == {
+        "t": [False, False, False, True, True], "i": [False, False, True, False, True], "mm": [False] * 4 + [True],
+    }
+    assert {view: np.isnan(rows).any(1).tolist() for view, rows in views.items()} == {
+        view: np.isnan(rows).all(1).tolist() for view, rows in views.items()
+    }
     assert encoder.last_missing == {"t": ["d", "nothing"], "i": ["c", "nothing"], "mm": ["nothing"]}
     assert all(rows.dtype == np.float32 and rows.shape == (5, 64) for rows in views.values())
     for rows in views.values():
@@ -463,7 +555,9 @@ def test_bfloat16_training_stays_close(whole):
     encoder.compute_dtype = torch.bfloat16
     found, terms, grads = measured(encoder, whole, encoder.forward_items)
     assert min((found.embedding[view] * exact.embedding[view]).sum(1).min().item() for view in VIEWS) > 0.99
-    assert found.embedding["mm"].dtype == torch.float32 and all(g.dtype == torch.float32 and bool(g.isfinite().all()) for g in grads.values())
+    assert found.embedding["mm"].dtype == torch.float32 and all(
+        g.dtype == torch.float32 and bool(g.isfinite().all()) for g in grads.values()
+    )
     assert bool(terms["loss"].isfinite())
 
 
@@ -474,12 +568,18 @@ def test_save_and_load(tmp_path):
     encoder = tiny(perturbed=True, visual_tokens=9, moe_layers="1")
     encoder.save_pretrained(tmp_path / "model")
     loaded = Moon2Encoder.from_pretrained(tmp_path / "model")
-    assert (loaded.fingerprint, loaded.config, loaded.info) == (encoder.fingerprint, encoder.config, encoder.info) and not loaded.training
+    assert (loaded.fingerprint, loaded.config, loaded.info) == (
+        encoder.fingerprint, encoder.config, encoder.info,
+    ) and not loaded.training
     for view, vectors in encoder.encode_views(ITEMS).items():
         assert np.array_equal(loaded.encode_views(ITEMS)[view], vectors, equal_nan=True)
     loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model" / "model.safetensors").read_bytes()
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["SHA256SUMS", "config.json", "model.safetensors"]
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "model" / "model.safetensors"
+    ).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "SHA256SUMS", "config.json", "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
@@ -502,7 +602,15 @@ def test_files_of_another_model_are_named(tmp_path):
         Moon2Encoder.from_pretrained(tmp_path / "two")
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"model_type": "bert"}', "[]", '{"model_type": "moon2"}', '{"model_type": "moon2", "encoder": {"backbone": "tiny", "colour": 3}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        '{"model_type": "bert"}', "[]", '{"model_type": "moon2"}',
+        '{"model_type": "moon2", "encoder": {"backbone": "tiny", "colour": 3}}',
+    ],
+)
 def test_broken_config_is_named(tmp_path, content):
     tiny().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(content)
@@ -559,9 +667,17 @@ def test_lora_trains_what_it_should(whole):
     prepare_trainable(encoder, settings(lora_r=2))
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or "router" in name or "connector" in name or name == "alignment" for name in trained)
-    assert {part for part in ("q_proj", "k_proj", "v_proj", "o_proj") if any(part in name for name in trained)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert sum("router" in name for name in trained) == 2 and "alignment" in trained and any("connector" in name for name in trained)
-    assert sum("lora_" in name and "mlp" in name for name in trained) == 2 * 2 * 2  # two layers, two expert tensors, A and B
+    assert {part for part in ("q_proj", "k_proj", "v_proj", "o_proj") if any(part in name for name in trained)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj",
+    }
+    assert (
+        sum("router" in name for name in trained) == 2
+        and "alignment" in trained
+        and any("connector" in name for name in trained)
+    )
+    assert (
+        sum("lora_" in name and "mlp" in name for name in trained) == 2 * 2 * 2
+    )  # two layers, two expert tensors, A and B
     np.testing.assert_allclose(encoder.encode(ITEMS), before, atol=1e-6)  # B starts at zero
     *_, grads = measured(encoder, whole, encoder.forward_items)
     assert grads.keys() == trained
@@ -578,7 +694,9 @@ def test_lora_is_merged_when_saved(tmp_path):
     encoder.save_pretrained(tmp_path)
     loaded = Moon2Encoder.from_pretrained(tmp_path)
     np.testing.assert_allclose(loaded.encode(ITEMS), vectors, atol=1e-5)
-    assert not any("lora" in name for name in loaded.state_dict()) and list(encoder.state_dict()) == names  # the one in training keeps its LoRA
+    assert (
+        not any("lora" in name for name in loaded.state_dict()) and list(encoder.state_dict()) == names
+    )  # the one in training keeps its LoRA
     np.testing.assert_array_equal(encoder.encode(ITEMS), vectors)
     assert all(isinstance(block, MoEFeedForward) for block in loaded.backbone.ffns())
 
@@ -594,8 +712,13 @@ def mini(tmp_path_factory):
         pretrained(patch, num_layers=1)
 
         def make(items, **fields):
-            encoder = Moon2Encoder.from_backbone("mini", **({"num_layers": 2, "num_experts": 4, "top_k": 2, "visual_tokens": 16} | fields))
-            store = FeatureCache(folder / str(encoder.config.visual_tokens), (encoder.config.visual_tokens, encoder.backbone.vision.channels))
+            encoder = Moon2Encoder.from_backbone(
+                "mini", **({"num_layers": 2, "num_experts": 4, "top_k": 2, "visual_tokens": 16} | fields)
+            )
+            store = FeatureCache(
+                folder / str(encoder.config.visual_tokens),
+                (encoder.config.visual_tokens, encoder.backbone.vision.channels),
+            )
             refs = list({item.image.key: item.image for item in items if item.image is not None}.values())
             new = encoder.backbone._keys(refs)
             features = np.random.default_rng(0).standard_normal((len(new), *store.shape)) * 0.5
@@ -614,7 +737,8 @@ def test_mini_one_pass_equals_three_forwards(mini, capsys):
     encoder = perturb_experts(mini(collate(triplets)[0]), 0.02, seed=1)
     assert_same(*float32_pair(encoder, triplets, capsys), 1e-5)
     encoder.double()
-    assert_same(measured(encoder, triplets, encoder.forward_items), measured(encoder, triplets, partial(apart, encoder)), 1e-9)
+    together = measured(encoder, triplets, encoder.forward_items)
+    assert_same(together, measured(encoder, triplets, partial(apart, encoder)), 1e-9)
 
 
 @pytest.mark.slow
@@ -646,7 +770,9 @@ def test_packing_groups_hold_every_token_once():
         places = [place for tokens, *_ in packing.groups for place in range(tokens.start, tokens.stop)]
         assert places == list(range(sum(lengths))) and sum(rows for _, rows, _, _ in packing.groups) == len(lengths)
         for tokens, rows, longest, slot in packing.groups:
-            assert len(slot) == tokens.stop - tokens.start == len(set(slot.tolist())) and int(slot.max()) < rows * longest
+            assert (
+                len(slot) == tokens.stop - tokens.start == len(set(slot.tolist())) and int(slot.max()) < rows * longest
+            )
         padded = sum(rows * longest for _, rows, longest, _ in packing.groups)
         assert padded <= 2 * sum(lengths)
 
@@ -655,4 +781,8 @@ def test_config_json_says_what_the_model_is(tmp_path):
     encoder = tiny(num_experts=2, top_k=1)
     encoder.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["model_type"] == "moon2" and saved["encoder"] == dataclasses.asdict(encoder.config) and saved["info"]["pretrained_backbone"] is False
+    assert (
+        saved["model_type"] == "moon2"
+        and saved["encoder"] == dataclasses.asdict(encoder.config)
+        and saved["info"]["pretrained_backbone"] is False
+    )

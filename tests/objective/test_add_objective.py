@@ -56,7 +56,9 @@ def test_it_has_weight_preferences_and_columns(run):
     np.testing.assert_allclose(history[[f"p_2_{name}" for name in SIX]].sum(axis=1), 1, atol=1e-5)
     assert (history["omega_query_pair"] > 0).all() and (history["loss_query_pair"] > 0).all()
     total = sum(history[f"omega_{name}"] * history[f"loss_{name}"] for name in SIX) + history["loss_balance"]
-    np.testing.assert_allclose(history["loss"], total + 0.01 * (history["loss_aux"] + history["loss_sparsity"]), rtol=1e-4)
+    np.testing.assert_allclose(
+        history["loss"], total + 0.01 * (history["loss_aux"] + history["loss_sparsity"]), rtol=1e-4
+    )
     assert trainer.encoder.alignment.grad is None and trainer.encoder.info["objectives"] == list(SIX)
 
 

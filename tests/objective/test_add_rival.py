@@ -1,4 +1,5 @@
-"""A rival recipe from outside the package: one entry in `RIVALS`; it is trained and scored beside the run, and shown."""
+"""A rival recipe from outside the package: one entry in `RIVALS`; it is trained and scored beside the run, and shown.
+"""
 from dataclasses import replace
 
 import pandas as pd
@@ -21,7 +22,9 @@ def words_only(config):
     def objective(views, routing, keys):
         WITH_PICTURE.append(bool(views.present["q"]["i"].any()))
         query, item = views.embedding["q"]["t"], views.embedding["p"]["mm"]
-        loss = inter_product_loss(query, item, None, config.temperature, keys=keys.positive, mask=views.present["q"]["t"])
+        loss = inter_product_loss(
+            query, item, None, config.temperature, keys=keys.positive, mask=views.present["q"]["t"]
+        )
         return {"words": loss, "loss": loss}
 
     return objective

@@ -44,13 +44,18 @@ def make_step(batch=6, width=16, experts=4, per_row=1, seed=0, dtype=torch.float
     weights = {r: {v: draw(*s, experts).mul(2).softmax(-1).requires_grad_() for v in VIEWS} for r, s in shape.items()}
     gates = [draw(40, experts).softmax(1).requires_grad_() for _ in range(2)]
     layers = [Layer(g, g.topk(2).indices, torch.arange(40).remainder(3)) for g in gates]
-    keys = TripletKeys(torch.arange(batch), torch.arange(batch), batch + torch.arange(batch * per_row).reshape(batch, per_row), torch.ones(batch, per_row, dtype=torch.bool), 0.5, filter_active)
+    keys = TripletKeys(
+        torch.arange(batch), torch.arange(batch), batch + torch.arange(batch * per_row).reshape(batch, per_row),
+        torch.ones(batch, per_row, dtype=torch.bool), 0.5, filter_active,
+    )
     return TripletViews(embedding, present), TripletRouting(weights, draw(experts, 5).requires_grad_(), layers), keys
 
 
 def leaves(step):
     "All embeddings and routing weights of a step."
-    return [tensor for table in (step[0].embedding, step[1].weights) for role in table.values() for tensor in role.values()]
+    return [
+        tensor for table in (step[0].embedding, step[1].weights) for role in table.values() for tensor in role.values()
+    ]
 
 
 # ---- reliability
@@ -60,13 +65,17 @@ def leaves(step):
 @given(st.floats(-0.5, 0.5), st.floats(1.0, 50.0), st.floats(-1.0, 1.0))
 def test_threshold_is_a_gap(margin, kappa, sim_neg):
     sim_pos = torch.tensor([sim_neg + margin + math.log(1.5) / kappa], dtype=torch.float64)
-    assert reliability(sim_pos, torch.tensor([[sim_neg]], dtype=torch.float64), margin, kappa).item() == pytest.approx(0.6, abs=1e-12)
+    assert reliability(sim_pos, torch.tensor([[sim_neg]], dtype=torch.float64), margin, kappa).item() == pytest.approx(
+        0.6, abs=1e-12
+    )
 
 
 def test_reliability_falls_with_the_margin_and_looks_at_the_hardest():
     sim_pos, sim_neg = torch.tensor([0.5, 0.5]), torch.tensor([[0.1, 0.4], [0.4, -0.3]])
     assert (reliability(sim_pos, sim_neg, 0.2, 10) < reliability(sim_pos, sim_neg, 0.1, 10)).all()
-    torch.testing.assert_close(reliability(sim_pos, sim_neg, 0.2, 10), reliability(sim_pos, torch.tensor([[0.4], [0.4]]), 0.2, 10))
+    torch.testing.assert_close(
+        reliability(sim_pos, sim_neg, 0.2, 10), reliability(sim_pos, torch.tensor([[0.4], [0.4]]), 0.2, 10)
+    )
 
 
 def test_margin_schedule_is_monotone_between_its_ends():
@@ -81,7 +90,9 @@ def test_the_weight_carries_no_gradient():
     objective = Moon2Objective(TrainConfig(omega_mode="detached"))
     weight = objective(*step)["filter_weight"]
     assert not weight.requires_grad and (weight < 1).any()
-    query, positive, negatives = (step[0].embedding[role][view] for role, view in (("q", "t"), ("p", "mm"), ("n", "mm")))
+    query, positive, negatives = (
+        step[0].embedding[role][view] for role, view in (("q", "t"), ("p", "mm"), ("n", "mm"))
+    )
     (slope,) = torch.autograd.grad(objective(*step)["inter_t"], query)
     constant = inter_product_loss(query, positive, negatives, 0.05, weight=weight[0].clone())
     torch.testing.assert_close(slope, torch.autograd.grad(constant, query)[0])
@@ -104,11 +115,22 @@ def test_phi_per_query_view_against_the_hardest_usable_negative():
 # ---- the objective
 
 
-@pytest.mark.parametrize("preset,mode,routing_mode,times_m,intra_omega", itertools.product(("lab", "paper"), CHOICES["omega_mode"], ("per_view", "shared"), (False, True), (True, False)))
+@pytest.mark.parametrize(
+    "preset,mode,routing_mode,times_m,intra_omega",
+    itertools.product(("lab", "paper"), CHOICES["omega_mode"], ("per_view", "shared"), (False, True), (True, False)),
+)
 def test_total_is_the_weighted_sum_of_the_named_terms(preset, mode, routing_mode, times_m, intra_omega):
-    config = TrainConfig(preset=preset, omega_mode=mode, omega_routing=routing_mode, omega_times_m=times_m, intra_omega=intra_omega, aux_weight=0.3, sparsity_weight=0.2)
+    config = TrainConfig(
+        preset=preset, omega_mode=mode, omega_routing=routing_mode, omega_times_m=times_m, intra_omega=intra_omega,
+        aux_weight=0.3, sparsity_weight=0.2,
+    )
     terms = Moon2Objective(config)(*make_step(per_row=2))
-    total = sum(omega * terms[name] for omega, name in zip(terms["omega"], OBJECTIVES)) + 0.3 * terms["aux"] + 0.2 * terms["sparsity"] + terms.get("balance", 0.0)
+    total = (
+        sum(omega * terms[name] for omega, name in zip(terms["omega"], OBJECTIVES))
+        + 0.3 * terms["aux"]
+        + 0.2 * terms["sparsity"]
+        + terms.get("balance", 0.0)
+    )
     assert terms["loss"].item() == pytest.approx(total.item(), abs=1e-12) and terms["loss"].requires_grad
     assert ("balance" in terms) == (mode == "balanced")
     if mode != "faithful" and intra_omega:
@@ -134,12 +156,19 @@ def test_presets_read_the_intra_terms_differently():
 def test_swapping_p_and_n_swaps_the_intra_terms(preset):
     step = make_step()
     views, routing, keys = step
-    swapped = {"q": views.embedding["q"], "p": {v: e[:, 0] for v, e in views.embedding["n"].items()}, "n": {v: e[:, None] for v, e in views.embedding["p"].items()}}
-    other_keys = TripletKeys(keys.query, keys.negative[:, 0], keys.positive[:, None], keys.negative_mask, keys.progress, False)
+    swapped = {
+        "q": views.embedding["q"], "p": {v: e[:, 0] for v, e in views.embedding["n"].items()},
+        "n": {v: e[:, None] for v, e in views.embedding["p"].items()},
+    }
+    other_keys = TripletKeys(
+        keys.query, keys.negative[:, 0], keys.positive[:, None], keys.negative_mask, keys.progress, False
+    )
     keys.filter_active = False
     objective = Moon2Objective(TrainConfig(preset=preset))
     a, b = objective(views, routing, keys), objective(TripletViews(swapped, views.present), routing, other_keys)
-    assert (a["intra_p"].item(), a["intra_n"].item()) == pytest.approx((b["intra_n"].item(), b["intra_p"].item()), abs=1e-12)
+    assert (a["intra_p"].item(), a["intra_n"].item()) == pytest.approx(
+        (b["intra_n"].item(), b["intra_p"].item()), abs=1e-12
+    )
 
 
 def test_permuting_experts_and_rows_changes_nothing():
@@ -148,12 +177,19 @@ def test_permuting_experts_and_rows_changes_nothing():
     expected = objective(*step)["loss"].item()
     z, b = torch.tensor([2, 0, 3, 1]), torch.tensor([4, 1, 5, 0, 2, 3])
     views, routing, keys = step
-    experts = TripletRouting({r: {v: w[..., z] for v, w in table.items()} for r, table in routing.weights.items()}, routing.alignment[z],
-                             [Layer(layer.gates[:, z], torch.argsort(z)[layer.selected], layer.weight) for layer in routing.layers])
+    experts = TripletRouting(
+        {r: {v: w[..., z] for v, w in table.items()} for r, table in routing.weights.items()}, routing.alignment[z],
+        [Layer(layer.gates[:, z], torch.argsort(z)[layer.selected], layer.weight) for layer in routing.layers],
+    )
     assert objective(views, experts, keys)["loss"].item() == pytest.approx(expected, abs=1e-12)
     move = lambda table: {r: {v: t[b] for v, t in views.items()} for r, views in table.items()}
-    moved = TripletKeys(keys.query[b], keys.positive[b], keys.negative[b], keys.negative_mask[b], keys.progress, keys.filter_active)
-    moved_views, moved_routing = TripletViews(move(views.embedding), move(views.present)), TripletRouting(move(routing.weights), routing.alignment, routing.layers)
+    moved = TripletKeys(
+        keys.query[b], keys.positive[b], keys.negative[b], keys.negative_mask[b], keys.progress, keys.filter_active
+    )
+    moved_views, moved_routing = (
+        TripletViews(move(views.embedding), move(views.present)),
+        TripletRouting(move(routing.weights), routing.alignment, routing.layers),
+    )
     assert objective(moved_views, moved_routing, moved)["loss"].item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -162,10 +198,16 @@ def test_gradients_of_the_whole_objective():
     views, routing, keys = make_step(batch=3, width=4, experts=3, per_row=1)
     keys.filter_active = False  # the weight is a constant for autograd, but not for finite differences
     objective = Moon2Objective(TrainConfig(omega_mode="faithful", temperature=0.5, intra_temperature=0.5))
-    inputs = (views.embedding["q"]["t"], views.embedding["p"]["i"], views.embedding["n"]["mm"], routing.weights["q"]["mm"], routing.alignment, routing.layers[0].gates)
+    inputs = (
+        views.embedding["q"]["t"], views.embedding["p"]["i"], views.embedding["n"]["mm"], routing.weights["q"]["mm"],
+        routing.alignment, routing.layers[0].gates,
+    )
 
     def loss(*tensors):
-        views.embedding["q"]["t"], views.embedding["p"]["i"], views.embedding["n"]["mm"], routing.weights["q"]["mm"], routing.alignment, routing.layers[0].gates = tensors
+        (
+            views.embedding["q"]["t"], views.embedding["p"]["i"], views.embedding["n"]["mm"],
+            routing.weights["q"]["mm"], routing.alignment, routing.layers[0].gates,
+        ) = tensors
         return objective(views, routing, keys)["loss"]
 
     assert torch.autograd.gradcheck(loss, inputs)
@@ -175,8 +217,17 @@ def test_balanced_gives_the_router_no_way_to_lower_the_loss():
     for mode, expected in (("faithful", True), ("floored", True), ("detached", False), ("balanced", False)):
         step = make_step()
         Moon2Objective(TrainConfig(omega_mode=mode, sparsity_weight=0.0))(*step)["loss"].backward()
-        assert any(w.grad is not None and w.grad.abs().sum() > 0 for role in step[1].weights.values() for w in role.values()) == expected
-        assert (step[1].alignment.grad is not None and step[1].alignment.grad.abs().sum().item() > 0) == (mode != "detached")
+        assert (
+            any(
+                w.grad is not None and w.grad.abs().sum() > 0
+                for role in step[1].weights.values()
+                for w in role.values()
+            )
+            == expected
+        )
+        assert (step[1].alignment.grad is not None and step[1].alignment.grad.abs().sum().item() > 0) == (
+            mode != "detached"
+        )
 
 
 def test_a_hard_objective_gains_weight_in_balanced_and_loses_it_in_faithful():
@@ -213,7 +264,9 @@ def test_mutual_pairs_count_once_and_are_receipted():
 
 
 def test_right_answers_of_one_query_are_left_out_of_loss_and_reliability():
-    "Value and gradient of each view's loss are those of a batch that never had the columns; phi does not look at such a negative."
+    """Value and gradient of each view's loss are those of a batch that never had the columns; phi does not look at such
+    a negative.
+    """
     views, routing, keys = make_step(batch=4, per_row=2, filter_active=False)
     answers = torch.zeros(3, 4, 12, dtype=torch.bool)
     answers[0, 0, [1, 9]] = answers[:, 2, 3] = answers[1, 1, 6] = True  # column 6 is the first negative of row 1
@@ -227,11 +280,16 @@ def test_right_answers_of_one_query_are_left_out_of_loss_and_reliability():
             logits = views.embedding["q"][view][row] @ candidates[kept].T / 0.05
             rows.append(F.cross_entropy(logits[None], torch.tensor([kept.index(row)])))
         assert terms[f"inter_{view}"].item() == pytest.approx(torch.stack(rows).mean().item(), abs=1e-12)
-        grads = [torch.autograd.grad(loss, candidates, retain_graph=True, allow_unused=True)[0] for loss in (terms[f"inter_{view}"],)]
+        grads = [
+            torch.autograd.grad(loss, candidates, retain_graph=True, allow_unused=True)[0]
+            for loss in (terms[f"inter_{view}"],)
+        ]
         assert all(g is None or g.isfinite().all() for g in grads)
     assert terms["masked_pairs"] == 1  # of all views: the third row's
     plain = triplet_reliability(views, dataclasses.replace(keys, answers=None), 0.1, 10.0)
-    alone = dataclasses.replace(keys, answers=None, negative_mask=torch.tensor([[True, True], [False, True], [True, True], [True, True]]))
+    alone = dataclasses.replace(
+        keys, answers=None, negative_mask=torch.tensor([[True, True], [False, True], [True, True], [True, True]])
+    )
     wanted = plain.clone()
     wanted[1, 1] = triplet_reliability(views, alone, 0.1, 10.0)[1, 1]
     assert torch.equal(triplet_reliability(views, keys, 0.1, 10.0), wanted)
@@ -239,7 +297,9 @@ def test_right_answers_of_one_query_are_left_out_of_loss_and_reliability():
 
 def test_one_product_everywhere_leaves_nothing_to_learn():
     views, routing, keys = make_step()
-    keys.query, keys.positive, keys.negative = torch.zeros(6, dtype=torch.long), torch.zeros(6, dtype=torch.long), torch.zeros(6, 1, dtype=torch.long)
+    keys.query, keys.positive, keys.negative = (
+        torch.zeros(6, dtype=torch.long), torch.zeros(6, dtype=torch.long), torch.zeros(6, 1, dtype=torch.long),
+    )
     terms = Moon2Objective(TrainConfig(aux_weight=0.0, sparsity_weight=0.0))(views, routing, keys)
     assert [terms[name].item() for name in OBJECTIVES] == [0.0] * 5 and terms["relative"].tolist() == [0.0] * 5
     terms["loss"].backward()
@@ -247,7 +307,10 @@ def test_one_product_everywhere_leaves_nothing_to_learn():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 100_000), st.sampled_from(CHOICES["omega_mode"]), st.sampled_from(("lab", "paper")), st.integers(0, 2), st.booleans(), st.sampled_from(((), (2, 8))))
+@given(
+    st.integers(0, 100_000), st.sampled_from(CHOICES["omega_mode"]), st.sampled_from(("lab", "paper")),
+    st.integers(0, 2), st.booleans(), st.sampled_from(((), (2, 8))),
+)
 def test_any_mix_of_views_is_finite(seed, mode, preset, per_row, shared, dims):
     "Items without text, without image, without anything; missing negatives; NaN in every hole."
     step = views, routing, keys = make_step(batch=4, per_row=per_row, seed=seed)
@@ -264,15 +327,24 @@ def test_any_mix_of_views_is_finite(seed, mode, preset, per_row, shared, dims):
             hole = ~views.present[role][view] | (~keys.negative_mask if role == "n" else False)
             views.embedding[role][view][hole] = math.nan
             routing.weights[role][view][hole] = math.nan
-    terms = Moon2Objective(TrainConfig(preset=preset, omega_mode=mode, omega_routing="shared" if shared else "per_view", filter_on_intra=True, matryoshka_dims=dims))(*step)
+    terms = Moon2Objective(
+        TrainConfig(
+            preset=preset, omega_mode=mode, omega_routing="shared" if shared else "per_view", filter_on_intra=True,
+            matryoshka_dims=dims,
+        )
+    )(*step)
     terms["loss"].backward()
     there = [name for name in OBJECTIVES if name in terms]
-    assert terms["loss"].isfinite() and all(t.grad is None or t.grad.isfinite().all() for t in [*leaves(step), routing.alignment])
+    assert terms["loss"].isfinite() and all(
+        t.grad is None or t.grad.isfinite().all() for t in [*leaves(step), routing.alignment]
+    )
     assert [omega.item() > 0 for omega in terms["omega"]] == [name in there for name in OBJECTIVES]
     if mode != "faithful" and there:
         assert terms["omega"].sum().item() == pytest.approx(1)
     assert 0 <= terms["share_down_weighted"] <= 1
-    assert torch.equal(terms["phi"].isnan(), ~(torch.stack([views.present["q"][v] for v in VIEWS]) & views.present["p"]["mm"]))
+    assert torch.equal(
+        terms["phi"].isnan(), ~(torch.stack([views.present["q"][v] for v in VIEWS]) & views.present["p"]["mm"])
+    )
 
 
 def test_filter_warm_up_and_switch():
@@ -291,7 +363,9 @@ def test_without_experts_all_objectives_weigh_alike():
     views, routing, keys = make_step()
     for alignment in (None, torch.randn(1, 5), routing.alignment):
         terms = Moon2Objective(TrainConfig())(views, TripletRouting(routing.weights, alignment, []), keys)
-        assert terms["omega"].tolist() == pytest.approx([0.2] * 5) and not {"aux", "sparsity", "balance", "preference"} & set(terms)
+        assert terms["omega"].tolist() == pytest.approx([0.2] * 5) and not {
+            "aux", "sparsity", "balance", "preference",
+        } & set(terms)
 
 
 def test_a_batch_without_samples_or_experts_still_has_a_gradient():
@@ -325,10 +399,17 @@ def test_objective_on_a_gpu():
     views, routing, keys = make_step(dtype=torch.float32)
     expected = Moon2Objective(TrainConfig())(views, routing, keys)["loss"].item()
     there = lambda table: {r: {v: t.detach().cuda() for v, t in row.items()} for r, row in table.items()}
-    layers = [Layer(*(t.detach().cuda() for t in (layer.gates, layer.selected, layer.weight))) for layer in routing.layers]
-    moved = TripletKeys(*(t.cuda() for t in (keys.query, keys.positive, keys.negative, keys.negative_mask)), keys.progress, keys.filter_active)
+    layers = [
+        Layer(*(t.detach().cuda() for t in (layer.gates, layer.selected, layer.weight))) for layer in routing.layers
+    ]
+    moved = TripletKeys(
+        *(t.cuda() for t in (keys.query, keys.positive, keys.negative, keys.negative_mask)), keys.progress,
+        keys.filter_active,
+    )
     moved_routing = TripletRouting(there(routing.weights), routing.alignment.detach().cuda().requires_grad_(), layers)
-    terms = Moon2Objective(TrainConfig())(TripletViews(there(views.embedding), there(views.present)), moved_routing, moved)
+    terms = Moon2Objective(TrainConfig())(
+        TripletViews(there(views.embedding), there(views.present)), moved_routing, moved
+    )
     assert terms["loss"].item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -344,15 +425,38 @@ def test_prefixes_are_in_the_inter_losses_and_nowhere_else(preset, mode):
     config = TrainConfig(preset=preset, omega_mode=mode)
     plain, nested = Moon2Objective(config)(*step), Moon2Objective(config.replace(matryoshka_dims=(4, 9)))(*step)
     assert list(plain) == list(nested)
-    assert all(torch.equal(plain[name], nested[name]) for name in ("phi", "filter_weight", "intra_p", "intra_n", "aux", "sparsity", "masked_pairs", "repeated_pairs", "share_down_weighted"))
-    options = {"keys": keys.positive, "negative_keys": keys.negative, "query_keys": keys.query, "negative_mask": keys.negative_mask, "unique": True}
+    assert all(
+        torch.equal(plain[name], nested[name])
+        for name in (
+            "phi", "filter_weight", "intra_p", "intra_n", "aux", "sparsity", "masked_pairs", "repeated_pairs",
+            "share_down_weighted",
+        )
+    )
+    options = {
+        "keys": keys.positive, "negative_keys": keys.negative, "query_keys": keys.query,
+        "negative_mask": keys.negative_mask, "unique": True,
+    }
     for row, view in enumerate(VIEWS):
-        lengths = [inter_product_loss(*(F.normalize(views.embedding[r][v][..., :d], dim=-1) for r, v in (("q", view), ("p", "mm"), ("n", "mm"))), config.temperature, weight=plain["filter_weight"][row], **options) for d in (16, 4, 9)]
+        lengths = [
+            inter_product_loss(
+                *(
+                    F.normalize(views.embedding[r][v][..., :d], dim=-1)
+                    for r, v in (("q", view), ("p", "mm"), ("n", "mm"))
+                ),
+                config.temperature, weight=plain["filter_weight"][row], **options,
+            )
+            for d in (16, 4, 9)
+        ]
         assert plain[f"inter_{view}"].item() == pytest.approx(lengths[0].item(), abs=1e-12)
         assert nested[f"inter_{view}"].item() == pytest.approx(sum(lengths).item() / 3, abs=1e-12)
         ratio = nested[f"inter_{view}"] / plain[f"inter_{view}"]  # chance is the same
         assert (nested["relative"][row] / plain["relative"][row]).item() == pytest.approx(ratio.item(), abs=1e-9)
-    total = sum(omega * nested[name] for omega, name in zip(nested["omega"], OBJECTIVES)) + 0.01 * nested["aux"] + 0.01 * nested["sparsity"] + nested.get("balance", 0.0)
+    total = (
+        sum(omega * nested[name] for omega, name in zip(nested["omega"], OBJECTIVES))
+        + 0.01 * nested["aux"]
+        + 0.01 * nested["sparsity"]
+        + nested.get("balance", 0.0)
+    )
     assert nested["loss"].item() == pytest.approx(total.item(), abs=1e-12)
 
 
@@ -361,25 +465,45 @@ def test_without_prefixes_the_objective_is_unchanged_bit_for_bit():
     views, routing, keys = make_step(dtype=torch.float32)
     terms = Moon2Objective(TrainConfig())(views, routing, keys)
     vectors = [views.embedding["q"]["t"], views.embedding["p"]["mm"], views.embedding["n"]["mm"]]
-    plain = inter_product_loss(*vectors, 0.05, keys=keys.positive, negative_keys=keys.negative, query_keys=keys.query, weight=terms["filter_weight"][0], unique=True)
+    plain = inter_product_loss(
+        *vectors, 0.05, keys=keys.positive, negative_keys=keys.negative, query_keys=keys.query,
+        weight=terms["filter_weight"][0], unique=True,
+    )
     assert torch.equal(terms["inter_t"], plain)
-    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(terms["inter_t"], vectors), torch.autograd.grad(plain, vectors)))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(torch.autograd.grad(terms["inter_t"], vectors), torch.autograd.grad(plain, vectors))
+    )
 
 
 def test_prefixes_of_the_ablation_without_alignment():
     step = make_step()
     plain, nested = (UnalignedObjective(TrainConfig(matryoshka_dims=dims)) for dims in ((), (4,)))
-    assert (plain.matryoshka_dims, nested.matryoshka_dims) == ((), (4,)) and not hasattr(DenseObjective(), "matryoshka_dims")
-    assert nested(*step)["inter_mm"].item() == Moon2Objective(TrainConfig(matryoshka_dims=(4,)))(*step)["inter_mm"].item() != plain(*step)["inter_mm"].item()
+    assert (plain.matryoshka_dims, nested.matryoshka_dims) == ((), (4,)) and not hasattr(
+        DenseObjective(), "matryoshka_dims"
+    )
+    assert (
+        nested(*step)["inter_mm"].item()
+        == Moon2Objective(TrainConfig(matryoshka_dims=(4,)))(*step)["inter_mm"].item()
+        != plain(*step)["inter_mm"].item()
+    )
 
 
 def test_prefixes_longer_than_the_vectors_are_refused():
     with pytest.raises(UsageError, match=r"a prefix of 17 numbers from vectors of 16 \[matryoshka_dims\]"):
         Moon2Objective(TrainConfig(matryoshka_dims=(4, 17)))(*make_step())
-    for value, told in (("0,4", "at least 1"), ("4,4", "named once"), ("-4", "at least 1"), ("four", "'four' is no int"), ([4, 2.5], "2.5 is no int"), ({"a": 1}, "is no int")):
+    for value, told in (
+        ("0,4", "at least 1"), ("4,4", "named once"), ("-4", "at least 1"), ("four", "'four' is no int"),
+        ([4, 2.5], "2.5 is no int"), ({"a": 1}, "is no int"),
+    ):
         with pytest.raises(UsageError, match=rf"{told}.*\[matryoshka_dims\]"):
             TrainConfig(matryoshka_dims=value)
-    assert TrainConfig(matryoshka_dims="[8, 4]").matryoshka_dims == TrainConfig(matryoshka_dims=(4, 8)).matryoshka_dims == (4, 8) and TrainConfig().matryoshka_dims == ()
+    assert (
+        TrainConfig(matryoshka_dims="[8, 4]").matryoshka_dims
+        == TrainConfig(matryoshka_dims=(4, 8)).matryoshka_dims
+        == (4, 8)
+        and TrainConfig().matryoshka_dims == ()
+    )
 
 
 @pytest.fixture
@@ -392,22 +516,35 @@ def small_runs(own_cache):
 
 def trained_shop(folder, dims, steps=80, **options):
     "A trainer of the tiny encoder, after its run."
-    config = small_run(max_steps=steps, per_device_train_batch_size=16, learning_rate=3e-3, connector_learning_rate=3e-3, filter=False, matryoshka_dims=dims)
+    config = small_run(
+        max_steps=steps, per_device_train_batch_size=16, learning_rate=3e-3, connector_learning_rate=3e-3, filter=False,
+        matryoshka_dims=dims,
+    )
     trainer = Trainer(tiny(), shop(96), config, out=folder, **options)
     trainer.train()
     return trainer
 
 
 def test_an_encoder_trained_with_prefixes_has_better_ones(small_runs, tmp_path):
-    "Same seed, same steps, the same columns of history; the loss of the first 4 of 64 numbers over the products trained on. And the saved model says what it was trained for."
+    """Same seed, same steps, the same columns of history; the loss of the first 4 of 64 numbers over the products
+    trained on. And the saved model says what it was trained for.
+    """
     found = {}
     for dims in ((), (4, 8)):
         trainer = trained_shop(tmp_path / f"run-{len(dims)}", dims)
         own = {triplet.positive.product_id: triplet for triplet in trainer.triplets}.values()
-        query, item = (torch.from_numpy(trainer.encoder.encode(rows, view=view)) for rows, view in (([t.query for t in own], "t"), ([t.positive for t in own], "mm")))
-        found[dims] = inter_product_loss(_truncated(query, 4), _truncated(item, 4), None, 0.05).item(), list(trainer.table().columns)
+        query, item = (
+            torch.from_numpy(trainer.encoder.encode(rows, view=view))
+            for rows, view in (([t.query for t in own], "t"), ([t.positive for t in own], "mm"))
+        )
+        found[dims] = (
+            inter_product_loss(_truncated(query, 4), _truncated(item, 4), None, 0.05).item(),
+            list(trainer.table().columns),
+        )
         loaded = Moon2Encoder.from_pretrained(tmp_path / f"run-{len(dims)}" / "model")
-        assert loaded.info["matryoshka_dims"] == list(dims) and [fits_dim(loaded.info, dim, 64) for dim in (4, 5, 64)] == [bool(dims), False, True]
+        assert loaded.info["matryoshka_dims"] == list(dims) and [
+            fits_dim(loaded.info, dim, 64) for dim in (4, 5, 64)
+        ] == [bool(dims), False, True]
     assert found[4, 8][0] < 0.7 * found[()][0], found  # seen: 1.14 and 2.39
     assert found[4, 8][1] == found[()][1]
 
@@ -426,10 +563,17 @@ def test_prefixes_in_the_best_model_after_a_resume_and_with_tensorboard(small_ru
     config = small_run(max_steps=2, matryoshka_dims=(8, 16), report_to="tensorboard", eval_steps=1)
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     Trainer(tiny(), shop(60), config, out=tmp_path / "run", evaluate_fn=lambda encoder: {"score": 0.5}).train()
-    told = [read_json(tmp_path / "run" / folder / "config.json")["info"]["matryoshka_dims"] for folder in ("checkpoints/best", "model")]
-    assert told == [[8, 16]] * 2 and read_json(tmp_path / "run" / "run_settings.json")["differs_from_paper"]["matryoshka_dims"] == {"paper": [], "here": [8, 16]}
+    told = [
+        read_json(tmp_path / "run" / folder / "config.json")["info"]["matryoshka_dims"]
+        for folder in ("checkpoints/best", "model")
+    ]
+    assert told == [[8, 16]] * 2 and read_json(tmp_path / "run" / "run_settings.json")["differs_from_paper"][
+        "matryoshka_dims"
+    ] == {"paper": [], "here": [8, 16]}
     (tmp_path / "run" / "model" / "config.json").unlink()
-    Trainer(tiny(), shop(60), config.replace(report_to="none"), out=tmp_path / "run", resume=True).train()  # no step is left
+    Trainer(
+        tiny(), shop(60), config.replace(report_to="none"), out=tmp_path / "run", resume=True
+    ).train()  # no step is left
     assert read_json(tmp_path / "run" / "model" / "config.json")["info"]["matryoshka_dims"] == [8, 16]
 
 
@@ -443,7 +587,9 @@ def test_ledger_tables():
     assert ledger.add(2, ["a", "b", "c"], phi, filter_weights(phi)) == 2
     frame = ledger.to_frame()
     assert frame["query_id"].tolist() == ["c", "a", "c"] and ledger.dropped == 1 and frame["step"].tolist() == [1, 2, 2]
-    assert frame.columns.tolist() == ["step", "query_id", "phi_t", "phi_i", "phi_mm", "weight_t", "weight_i", "weight_mm"]
+    assert frame.columns.tolist() == [
+        "step", "query_id", "phi_t", "phi_i", "phi_mm", "weight_t", "weight_i", "weight_mm",
+    ]
     assert ledger.summary()["query_id"].tolist() == ["c", "a"] and ledger.summary()["times"].tolist() == [2, 1]
     restored = FilterLedger(max_rows=3)
     restored.load_state_dict(ledger.state_dict())
@@ -455,7 +601,9 @@ def test_ledger_names_the_masked_pairs():
     keys.positive = torch.tensor([0, 0, 2])
     ledger = FilterLedger()
     assert ledger.add_masked(5, ["q0", "q1", "q2"], ["p0", "p1", "p2", "n0", "n1", "n2"], batch_masks(keys)) == 2
-    assert sorted(ledger.masked_frame()[["query_id", "item_id", "role"]].itertuples(index=False, name=None)) == [("q0", "p1", "positive"), ("q1", "p0", "positive")]
+    assert sorted(ledger.masked_frame()[["query_id", "item_id", "role"]].itertuples(index=False, name=None)) == [
+        ("q0", "p1", "positive"), ("q1", "p0", "positive"),
+    ]
 
 
 def test_phi_quantiles():

@@ -1,4 +1,6 @@
-"""Two encoders on the same queries: the counts and tests by hand, what is refused, the page's size, and the page in a browser."""
+"""Two encoders on the same queries: the counts and tests by hand, what is refused, the page's size, and the page in a
+browser.
+"""
 import base64
 import dataclasses
 import io
@@ -223,8 +225,10 @@ def test_answers_are_plain_and_bounded(made):
 def test_unequal_runs_are_refused(catalog):
     a = by_hand(catalog, [1, 2, 3])
     for other, words in (
-        (by_hand(catalog, [1, 2]), "1 queries are in one run only, first 'made-up-002' .*same split"), (by_hand(catalog, [1, 2, 3], "t->i"), "in one run only"),
-        (a.assign(hit_ids=[["made-up-005"]] * 3), "other right answers"), (a.drop(columns="top_ids"), "run B has no column top_ids"), (a[:0], "run B has no queries"),
+        (by_hand(catalog, [1, 2]), "1 queries are in one run only, first 'made-up-002' .*same split"),
+        (by_hand(catalog, [1, 2, 3], "t->i"), "in one run only"),
+        (a.assign(hit_ids=[["made-up-005"]] * 3), "other right answers"),
+        (a.drop(columns="top_ids"), "run B has no column top_ids"), (a[:0], "run B has no queries"),
     ):
         with pytest.raises(DataError, match=words):
             compare_tables(a, other, catalog)
@@ -240,7 +244,10 @@ def test_another_catalogue_is_refused(catalog):
 
 
 def test_wrong_choices_name_what_there_is(made):
-    for choice, words in (({"direction": "mm"}, "one of t->mm"), ({"category": "Gardn"}, "nearest: Garden"), ({"kind": "better"}, "one of won"), ({"where": "colour = 'red'"}, "cannot be read")):
+    for choice, words in (
+        ({"direction": "mm"}, "one of t->mm"), ({"category": "Gardn"}, "nearest: Garden"),
+        ({"kind": "better"}, "one of won"), ({"where": "colour = 'red'"}, "cannot be read"),
+    ):
         with pytest.raises(UsageError, match=words):
             made.select(**choice)
     with pytest.raises(UsageError, match="a whole number"):
@@ -608,8 +615,13 @@ def test_looks(opened, scheme, width):
     page.locator("article").first.scroll_into_view_if_needed()
     keep_screenshot(page, f"diff-{scheme}-{width}-details.png")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    colours = page.evaluate("""() => { const of = (what, name) => getComputedStyle(what)[name].match(/[\\d.]+/g).slice(0, 3).map(Number), back = of(document.body, "backgroundColor");
-        return [...document.querySelectorAll("article .kind, article .soft:not(.details *), article .hits .right b, .kinds span span")].slice(0, 80).filter((e) => !e.closest("label:has(:checked)")).map((e) => [of(e, "color"), back]); }""")
+    colours = page.evaluate("""() => {
+        const of = (what, name) => getComputedStyle(what)[name].match(/[\\d.]+/g).slice(0, 3).map(Number);
+        const back = of(document.body, "backgroundColor");
+        const texts = "article .kind, article .soft:not(.details *), article .hits .right b, .kinds span span";
+        return [...document.querySelectorAll(texts)].slice(0, 80)
+            .filter((e) => !e.closest("label:has(:checked)")).map((e) => [of(e, "color"), back]);
+    }""")
     assert colours and min(contrast(*pair) for pair in colours) >= 4.5
 
 
@@ -640,7 +652,8 @@ def test_the_policy_forbids_requests(browser, page_path):
         "() => { const image = new Image(); image.src = 'http://127.0.0.1:9/x.png'; document.body.append(image); }"
     )
     page.evaluate(
-        "() => { const script = document.createElement('script'); script.textContent = 'window.pwned = 3'; document.body.append(script); }"
+        "() => { const script = document.createElement('script'); script.textContent = 'window.pwned = 3'; "
+        "document.body.append(script); }"
     )
     until(page, lambda: len(blocked) >= 2, "two refusals", seconds=5)
     assert page.evaluate("window.pwned") is None and all("Content Security Policy" in words for words in blocked)

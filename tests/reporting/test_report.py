@@ -1,4 +1,6 @@
-"""The report page: one file, no requests, no scripts, readable in light, dark, narrow and print, whatever the titles say."""
+"""The report page: one file, no requests, no scripts, readable in light, dark, narrow and print, whatever the titles
+say.
+"""
 
 import errno
 import re
@@ -187,7 +189,8 @@ CONTRAST = """() => {
     const s = getComputedStyle(e), below = ground(e), svg = e.closest('svg');
     const a = light(over(parse(svg ? s.fill : s.color), below)), b = light(below);
     const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-    if (ratio < 4.5) found.push([ratio.toFixed(2), e.tagName, e.className.baseVal ?? e.className, walk.currentNode.data.slice(0, 30)]);
+    const text = walk.currentNode.data.slice(0, 30);
+    if (ratio < 4.5) found.push([ratio.toFixed(2), e.tagName, e.className.baseVal ?? e.className, text]);
   }
   return found;
 }"""

@@ -76,7 +76,11 @@ def test_events_come_in_order_and_hold_what_the_lesson_shows(catalog):
     assert all(abs(float(routing["load"][view].sum()) - 1) < 1e-5 for view in VIEWS)
     assert similarity["similarity"]["t"].shape == (8, 8)
     assert set(OBJECTIVES) | {"aux", "sparsity", "loss"} <= set(loss["terms"])
-    assert gradients["finite"] and gradients["grad_norm"] > 0 and set(gradients["by_group"]) == {"connector", "router", "experts", "rest"}
+    assert (
+        gradients["finite"]
+        and gradients["grad_norm"] > 0
+        and set(gradients["by_group"]) == {"connector", "router", "experts", "rest"}
+    )
     assert step["row"] == trainer.history[0]
 
 
@@ -103,13 +107,26 @@ def test_another_seed_is_another_run(catalog, straight):
 
 def test_history_has_the_documented_columns(straight):
     "Those of the interface, and these; nothing else."
-    documented = ["step", "loss", "loss_aux", "loss_sparsity", "phi_q05", "phi_q50", "phi_q95", "share_down_weighted", "masked_pairs", "grad_norm", "seconds", "rss_mb"]
-    documented += [f"{kind}_{name}" for kind in ("loss", "omega", "p_0", "p_1", "p_2", "p_3") for name in OBJECTIVES] + [f"load_{view}_{z}" for view in VIEWS for z in range(4)]
-    more = ["loss_balance", "omega_sum_raw", "repeated_pairs", "negatives_per_query", "margin", "alarm", "lr_factor", "skipped", "tokens"]
+    documented = [
+        "step", "loss", "loss_aux", "loss_sparsity", "phi_q05", "phi_q50", "phi_q95", "share_down_weighted",
+        "masked_pairs", "grad_norm", "seconds", "rss_mb",
+    ]
+    documented += [
+        f"{kind}_{name}" for kind in ("loss", "omega", "p_0", "p_1", "p_2", "p_3") for name in OBJECTIVES
+    ] + [f"load_{view}_{z}" for view in VIEWS for z in range(4)]
+    more = [
+        "loss_balance", "omega_sum_raw", "repeated_pairs", "negatives_per_query", "margin", "alarm", "lr_factor",
+        "skipped", "tokens",
+    ]
     more += [f"grad_norm_{group}" for group in ("connector", "router", "experts", "rest")]
     history = straight[1]
     assert sorted(history.columns) == sorted(documented + more)
-    assert history["step"].tolist() == list(range(6)) and (history["skipped"] == 0).all() and (history["rss_mb"] > 50).all() and (history["seconds"] > 0).all()
+    assert (
+        history["step"].tolist() == list(range(6))
+        and (history["skipped"] == 0).all()
+        and (history["rss_mb"] > 50).all()
+        and (history["seconds"] > 0).all()
+    )
     numbers = history.drop(columns="alarm")
     assert numbers.notna().all().all() and np.isfinite(numbers.astype(float)).all().all()
     np.testing.assert_allclose(history[[f"omega_{name}" for name in OBJECTIVES]].sum(axis=1), 1, atol=1e-5)
@@ -117,12 +134,18 @@ def test_history_has_the_documented_columns(straight):
         np.testing.assert_allclose(history[[f"p_{z}_{name}" for name in OBJECTIVES]].sum(axis=1), 1, atol=1e-5)
     for view in VIEWS:
         np.testing.assert_allclose(history[[f"load_{view}_{z}" for z in range(4)]].sum(axis=1), 1, atol=1e-5)
-    total = sum(history[f"omega_{name}"] * history[f"loss_{name}"] for name in OBJECTIVES) + 0.01 * (history["loss_aux"] + history["loss_sparsity"]) + history["loss_balance"]
+    total = (
+        sum(history[f"omega_{name}"] * history[f"loss_{name}"] for name in OBJECTIVES)
+        + 0.01 * (history["loss_aux"] + history["loss_sparsity"])
+        + history["loss_balance"]
+    )
     np.testing.assert_allclose(history["loss"], total, rtol=1e-4)
 
 
 def test_progress_margin_filter_and_learning_rate_follow_the_steps(catalog):
-    config = settings(max_steps=10, filter_warmup_ratio=0.3, filter_margin_start=0.4, filter_margin_end=0.1, warmup_ratio=0.2)
+    config = settings(
+        max_steps=10, filter_warmup_ratio=0.3, filter_margin_start=0.4, filter_margin_end=0.1, warmup_ratio=0.2
+    )
     seen = {"progress": [], "active": [], "rates": []}
 
     class Note:
@@ -142,12 +165,16 @@ def test_progress_margin_filter_and_learning_rate_follow_the_steps(catalog):
     assert (history["share_down_weighted"][:3] == 0).all() and (history["share_down_weighted"][3:] > 0).any()
     np.testing.assert_allclose(history["lr_factor"][:2], [1 / 3, 2 / 3])
     assert history["lr_factor"].idxmax() == 2 and history["lr_factor"][2:].is_monotonic_decreasing
-    for name, rate in (("connector", config.connector_learning_rate), ("router", config.router_learning_rate), ("experts", config.learning_rate), ("rest", config.learning_rate)):
+    for name, rate in (
+        ("connector", config.connector_learning_rate), ("router", config.router_learning_rate),
+        ("experts", config.learning_rate), ("rest", config.learning_rate),
+    ):
         np.testing.assert_allclose([rates[name] for rates in seen["rates"]], rate * history["lr_factor"])
     assert not any(Trainer(tiny(), catalog, config.replace(filter=False, max_steps=4)).train()["share_down_weighted"])
 
 
-# ---------------------------------------------------------------------------------------------- callbacks, objectives, stopping
+# ---------------------------------------------------------------------------------------------- callbacks, objectives,
+# stopping
 
 
 def test_callbacks_are_functions_or_objects(catalog, straight):
@@ -157,10 +184,15 @@ def test_callbacks_are_functions_or_objects(catalog, straight):
         def on_step(self, event):
             log.append(("object", event.step, event.phase))
 
-    trainer = Trainer(tiny(), catalog, settings(), callbacks=[OnlySteps(), lambda event: log.append(("function", event.step, event.phase)), object()])
+    trainer = Trainer(
+        tiny(), catalog, settings(),
+        callbacks=[OnlySteps(), lambda event: log.append(("function", event.step, event.phase)), object()],
+    )
     trainer.train()
     assert [entry for entry in log if entry[0] == "object"] == [("object", step, "step") for step in range(6)]
-    assert [entry[1:] for entry in log if entry[0] == "function"] == [(step, phase) for step in range(6) for phase in PHASES]
+    assert [entry[1:] for entry in log if entry[0] == "function"] == [
+        (step, phase) for step in range(6) for phase in PHASES
+    ]
     assert trainer.encoder.fingerprint == straight[0]
 
 
@@ -188,12 +220,21 @@ def test_an_objective_of_ones_own(catalog):
     def objective(views, routing, keys):
         seen.append((type(views), type(routing), type(keys)))
         scores = views.embedding["q"]["t"] @ views.embedding["p"]["i"].T / 0.1
-        return {"loss": torch.nn.functional.cross_entropy(scores, torch.arange(len(scores))), "hardest": scores.detach().max(), "table": scores.detach()}
+        return {
+            "loss": torch.nn.functional.cross_entropy(scores, torch.arange(len(scores))),
+            "hardest": scores.detach().max(), "table": scores.detach(),
+        }
 
-    trainer = Trainer(tiny(), catalog, settings(max_steps=30, connector_learning_rate=5e-3, learning_rate=3e-3), objective=objective)
+    trainer = Trainer(
+        tiny(), catalog, settings(max_steps=30, connector_learning_rate=5e-3, learning_rate=3e-3), objective=objective
+    )
     history = trainer.train()
     assert set(seen) == {(TripletViews, TripletRouting, TripletKeys)}
-    assert "term_hardest" in history and "term_table" not in history and history[[f"loss_{name}" for name in OBJECTIVES]].isna().all().all()
+    assert (
+        "term_hardest" in history
+        and "term_table" not in history
+        and history[[f"loss_{name}" for name in OBJECTIVES]].isna().all().all()
+    )
     assert history["loss"][-5:].mean() < history["loss"][:5].mean()
     with pytest.raises(UsageError, match="no 'loss'"):
         Trainer(tiny(), catalog, settings(), objective=lambda *_: {"total": 1}).train()
@@ -215,7 +256,10 @@ def test_stop_and_go_on(catalog, straight):
 
 def test_a_stopped_run_can_be_resumed_from_disk(catalog, straight, tmp_path):
     "A stop between two checkpoints leaves one."
-    trainer = Trainer(tiny(), catalog, settings(), out=tmp_path / "run", callbacks=[lambda event: trainer.stop() if event.step == 2 else None])
+    trainer = Trainer(
+        tiny(), catalog, settings(), out=tmp_path / "run",
+        callbacks=[lambda event: trainer.stop() if event.step == 2 else None],
+    )
     trainer.train()
     assert (tmp_path / "run" / "model").is_dir() and len(pd.read_parquet(tmp_path / "run" / "history.parquet")) == 3
     resumed = Trainer(tiny(), catalog, settings(), out=tmp_path / "run", resume=True)
@@ -246,7 +290,9 @@ def state(trainer):
     "All of a trainer's state, comparable."
     tensors, meta, history = trainer.snapshot()
     ledger = {name: part.to_json() if isinstance(part, pd.DataFrame) else part for name, part in meta["ledger"].items()}
-    return {name: tensor.tolist() for name, tensor in tensors.items()}, meta | {"ledger": ledger}, copy.deepcopy(history)
+    return (
+        {name: tensor.tolist() for name, tensor in tensors.items()}, meta | {"ledger": ledger}, copy.deepcopy(history),
+    )
 
 
 def test_what_if_leaves_nothing(catalog, straight):
@@ -258,21 +304,34 @@ def test_what_if_leaves_nothing(catalog, straight):
     assert [event.phase for event in as_is] == [event.phase for event in changed] == list(PHASES)
     assert all(event.step == 3 for event in as_is + changed)
     row, other = as_is[-1].data["row"], changed[-1].data["row"]
-    assert row["loss_inter_t"] != other["loss_inter_t"] and row["loss_aux"] == other["loss_aux"] and "loss_balance" not in other
+    assert (
+        row["loss_inter_t"] != other["loss_inter_t"]
+        and row["loss_aux"] == other["loss_aux"]
+        and "loss_balance" not in other
+    )
     same_history(trainer.train(), straight[1])
     assert trainer.encoder.fingerprint == straight[0]
-    assert {name: row[name] for name in row if name not in CLOCK} == {name: trainer.history[3][name] for name in row if name not in CLOCK}  # as_is is the step that was then taken
+    assert {name: row[name] for name in row if name not in CLOCK} == {
+        name: trainer.history[3][name] for name in row if name not in CLOCK
+    }  # as_is is the step that was then taken
     with pytest.raises(UsageError, match="temprature.*temperature"):
         trainer.what_if(temprature=1)
 
 
 def test_what_if_it_were_the_paper(catalog):
     "The preset is every field of the method; what was given stays."
-    trainer = Trainer(tiny(), catalog, TrainConfig(max_steps=6, per_device_train_batch_size=8, num_threads=1, device="cpu", aux_weight=0.5))
+    trainer = Trainer(
+        tiny(), catalog,
+        TrainConfig(max_steps=6, per_device_train_batch_size=8, num_threads=1, device="cpu", aux_weight=0.5),
+    )
     as_is, paper = trainer.what_if(preset="paper")
     row, other = as_is[-1].data["row"], paper[-1].data["row"]
     assert row["loss_intra_p"] != other["loss_intra_p"] and "loss_balance" in row and "loss_balance" not in other
-    terms = sum(other[f"omega_{name}"] * other[f"loss_{name}"] for name in OBJECTIVES) + 0.5 * other["loss_aux"] + 0.01 * other["loss_sparsity"]
+    terms = (
+        sum(other[f"omega_{name}"] * other[f"loss_{name}"] for name in OBJECTIVES)
+        + 0.5 * other["loss_aux"]
+        + 0.01 * other["loss_sparsity"]
+    )
     assert other["loss"] == pytest.approx(terms, rel=1e-5)
 
 
@@ -312,7 +371,9 @@ def test_calibration_changes_nothing(catalog):
     steps = trainer.calibrate()
     after = state(trainer)
     assert steps >= 1 and after[0] == before[0] and after[2] == before[2]
-    assert {name: value for name, value in after[1].items() if name != "seconds"} == {name: value for name, value in before[1].items() if name != "seconds"}
+    assert {name: value for name, value in after[1].items() if name != "seconds"} == {
+        name: value for name, value in before[1].items() if name != "seconds"
+    }
     started = time.perf_counter()
     history = trainer.train()
     assert len(history) == trainer.max_steps >= 1 and trainer.progress == 1
@@ -385,14 +446,18 @@ def test_the_clock(catalog):
     assert 560 <= trainer.step <= 600 and trainer.seconds["steps"] < 60 and len(set(plans)) <= 3
     plans, trainer = planned([0.1] * 1000, found=70, max_steps=70)
     assert trainer.step == 70  # steps that were asked for are not exceeded
-    plans, trainer = planned([5.0] * 2 + [300.0] + [1.0] * 9)  # put to sleep for five minutes: one last step, with the smallest rate
+    plans, trainer = planned(
+        [5.0] * 2 + [300.0] + [1.0] * 9
+    )  # put to sleep for five minutes: one last step, with the smallest rate
     assert trainer.step == 4
     plans, trainer = planned([100.0] * 70, found=70, max_steps=70, max_minutes=0)
     assert trainer.step == 70  # no limit
 
 
 def test_a_job_that_must_end_in_time_lets_its_steps_give_way(catalog):
-    "One minute for everything, 0.15 of it kept for the end; steps of a second, scores of three; the time before the first step counts, too."
+    """One minute for everything, 0.15 of it kept for the end; steps of a second, scores of three; the time before the
+    first step counts, too.
+    """
     def steps_taken(spent_before, step=1.0, score=3.0, asked=5, points=8):
         trainer = Trainer(tiny(), catalog, settings(max_steps=0, max_minutes=asked, eval_points=points))
         clock = [1000.0]
@@ -425,7 +490,10 @@ def test_a_job_that_must_end_in_time_lets_its_steps_give_way(catalog):
 
 
 def test_steps_without_minutes_have_no_clock(catalog):
-    assert (settings(max_steps=6).max_minutes, settings(max_steps=0).max_minutes, settings(max_steps=6, max_minutes=2).max_minutes) == (0, 5, 2)
+    assert (
+        settings(max_steps=6).max_minutes, settings(max_steps=0).max_minutes,
+        settings(max_steps=6, max_minutes=2).max_minutes,
+    ) == (0, 5, 2)
 
 
 def test_scores_at_even_distances(catalog, straight):
@@ -440,7 +508,9 @@ def test_checkpoints_by_time(catalog, tmp_path):
     assert settings().save_minutes == 5.0
     trainer = Trainer(tiny(), catalog, settings(save_minutes=0.01 / 60), objective=slow(0.02), out=tmp_path / "run")
     first(trainer, "step", 3)
-    assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")) == ["step-000003", "step-000004"]
+    assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")) == [
+        "step-000003", "step-000004",
+    ]
     trainer = Trainer(tiny(), catalog, settings(), out=tmp_path / "other")
     first(trainer, "step", 3)
     assert not (tmp_path / "other" / "checkpoints").exists()  # it is younger than five minutes
@@ -450,9 +520,19 @@ def test_plan_comes_before_the_first_step(catalog):
     trainer = Trainer(tiny(), catalog, settings())
     before = trainer.encoder.fingerprint
     plan = trainer.plan()
-    assert (plan["products"], plan["triplets"], plan["triplets_per_step"], plan["steps"], plan["hard_negatives_per_query"]) == (48, 96, 8, 6, 1)
-    assert plan["parameters_trained"] < plan["parameters"] == sum(p.numel() for p in trainer.encoder.parameters()) or plan["parameters_trained"] == plan["parameters"]
-    assert plan["predicted_memory_mb"] > 100 and plan["tokens_per_step"] > 8 * 2 * 4 and trainer.encoder.fingerprint == before and trainer.step == 0
+    assert (
+        plan["products"], plan["triplets"], plan["triplets_per_step"], plan["steps"], plan["hard_negatives_per_query"],
+    ) == (48, 96, 8, 6, 1)
+    assert (
+        plan["parameters_trained"] < plan["parameters"] == sum(p.numel() for p in trainer.encoder.parameters())
+        or plan["parameters_trained"] == plan["parameters"]
+    )
+    assert (
+        plan["predicted_memory_mb"] > 100
+        and plan["tokens_per_step"] > 8 * 2 * 4
+        and trainer.encoder.fingerprint == before
+        and trainer.step == 0
+    )
     assert plan["tokens_per_step"] == first(trainer, "views").data["tokens"]
 
 
@@ -463,12 +543,22 @@ def test_what_a_run_leaves(catalog, straight, tmp_path):
     run = tmp_path / "run"
     trainer = Trainer(tiny(), catalog, settings(save_steps=2), out=run, command="moon2 train ...")
     trainer.train()
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "filter_ledger.parquet", "history.parquet", "model", "quarantine.parquet", "run_settings.json"]
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000006"]  # the two newest
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints", "filter_ledger.parquet", "history.parquet", "model", "quarantine.parquet", "run_settings.json",
+    ]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-000004", "step-000006",
+    ]  # the two newest
     same_history(pd.read_parquet(run / "history.parquet"), straight[1])
     assert Moon2Encoder.from_pretrained(run / "model").fingerprint == straight[0] == trainer.encoder.fingerprint
     about = read_json(run / "run_settings.json")
-    assert about["config"]["max_steps"] == 6 and about["choices"]["num_threads"] == 1 and about["command"] == "moon2 train ..." and about["data_hash"] == catalog.data_hash and about["steps"] == 6
+    assert (
+        about["config"]["max_steps"] == 6
+        and about["choices"]["num_threads"] == 1
+        and about["command"] == "moon2 train ..."
+        and about["data_hash"] == catalog.data_hash
+        and about["steps"] == 6
+    )
     with pytest.raises(UsageError, match="not empty.*--resume"):
         Trainer(tiny(), catalog, settings(), out=run)
     with pytest.raises(DataError, match="no checkpoint"):
@@ -489,7 +579,10 @@ def test_best_and_last_model_are_kept(catalog, straight, tmp_path):
     best = Moon2Encoder.from_pretrained(tmp_path / "run" / "checkpoints" / "best")
     assert (best.fingerprint, best.info["trained_steps"], trainer.encoder.info["trained_steps"]) == (prints[1], 4, 6)
     assert Moon2Encoder.from_pretrained(tmp_path / "run" / "model").fingerprint == prints[2] == straight[0]
-    assert history["valid_score"].dropna().tolist() == [0.3, 0.5, 0.4] and history["valid_score"].notna().tolist() == [False, True] * 3
+    assert (
+        history["valid_score"].dropna().tolist() == [0.3, 0.5, 0.4]
+        and history["valid_score"].notna().tolist() == [False, True] * 3
+    )
     assert trainer.encoder.training
 
 
@@ -522,7 +615,10 @@ def test_random_numbers_go_on_too(catalog, tmp_path):
     trainer = Trainer(tiny(), catalog, settings(max_steps=4, save_steps=1), objective=noisy, out=tmp_path / "run")
     first(trainer, "step", 1)
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
-    same_history(Trainer(tiny(), catalog, settings(max_steps=4), objective=noisy, out=tmp_path / "run", resume=True).train(), whole)
+    same_history(
+        Trainer(tiny(), catalog, settings(max_steps=4), objective=noisy, out=tmp_path / "run", resume=True).train(),
+        whole,
+    )
 
 
 @pytest.mark.parametrize("changes", [{"num_threads": 2}, {"dtype": "bfloat16"}], ids=str)
@@ -554,7 +650,14 @@ def test_resume_with_something_else_is_refused(catalog, tmp_path):
         Trainer(tiny(num_experts=2), catalog, settings(), out=tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("changes", [{"temperature": 0.1}, {"omega_mode": "faithful"}, {"learning_rate": 1e-4}, {"max_steps": 9}, {"max_steps": 0, "max_minutes": 2}, {"preset": "paper"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.1}, {"omega_mode": "faithful"}, {"learning_rate": 1e-4}, {"max_steps": 9},
+        {"max_steps": 0, "max_minutes": 2}, {"preset": "paper"},
+    ],
+    ids=str,
+)
 def test_a_resumed_run_keeps_its_settings(catalog, tmp_path, changes):
     "In Python as on the command line: every field that differs is named."
     interrupted_run(catalog, tmp_path / "run", 2)
@@ -613,7 +716,11 @@ def test_a_cut_checkpoint_falls_back_to_the_one_before(catalog, straight, tmp_pa
 
 
 def tree(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def full_safetensors(tensors, path, metadata=None):
@@ -628,9 +735,17 @@ def full_disk(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("target, broken", [("safetensors.torch.save_file", full_safetensors), ("pandas.DataFrame.to_parquet", full_disk), ("os.fsync", full_disk), ("pathlib.Path.write_text", full_disk), ("tempfile.mkdtemp", full_disk)])
+@pytest.mark.parametrize(
+    "target, broken",
+    [
+        ("safetensors.torch.save_file", full_safetensors), ("pandas.DataFrame.to_parquet", full_disk),
+        ("os.fsync", full_disk), ("pathlib.Path.write_text", full_disk), ("tempfile.mkdtemp", full_disk),
+    ],
+)
 def test_a_full_disk_while_writing_a_checkpoint(catalog, straight, tmp_path, monkeypatch, target, broken):
-    "A clear message; the earlier checkpoint is untouched, nothing half-written stays, and the run goes on from memory or from disk when there is space again."
+    """A clear message; the earlier checkpoint is untouched, nothing half-written stays, and the run goes on from memory
+    or from disk when there is space again.
+    """
     run = tmp_path / "run"
     trainer = interrupted_run(catalog, run, 3)
     before = tree(run)
@@ -639,7 +754,10 @@ def test_a_full_disk_while_writing_a_checkpoint(catalog, straight, tmp_path, mon
         with pytest.raises(LabError, match=r"(disk is full|cannot write|No space).*free some space"):
             for _event in trainer:
                 pass
-    assert tree(run) == before and [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert (
+        tree(run) == before
+        and [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    )
     assert newest_checkpoint(run)[0].name == "step-000003"
     resumed = Trainer(tiny(), catalog, settings(), out=run, resume=True)
     same_history(resumed.train(), straight[1])
@@ -689,7 +807,9 @@ print("end", trainer.encoder.fingerprint, flush=True)
 def child(out, step, phase):
     "A training run in a process of its own, slowed down from (step, phase) on."
     code = CHILD.format(tests=str(TESTS), step=step, phase=phase, out=str(out))
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TESTS.parent)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TESTS.parent
+    )
 
 
 def until(process, line):
@@ -723,12 +843,18 @@ def test_a_killed_run_continues_bit_equal(catalog, eight_steps, tmp_path):
     print(f"killed {delay:.3f} s after step {step}, phase {phase}; resumed at step {resumed.step}")
     assert step <= resumed.step < 8
     same_history(resumed.train(), eight_steps[1])
-    assert resumed.encoder.fingerprint == eight_steps[0] == Moon2Encoder.from_pretrained(tmp_path / "run" / "model").fingerprint
+    assert (
+        resumed.encoder.fingerprint
+        == eight_steps[0]
+        == Moon2Encoder.from_pretrained(tmp_path / "run" / "model").fingerprint
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_an_interrupted_run_goes_on(catalog, eight_steps, tmp_path, number):
-    "A real signal: the run stops between two updates, leaves a checkpoint, and goes on in the same process or in another."
+    """A real signal: the run stops between two updates, leaves a checkpoint, and goes on in the same process or in
+    another.
+    """
     chance = random.Random()
     step, phase, delay = chance.randrange(2, 6), chance.choice(PHASES), chance.uniform(0, 0.1)
     process = child(tmp_path / "run", step, phase)
@@ -738,7 +864,9 @@ def test_an_interrupted_run_goes_on(catalog, eight_steps, tmp_path, number):
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     told = next(line.split() for line in out.splitlines() if line.startswith("interrupted"))
-    assert told[1] == told[2] and step <= int(told[1]) < 8, f"interrupted {delay:.3f} s after step {step}, phase {phase}: {told}"
+    assert told[1] == told[2] and step <= int(told[1]) < 8, (
+        f"interrupted {delay:.3f} s after step {step}, phase {phase}: {told}"
+    )
     assert f"end {eight_steps[0]}" in out.splitlines()
     same_history(pd.read_parquet(tmp_path / "run" / "history.parquet"), eight_steps[1])
 
@@ -826,13 +954,23 @@ def test_a_loss_that_is_not_finite_moves_nothing(catalog, value):
             prints.append((trainer.step, trainer.encoder.fingerprint))
     history = trainer.table()
     assert history["skipped"].tolist() == [0, 0, 1, 0, 1, 0] and trainer.skipped == 2
-    assert [before == after for (_, before), (_, after) in zip(prints, prints[1:])] == [False, False, True, False, True, False]
-    assert all(bool(p.isfinite().all()) for p in trainer.encoder.parameters()) and np.isfinite(history["loss"][[0, 1, 3, 5]]).all()
+    assert [before == after for (_, before), (_, after) in zip(prints, prints[1:])] == [
+        False, False, True, False, True, False,
+    ]
+    assert (
+        all(bool(p.isfinite().all()) for p in trainer.encoder.parameters())
+        and np.isfinite(history["loss"][[0, 1, 3, 5]]).all()
+    )
 
 
 def test_too_many_of_them_stop_the_run(catalog, tmp_path):
-    trainer = Trainer(tiny(), catalog, settings(save_steps=1, max_nonfinite_steps=2), objective=Poison(range(2, 99), float("nan")), out=tmp_path / "run")
-    with pytest.raises(LabError, match=r"2 steps had a loss or gradient that is not finite \[step 3\].*lower the learning rates"):
+    trainer = Trainer(
+        tiny(), catalog, settings(save_steps=1, max_nonfinite_steps=2), objective=Poison(range(2, 99), float("nan")),
+        out=tmp_path / "run",
+    )
+    with pytest.raises(
+        LabError, match=r"2 steps had a loss or gradient that is not finite \[step 3\].*lower the learning rates"
+    ):
         trainer.train()
     assert trainer.step == 4 and trainer.table()["skipped"].tolist() == [0, 0, 1, 1]
     good = newest_checkpoint(tmp_path / "run")[1][0]
@@ -841,7 +979,9 @@ def test_too_many_of_them_stop_the_run(catalog, tmp_path):
 
 def test_only_steps_in_a_row_stop_the_run(catalog):
     "Every other step is bad, five in all: each time the next one was good."
-    trainer = Trainer(tiny(), catalog, settings(max_steps=10, max_nonfinite_steps=2), objective=Poison({1, 3, 5, 7, 9}, float("nan")))
+    trainer = Trainer(
+        tiny(), catalog, settings(max_steps=10, max_nonfinite_steps=2), objective=Poison({1, 3, 5, 7, 9}, float("nan"))
+    )
     assert trainer.train()["skipped"].sum() == 5 == trainer.skipped
 
 
@@ -870,7 +1010,9 @@ def test_tensorboard_gets_the_history(catalog, straight, tmp_path):
     for folder in {path.parent for path in files}:
         events = EventAccumulator(str(folder))
         events.Reload()
-        curves |= {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        curves |= {
+            tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        }
     assert [step for step, _ in curves["loss"]] == list(range(6))
     np.testing.assert_allclose([value for _, value in curves["loss"]], straight[1]["loss"], rtol=1e-6)
     assert {"omega_inter_t", "p_0_inter_t", "load_t_0", "grad_norm", "phi_q50"} <= set(curves)
@@ -892,7 +1034,10 @@ def test_an_unknown_config_key_names_its_neighbours():
         settings(omega_mod="faithful")
     with pytest.raises(UsageError, match="learning_rate"):
         settings(learning_rat=1)
-    for name, value in (("omega_mode", "fair"), ("temperature", 0), ("top_k", 9), ("per_device_train_batch_size", 1), ("visual_tokens", 5), ("lr_scheduler_type", "step"), ("max_steps", "many")):
+    for name, value in (
+        ("omega_mode", "fair"), ("temperature", 0), ("top_k", 9), ("per_device_train_batch_size", 1),
+        ("visual_tokens", 5), ("lr_scheduler_type", "step"), ("max_steps", "many"),
+    ):
         with pytest.raises(UsageError, match=name):
             settings(**{name: value})
 
@@ -900,9 +1045,13 @@ def test_an_unknown_config_key_names_its_neighbours():
 # ---------------------------------------------------------------------------------------------- every way to train
 
 VARIANTS = [
-    {"omega_mode": "faithful"}, {"omega_mode": "detached"}, {"omega_mode": "floored"}, {"omega_mode": "balanced", "omega_routing": "shared"}, {"preset": "paper"}, {"omega_times_m": True, "intra_omega": False},
-    {"filter_on_intra": True, "filter_warmup_ratio": 0.0}, {"in_batch_negatives": False}, {"negatives_per_query": 3, "paired_negatives": False}, {"intra_negatives": "other_polarity", "intra_symmetric": False},
-    {"num_experts": 0}, {"top_k": 4}, {"moe_layers": "1"}, {"attention": "bidirectional"}, {"dtype": "bfloat16"}, {"lora_r": 2}, {"train_word_embeddings": True}, {"lr_scheduler_type": "linear"},
+    {"omega_mode": "faithful"}, {"omega_mode": "detached"}, {"omega_mode": "floored"},
+    {"omega_mode": "balanced", "omega_routing": "shared"}, {"preset": "paper"},
+    {"omega_times_m": True, "intra_omega": False}, {"filter_on_intra": True, "filter_warmup_ratio": 0.0},
+    {"in_batch_negatives": False}, {"negatives_per_query": 3, "paired_negatives": False},
+    {"intra_negatives": "other_polarity", "intra_symmetric": False}, {"num_experts": 0}, {"top_k": 4},
+    {"moe_layers": "1"}, {"attention": "bidirectional"}, {"dtype": "bfloat16"}, {"lora_r": 2},
+    {"train_word_embeddings": True}, {"lr_scheduler_type": "linear"},
 ]
 
 
@@ -910,35 +1059,59 @@ VARIANTS = [
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_every_mode_runs(catalog, changes):
     "Two steps of each: finite, something moved, omega as the mode promises."
-    fields = {name: value for name, value in changes.items() if name in ("num_experts", "top_k", "moe_layers", "attention")}
+    fields = {
+        name: value for name, value in changes.items() if name in ("num_experts", "top_k", "moe_layers", "attention")
+    }
     trainer = Trainer(tiny(**fields), catalog, settings(max_steps=2, **changes))
     start = trainer.encoder.fingerprint
     history = trainer.train()
-    assert np.isfinite(history[["loss", *(f"loss_{name}" for name in OBJECTIVES)]]).all().all() and not history["skipped"].any()
+    assert (
+        np.isfinite(history[["loss", *(f"loss_{name}" for name in OBJECTIVES)]]).all().all()
+        and not history["skipped"].any()
+    )
     assert trainer.encoder.fingerprint != start
     total = history[[f"omega_{name}" for name in OBJECTIVES]].sum(axis=1)
     if changes.get("omega_mode") == "faithful" or changes.get("preset") == "paper":
         assert ((total > 0) & (total <= 5)).all()
     elif "omega_times_m" not in changes:
         np.testing.assert_allclose(total, 1, atol=1e-5)
-    assert ("loss_aux" in history) == (changes.get("num_experts") != 0) and ("loss_balance" in history) == (changes.get("omega_mode", "balanced") == "balanced" and changes.get("preset") != "paper" and "num_experts" not in changes)
+    assert ("loss_aux" in history) == (changes.get("num_experts") != 0) and ("loss_balance" in history) == (
+        changes.get("omega_mode", "balanced") == "balanced"
+        and changes.get("preset") != "paper"
+        and "num_experts" not in changes
+    )
 
 
 def test_products_without_picture_or_title(tmp_path):
     "Mixed catalogues train; what a step lacks is absent from its terms, not zero and not NaN."
     trainer = Trainer(tiny(), shop(60, mixed=True), settings(), out=tmp_path / "run")
     history = trainer.train()
-    assert np.isfinite(history["loss"]).all() and not history["skipped"].any() and (tmp_path / "run" / "filter_ledger.parquet").is_file()
+    assert (
+        np.isfinite(history["loss"]).all()
+        and not history["skipped"].any()
+        and (tmp_path / "run" / "filter_ledger.parquet").is_file()
+    )
     resumed = Trainer(tiny(), shop(60, mixed=True), settings(), out=tmp_path / "run", resume=True)
     same_history(resumed.table(), history)
 
 
-@pytest.mark.parametrize("lacking, absent", [({"refs": ()}, {"inter_i", "inter_mm", "intra_p", "intra_n"}), ({"title": None}, {"inter_t", "inter_mm", "intra_p", "intra_n"})], ids=["no pictures", "no titles"])
+@pytest.mark.parametrize(
+    "lacking, absent",
+    [
+        ({"refs": ()}, {"inter_i", "inter_mm", "intra_p", "intra_n"}),
+        ({"title": None}, {"inter_t", "inter_mm", "intra_p", "intra_n"}),
+    ],
+    ids=["no pictures", "no titles"],
+)
 def test_a_catalogue_of_one_modality(lacking, absent):
     catalog = Catalog.from_products([product(number, **lacking) for number in range(40)])
     history = Trainer(tiny(), catalog, settings(max_steps=3)).train()
     gone = {name for name in OBJECTIVES if history[f"loss_{name}"].isna().all()}
-    assert np.isfinite(history["loss"]).all() and gone == absent and (history[[f"omega_{name}" for name in gone]] == 0).all().all()
+    assert (
+        np.isfinite(history["loss"]).all()
+        and gone == absent
+        and (history[[f"omega_{name}" for name in gone]] == 0).all().all()
+    )
     np.testing.assert_allclose(history[[f"omega_{name}" for name in OBJECTIVES]].sum(axis=1), 1, atol=1e-5)
 
 
@@ -955,7 +1128,11 @@ def test_too_few_products_for_a_batch():
 
 def test_only_the_train_split_is_trained_on(catalog):
     trainer = Trainer(tiny(), catalog, settings())
-    assert {triplet.positive.split for triplet in trainer.triplets} == {"train"} == {negative.split for triplet in trainer.triplets for negative in triplet.negatives}
+    assert (
+        {triplet.positive.split for triplet in trainer.triplets}
+        == {"train"}
+        == {negative.split for triplet in trainer.triplets for negative in triplet.negatives}
+    )
 
 
 def test_it_learns(catalog):
@@ -965,7 +1142,8 @@ def test_it_learns(catalog):
         assert loss[f"loss_{name}"][-6:].mean() < 0.75 * loss[f"loss_{name}"][:6].mean(), name
 
 
-# ---------------------------------------------------------------------------------------------- queries with one modality
+# ---------------------------------------------------------------------------------------------- queries with one
+# modality
 
 
 def test_queries_with_one_modality_are_not_multimodal():
@@ -979,11 +1157,16 @@ def test_queries_with_one_modality_are_not_multimodal():
     terms, keys = events["loss"]["terms"], events["batch"]["keys"]
     assert torch.equal(terms["phi"][2].isnan(), ~both)
     parts = [views.embedding[role]["mm"] for role in "qpn"]
-    options = {"keys": keys.positive, "negative_keys": keys.negative, "query_keys": keys.query, "unique": True, "negative_mask": keys.negative_mask}
+    options = {
+        "keys": keys.positive, "negative_keys": keys.negative, "query_keys": keys.query, "unique": True,
+        "negative_mask": keys.negative_mask,
+    }
     rows = inter_product_loss(*parts, 0.05, weight=terms["filter_weight"][2], reduction="none", **options)
     torch.testing.assert_close(terms["inter_mm"], rows[both].mean())
     weights, items = events["routing"]["routing"].weights, len(events["batch"]["items"])
-    assert torch.allclose(objective_routing(events["routing"]["routing"], views, keys.negative_mask)[2], weights["q"]["mm"][both].mean(0))
+    assert torch.allclose(
+        objective_routing(events["routing"]["routing"], views, keys.negative_mask)[2], weights["q"]["mm"][both].mean(0)
+    )
     whole = trainer.encoder.forward_items(events["batch"]["items"])
     used = torch.cat([both, torch.ones(items - len(both), dtype=torch.bool)])
     torch.testing.assert_close(events["routing"]["load"]["mm"], whole.routing["mm"][used].mean(0))
@@ -998,9 +1181,15 @@ def test_a_query_of_words_alone_counts_once_for_the_load():
     queries = {triplet.query.content for triplet in trainer.current_batch()}
     rows = trainer.encoder.rows_of([triplet.query for triplet in trainer.current_batch()])
     products = trainer.encoder.rows_of(collate(trainer.current_batch())[0][8:])
-    assert len(queries) > 4 and event.data["routing"].layers[0].weight.sum().item() == sum(map(len, rows)) + 2 * sum(map(len, products))
+    assert len(queries) > 4 and event.data["routing"].layers[0].weight.sum().item() == sum(map(len, rows)) + 2 * sum(
+        map(len, products)
+    )
     history = trainer.train()
-    assert history["loss_inter_mm"].isna().all() and history["loss_inter_i"].isna().all() and history["omega_inter_mm"].eq(0).all()
+    assert (
+        history["loss_inter_mm"].isna().all()
+        and history["loss_inter_i"].isna().all()
+        and history["omega_inter_mm"].eq(0).all()
+    )
     assert history["loss_inter_t"].notna().all()
 
 
@@ -1018,7 +1207,11 @@ def test_a_second_trainer_has_a_device_of_its_own(catalog, monkeypatch):
     real = trainer_module.choose_numerics
     monkeypatch.setattr(trainer_module, "choose_numerics", lambda *args, **options: on_meta(real(*args, **options)))
     second = Trainer(tiny(), catalog, settings())
-    assert {p.device.type for p in second.encoder.parameters()} == {"meta"} == {p.device.type for g in second.optimizer.param_groups for p in g["params"]}
+    assert (
+        {p.device.type for p in second.encoder.parameters()}
+        == {"meta"}
+        == {p.device.type for g in second.optimizer.param_groups for p in g["params"]}
+    )
     assert {p.device.type for p in first_one.encoder.parameters()} == {"cpu"} and len(first_one.train()) == 6
 
 
@@ -1028,8 +1221,14 @@ def test_resumed_moments_stand_where_the_optimizer_reads_them():
         layer = torch.nn.Linear(2, 2, device="meta")
         optimizer = torch.optim.AdamW(layer.parameters())
         optimizer.param_groups[0]["fused"] = fused
-        stored = {f"model.{name}": torch.zeros(p.shape) for name, p in layer.named_parameters()} | {"rng": torch.get_rng_state()}
-        stored |= {f"optimizer.{name}.{key}": torch.tensor(3.0) if key == "step" else torch.zeros(p.shape) for name, p in layer.named_parameters() for key in ("step", "exp_avg")}
+        stored = {f"model.{name}": torch.zeros(p.shape) for name, p in layer.named_parameters()} | {
+            "rng": torch.get_rng_state()
+        }
+        stored |= {
+            f"optimizer.{name}.{key}": torch.tensor(3.0) if key == "step" else torch.zeros(p.shape)
+            for name, p in layer.named_parameters()
+            for key in ("step", "exp_avg")
+        }
         load_tensors(stored, layer, optimizer)
         found = optimizer.state[layer.weight]
         assert (found["step"].device.type, found["exp_avg"].device.type) == (place, "meta")
