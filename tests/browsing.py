@@ -11,7 +11,9 @@ import nbformat
 
 from bench.demo_load import free_port
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -19,15 +21,29 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 def jupyter_lab(folder, cells, name="test.ipynb", settings=None):
     "A JupyterLab in `folder` with one notebook of these cells, and the settings of `make lab` where `settings` names their folder; gives its address."
     cells = [nbformat.v4.new_code_cell(cell.strip()) for cell in cells]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), folder / name)
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+        ),
+        folder / name,
+    )
     port, home = free_port(), folder / "home"
     home.mkdir()
-    env = os.environ | {"HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "JUPYTER_DATA_DIR": str(home / "data"), "OMP_NUM_THREADS": "1"}
-    options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--port-retries=0", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", "--allow-root"]
+    env = os.environ | {
+        "HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "JUPYTER_DATA_DIR": str(home / "data"), "OMP_NUM_THREADS": "1",
+    }
+    options = [
+        "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--port-retries=0", "--IdentityProvider.token=",
+        "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", "--allow-root",
+    ]
     options += [f"--LabApp.app_settings_dir={settings}"] if settings else []
     log, address = folder / "server.log", f"http://127.0.0.1:{port}"
     with open(log, "w") as file:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options, str(folder)], env=env, stdout=file, stderr=subprocess.STDOUT, cwd=folder)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options, str(folder)], env=env, stdout=file, stderr=subprocess.STDOUT,
+            cwd=folder,
+        )
     try:
         wait_for(address, server, log)
         yield address

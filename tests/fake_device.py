@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 CPU, FOREIGN = 1, 12  # kDLCPU and kDLExtDev of DLPack
 COPIES = ("_to_copy", "copy_", "_copy_from")  # the operations that may see two devices
 WAITS = {  # operations that hold the program until a GPU is done: their result, or its size, is needed by the CPU
-    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "equal", "is_nonzero", "bincount",
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
+    "unique_dim_consecutive", "equal", "is_nonzero", "bincount",
 }
 waits: Counter = Counter()  # what was waited for, by operation, since the last `counted`
 calls: Counter = Counter()  # operations that ran on the device
@@ -27,7 +28,9 @@ class _Tensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("device", _Device)]
 
 
-_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 def _relabel(tensor: torch.Tensor, kind: int) -> torch.Tensor:
@@ -52,14 +55,18 @@ def _check(op, tensors: list[torch.Tensor]) -> None:
     "One device for all, as on CUDA: only single numbers of the CPU may take part."
     left = [t for t in tensors if not _is_fake(t) and t.dim() > 0]
     if left and _name(op) not in COPIES and any(map(_is_fake, tensors)):
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found fake:0 and {left[0].device} in {op}")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found fake:0 and {left[0].device} in {op}"
+        )
 
 
 def _count(op, args: list) -> None:
     "Note what a GPU would be waited for."
     name, tensors = _name(op), [a for a in args if isinstance(a, torch.Tensor)]
     calls[name] += 1
-    put = name == "_index_put_impl_" and any(t.dtype == torch.bool for t in tensors[1:-1]) and tensors[-1].numel() != 1  # one value: masked_fill
+    put = (
+        name == "_index_put_impl_" and any(t.dtype == torch.bool for t in tensors[1:-1]) and tensors[-1].numel() != 1
+    )  # one value: masked_fill
     if name in WAITS or put or name == "repeat_interleave":
         waits[name] += 1
 
@@ -73,12 +80,19 @@ def _fallback(op, *args, **kwargs):
     if _name(op) in COPIES:
         return _copy(op, *args, **kwargs)
     _count(op, values)
-    raw = [_relabel(v, CPU) if _is_fake(v) else torch.device("cpu") if isinstance(v, torch.device) else v for v in values]
+    raw = [
+        _relabel(v, CPU) if _is_fake(v) else torch.device("cpu") if isinstance(v, torch.device) else v for v in values
+    ]
     known = {id(r): v for r, v in zip(raw, values, strict=True) if isinstance(r, torch.Tensor)}
     raw_args, raw_kwargs = tree_unflatten(raw, spec)
-    raw_args = [torch.tensor(v) if str(a.type) == "Tensor" and isinstance(v, (bool, int, float)) else v for v, a in zip(raw_args, op._schema.arguments)]
+    raw_args = [
+        torch.tensor(v) if str(a.type) == "Tensor" and isinstance(v, (bool, int, float)) else v
+        for v, a in zip(raw_args, op._schema.arguments)
+    ]
     sized = {a.name: kwargs[a.name] for a in op._schema.arguments if a.is_out and _is_fake(kwargs.get(a.name))}
-    raw_kwargs |= {name: torch.empty(0, dtype=given.dtype) for name, given in sized.items()}  # borrowed memory cannot grow
+    raw_kwargs |= {
+        name: torch.empty(0, dtype=given.dtype) for name, given in sized.items()
+    }  # borrowed memory cannot grow
     out = op(*raw_args, **raw_kwargs)
     if sized:
         for name, given in sized.items():
@@ -106,7 +120,9 @@ def _copy(op, *args, **kwargs):
         target, source = args[:2] if _name(op) == "copy_" else args[1::-1]
         if _is_fake(source) and not _is_fake(target):
             waits["copy to cpu"] += 1
-        (_relabel(target, CPU) if _is_fake(target) else target).copy_(_relabel(source, CPU) if _is_fake(source) else source)
+        (_relabel(target, CPU) if _is_fake(target) else target).copy_(
+            _relabel(source, CPU) if _is_fake(source) else source
+        )
         return target
     source, target = args[0], kwargs.pop("device", None)
     target = source.device if target is None else torch.device(target)
@@ -122,7 +138,11 @@ def _low(op, *args, **kwargs):
     dtype = torch.get_autocast_dtype("fake")
 
     def cast(value):
-        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64 else value
+        return (
+            value.to(dtype)
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+            else value
+        )
 
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
         return op(*tree_map(cast, args), **tree_map(cast, kwargs))
@@ -153,12 +173,21 @@ def start() -> torch.device:
         _setup_privateuseone_for_python_backend("fake", backend_module=Module())
         library = torch.library.Library("_", "IMPL")
         library.fallback(_fallback, "PrivateUse1")
-        makers = torch.library.Library("aten", "IMPL")  # torch would make these by resizing, which borrowed memory does not allow
-        for name in ("arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m", "randperm", "randperm.generator"):
+        makers = torch.library.Library(
+            "aten", "IMPL"
+        )  # torch would make these by resizing, which borrowed memory does not allow
+        for name in (
+            "arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m", "randperm", "randperm.generator",
+        ):
             packet, _, overload = name.partition(".")
-            makers.impl(name, functools.partial(_fallback, getattr(getattr(torch.ops.aten, packet), overload or "default")), "PrivateUse1")
+            makers.impl(
+                name, functools.partial(_fallback, getattr(getattr(torch.ops.aten, packet), overload or "default")),
+                "PrivateUse1",
+            )
         makers.impl("_grouped_mm", functools.partial(_fallback, torch.ops.aten._grouped_mm.default), "PrivateUse1")
-        makers.impl("convolution_overrideable", functools.partial(_fallback, torch.ops.aten.convolution.default), "PrivateUse1")
+        makers.impl(
+            "convolution_overrideable", functools.partial(_fallback, torch.ops.aten.convolution.default), "PrivateUse1"
+        )
         library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
         for name in ("linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention"):
             makers.impl(name, functools.partial(_low, getattr(torch.ops.aten, name).default), "AutocastPrivateUse1")

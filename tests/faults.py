@@ -142,8 +142,10 @@ for line in sys.stdin:
 """
 
 
-SMALL = ("--backbone", "tiny", "--set", "max_steps=4", "save_steps=2", "per_device_train_batch_size=4", "image_size=32", "visual_tokens=4", "num_layers=1",
-         "num_threads=1", "device=cpu", "dtype=float32", "query_variants=1")
+SMALL = (
+    "--backbone", "tiny", "--set", "max_steps=4", "save_steps=2", "per_device_train_batch_size=4", "image_size=32",
+    "visual_tokens=4", "num_layers=1", "num_threads=1", "device=cpu", "dtype=float32", "query_variants=1",
+)
 
 
 def warm_up(folder: Path) -> list[list[str]]:
@@ -173,16 +175,25 @@ class Faults:
         if compiler and sys.platform.startswith("linux"):
             (self.folder / "faults.c").write_text(SHIM)
             library = self.folder / "faults.so"
-            made = subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", library, self.folder / "faults.c", "-ldl"], capture_output=True, text=True)
+            made = subprocess.run(
+                [compiler, "-shared", "-fPIC", "-O1", "-w", "-o", library, self.folder / "faults.c", "-ldl"],
+                capture_output=True, text=True,
+            )
             self.exact = made.returncode == 0
             env |= {"LD_PRELOAD": str(library)} if self.exact else {}
-        self.process = subprocess.Popen([sys.executable, "-c", SERVER, str(self.folder), json.dumps(warm_up(self.folder))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(self.folder), json.dumps(warm_up(self.folder))], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env=env,
+        )
 
     def __call__(self, root, *words, n=0, mode=COUNT) -> Done:
         "Run `moon2 WORDS`; the n-th call that changes something below `root` is the one."
         log = self.folder / "said.txt"
         Path(f"{log}.calls").unlink(missing_ok=True)
-        job = {"words": [str(word) for word in words], "root": str(root), "n": n, "mode": mode, "log": str(log), "cache": str(self.folder / "cache")}
+        job = {
+            "words": [str(word) for word in words], "root": str(root), "n": n, "mode": mode, "log": str(log),
+            "cache": str(self.folder / "cache"),
+        }
         print(json.dumps(job), file=self.process.stdin, flush=True)
         code = json.loads(self.process.stdout.readline())
         calls = Path(f"{log}.calls")

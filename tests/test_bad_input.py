@@ -25,24 +25,36 @@ from small import picture, pretrained, product, settings, shop, tiny
 
 LONG = "word " * 2_000  # 10,000 characters
 UNBROKEN = "x" * 10_000
-ODD = {"p001": LONG, "p002": UNBROKEN, "p006": "👟👟👟", "p007": "‼️", "p011": "\u200b\u200b", "p012": "日本語の商品名", "p016": "a\0b", "p017": "مزهرية زرقاء"}
+ODD = {
+    "p001": LONG, "p002": UNBROKEN, "p006": "👟👟👟", "p007": "‼️", "p011": "\u200b\u200b", "p012": "日本語の商品名",
+    "p016": "a\0b", "p017": "مزهرية زرقاء",
+}
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def odd_shop(count=60):
     "Odd titles, blank titles, no titles, no pictures, a grey and a one-pixel picture."
-    changes = {name: {"title": title} for name, title in ODD.items()} | {"p003": {"title": None}, "p004": {"refs": ()}, "p008": {"title": " \t "}}
-    changes |= {"p013": {"refs": (ImageRef.from_pil(Image.new("L", (300, 2), 9)),)}, "p014": {"refs": (ImageRef.from_pil(Image.new("RGB", (1, 1))),)}}
+    changes = {name: {"title": title} for name, title in ODD.items()} | {
+        "p003": {"title": None}, "p004": {"refs": ()}, "p008": {"title": " \t "},
+    }
+    changes |= {
+        "p013": {"refs": (ImageRef.from_pil(Image.new("L", (300, 2), 9)),)},
+        "p014": {"refs": (ImageRef.from_pil(Image.new("RGB", (1, 1))),)},
+    }
     made = [product(number) for number in range(count)]
-    return Catalog.from_products([product(number, **changes.get(one.product_id, {})) for number, one in enumerate(made)])
+    return Catalog.from_products(
+        [product(number, **changes.get(one.product_id, {})) for number, one in enumerate(made)]
+    )
 
 
 def test_odd_products_are_encoded():
     catalog, encoder = odd_shop(), tiny()
     views = encoder.encode_views(list(catalog))
     assert encoder.last_missing == {"t": ["p003", "p008"], "i": ["p004"], "mm": []}
-    assert {view: [catalog[row].product_id for row in np.flatnonzero(np.isnan(rows).any(1))] for view, rows in views.items()} == {"t": ["p003", "p008"], "i": ["p004"], "mm": []}
+    assert {
+        view: [catalog[row].product_id for row in np.flatnonzero(np.isnan(rows).any(1))] for view, rows in views.items()
+    } == {"t": ["p003", "p008"], "i": ["p004"], "mm": []}
     for rows in views.values():
         there = rows[~np.isnan(rows[:, 0])]
         np.testing.assert_allclose(np.linalg.norm(there, axis=1), 1, atol=1e-5)
@@ -50,7 +62,9 @@ def test_odd_products_are_encoded():
 
 def test_long_titles_cost_no_more_than_their_cut():
     encoder = tiny()
-    assert [len(row) for row in encoder.rows_of([Item(LONG, None), Item(UNBROKEN, None), Item("👟👟👟", None)])] == [64, 3, 1]
+    assert [len(row) for row in encoder.rows_of([Item(LONG, None), Item(UNBROKEN, None), Item("👟👟👟", None)])] == [
+        64, 3, 1,
+    ]
     same = encoder.encode([Item(LONG, None), Item("word " * 64, None)], view="t")
     np.testing.assert_allclose(same[0], same[1], atol=1e-6)
 
@@ -68,12 +82,16 @@ def test_odd_products_are_trained_on_and_scored(tmp_path):
     "From the catalogue to the scores, without a NaN and without leaving out what can be used."
     catalog = odd_shop()
     trainer = Trainer(tiny(), catalog, settings(max_steps=12), out=tmp_path / "run")
-    assert {"p001", "p002", "p003", "p004", "p006", "p008", "p013", "p014"} <= {triplet.positive.product_id for triplet in trainer.triplets}
+    assert {"p001", "p002", "p003", "p004", "p006", "p008", "p013", "p014"} <= {
+        triplet.positive.product_id for triplet in trainer.triplets
+    }
     history = trainer.train()
     assert np.isfinite(history["loss"]).all() and not history["skipped"].any()
     metrics = evaluate(trainer.encoder, catalog, split="all", baselines=False, resamples=0)
     asked = {name: block["n_queries"] for name, block in metrics["directions"].items()}
-    assert (asked["i->t"], asked["i->mm"], asked["t->i"]) == (59, 59, 58) and asked["t->mm"] == 55  # three titles have no word
+    assert (asked["i->t"], asked["i->mm"], asked["t->i"]) == (59, 59, 58) and asked[
+        "t->mm"
+    ] == 55  # three titles have no word
     assert all(block["n_nan_vectors"] == 0 and block["n_gallery"] >= 58 for block in metrics["directions"].values())
     json.dumps(metrics, allow_nan=False)
 
@@ -94,7 +112,9 @@ def test_a_picture_that_vanishes_is_named(tmp_path):
     "Between opening the catalogue and the first look at its pictures; what was encoded before stays."
     Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
     Image.new("RGB", (40, 40), "blue").save(tmp_path / "b.png")
-    pd.DataFrame({"product_id": ["a", "b"], "image_paths": ['["a.png"]', '["b.png"]']}).to_parquet(tmp_path / "products.parquet")
+    pd.DataFrame({"product_id": ["a", "b"], "image_paths": ['["a.png"]', '["b.png"]']}).to_parquet(
+        tmp_path / "products.parquet"
+    )
     catalog, encoder = Catalog.load(tmp_path), tiny()
     known = encoder.encode([catalog.get("a")])
     (tmp_path / "b.png").unlink()
@@ -176,7 +196,10 @@ def test_a_picture_is_encoded_once_in_its_life(monkeypatch):
 # ---------------------------------------------------------------------------------------------- files that are whole or absent
 
 
-@pytest.mark.parametrize("write", [lambda path: write_json(path, {"a": 1}), lambda path: write_parquet(path, pd.DataFrame({"a": [1]}))], ids=["json", "parquet"])
+@pytest.mark.parametrize(
+    "write", [lambda path: write_json(path, {"a": 1}), lambda path: write_parquet(path, pd.DataFrame({"a": [1]}))],
+    ids=["json", "parquet"],
+)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, write, number):
     path = tmp_path / "file"
@@ -217,7 +240,11 @@ def test_broken_weights_give_vectors_that_are_counted():
         encoder.backbone.connector[1].weight[0, 0] = float("nan")
     metrics = evaluate(encoder, catalog, split="valid", baselines=False, resamples=0)
     text_only, with_image = metrics["directions"]["t->mm"], metrics["directions"]["i->mm"]
-    assert with_image["n_nan_vectors"] == 12 and text_only["n_nan_vectors"] == 6 and with_image["R@1"]["value"] == text_only["R@1"]["value"] == 0
+    assert (
+        with_image["n_nan_vectors"] == 12
+        and text_only["n_nan_vectors"] == 6
+        and with_image["R@1"]["value"] == text_only["R@1"]["value"] == 0
+    )
     json.dumps(metrics, allow_nan=False)
 
 

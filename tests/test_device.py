@@ -54,14 +54,21 @@ def test_the_fake_device_is_the_cpu_under_another_name(fake):
         rows.to(fake) + rows
     with pytest.raises(RuntimeError, match="same device"):
         rows.to(fake).index_select(0, torch.tensor([1]))
-    assert float((rows.to(fake) * torch.tensor(2.0)).sum()) == float((rows * 2).sum())  # a single number may come from the CPU, as on CUDA
+    assert float((rows.to(fake) * torch.tensor(2.0)).sum()) == float(
+        (rows * 2).sum()
+    )  # a single number may come from the CPU, as on CUDA
 
 
-@pytest.mark.parametrize(("wait", "act"), [
-    ("_local_scalar_dense", lambda x: x.sum().item()), ("nonzero", lambda x: x[x > 0]), ("copy to cpu", lambda x: x.tolist()),
-    ("bincount", lambda x: torch.bincount(x.long().flatten().abs())), ("_unique2", lambda x: torch.unique(x)), ("repeat_interleave", lambda x: torch.repeat_interleave(x.long().flatten().abs())),
-    (None, lambda x: torch.where(x > 0, x, 0).sum(0).cumsum(0)),
-])
+@pytest.mark.parametrize(
+    ("wait", "act"),
+    [
+        ("_local_scalar_dense", lambda x: x.sum().item()), ("nonzero", lambda x: x[x > 0]),
+        ("copy to cpu", lambda x: x.tolist()), ("bincount", lambda x: torch.bincount(x.long().flatten().abs())),
+        ("_unique2", lambda x: torch.unique(x)),
+        ("repeat_interleave", lambda x: torch.repeat_interleave(x.long().flatten().abs())),
+        (None, lambda x: torch.where(x > 0, x, 0).sum(0).cumsum(0)),
+    ],
+)
 def test_what_a_gpu_is_waited_for_is_counted(fake, wait, act):
     values = torch.randn(4, 4).to(fake)
     with counted() as waits:
@@ -74,7 +81,9 @@ def test_what_a_gpu_is_waited_for_is_counted(fake, wait, act):
 
 def test_a_device_that_is_not_there_is_one_line_that_names_what_is(monkeypatch):
     monkeypatch.setattr(runtime, "device_counts", lambda: {"cuda": 2, "cpu": 1})
-    assert (runtime.pick_device("auto"), runtime.pick_device("cuda:1")) == (torch.device("cuda"), torch.device("cuda:1"))
+    assert (runtime.pick_device("auto"), runtime.pick_device("cuda:1")) == (
+        torch.device("cuda"), torch.device("cuda:1"),
+    )
     for wrong in ("cuda:2", "mps", "gpu", "cuda:x"):
         with pytest.raises(UsageError, match=f"no device '{wrong}'.*there is cuda:0 to cuda:1, cpu"):
             try:
@@ -84,11 +93,16 @@ def test_a_device_that_is_not_there_is_one_line_that_names_what_is(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has cuda")
-@pytest.mark.parametrize("words", [
-    "train --catalog none --out {out} --backbone tiny", "run --catalog none --out {out} --backbone tiny", "eval {model} --catalog none", "embed {model} --catalog none --out {out}",
-    "heatmap {model} --catalog none --query x --item y --out {out}", "compare {model} {model} --catalog none --out {out}", "demo {model} --catalog none",
-    "search {model} --uri {out} --text x",
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --catalog none --out {out} --backbone tiny", "run --catalog none --out {out} --backbone tiny",
+        "eval {model} --catalog none", "embed {model} --catalog none --out {out}",
+        "heatmap {model} --catalog none --query x --item y --out {out}",
+        "compare {model} {model} --catalog none --out {out}", "demo {model} --catalog none",
+        "search {model} --uri {out} --text x",
+    ],
+)
 def test_every_command_refuses_it_before_anything_is_read(words, tmp_path, capsys):
     tiny().save_pretrained(tmp_path / "model")
     line = words.format(model=tmp_path / "model", out=tmp_path / "out").split()
@@ -105,7 +119,9 @@ def test_the_setting_is_the_same_thing(monkeypatch, tmp_path, capsys):
     tiny().save_pretrained(tmp_path / "model")
     assert main(["eval", str(tmp_path / "model"), "--catalog", "none"]) == 2
     assert "no device 'mps'" in capsys.readouterr().err
-    assert main(["eval", str(tmp_path / "model"), "--catalog", str(tmp_path / "none"), "--device", "cpu"]) == 2  # typed over the setting
+    assert (
+        main(["eval", str(tmp_path / "model"), "--catalog", str(tmp_path / "none"), "--device", "cpu"]) == 2
+    )  # typed over the setting
     assert "mps" not in capsys.readouterr().err
 
 
@@ -113,13 +129,18 @@ def test_kernel_and_dtype_are_measured_after_moving_and_kept_under_the_devices_n
     seen = []
     monkeypatch.setattr(Moon2Encoder, "embedding_dim", property(lambda self: 256))  # tiny is too small to be measured
     monkeypatch.setattr(encoder, "pick_dtype", lambda device: seen.append(("dtype", device.type)) or torch.bfloat16)
-    monkeypatch.setattr(encoder, "faster_kernel", lambda block, tokens, dtype: seen.append(("kernel", block.gate_up_proj.device.type, dtype)) or ("grouped", {}))
+    monkeypatch.setattr(
+        encoder, "faster_kernel",
+        lambda block, tokens, dtype: seen.append(("kernel", block.gate_up_proj.device.type, dtype)) or ("grouped", {}),
+    )
     model = tiny()
     choices = trainer_module.choose_numerics(model, settings(device="auto"))
     assert (choices.device, choices.dtype, choices.expert_kernel) == ("fake", "bfloat16", "grouped")
     assert seen == [("dtype", "fake"), ("kernel", "fake", torch.bfloat16)]
     known = files.read_json(files.cache_dir("probes") / "answers.json")
-    assert sorted(key.split(" torch-")[1].split(" ", 1)[1].split(" 4x")[0] for key in known) == ["dtype fake", "experts fake bfloat16"]
+    assert sorted(key.split(" torch-")[1].split(" ", 1)[1].split(" 4x")[0] for key in known) == [
+        "dtype fake", "experts fake bfloat16",
+    ]
     placed = tiny().place("auto")  # a model that is loaded is asked about in the same way
     assert (placed.compute_dtype, {block.kernel for block in placed.moe_blocks}) == (torch.bfloat16, {"grouped"})
     assert (tiny().place("cpu").compute_dtype, tiny().place("cpu").moe_blocks[0].kernel) == (torch.float32, "loop")
@@ -156,7 +177,11 @@ def test_a_busy_machine_does_not_choose_the_kernel(monkeypatch):
 
 def test_every_module_is_imported_without_fcntl(root):
     "As on Windows."
-    names = [".".join(path.relative_to(root).with_suffix("").parts) for path in sorted((root / "moon2_lab").rglob("*.py")) if path.stem != "__init__"]
+    names = [
+        ".".join(path.relative_to(root).with_suffix("").parts)
+        for path in sorted((root / "moon2_lab").rglob("*.py"))
+        if path.stem != "__init__"
+    ]
     code = "import importlib, sys; sys.modules['fcntl'] = None\nfor name in sys.argv[1:]: importlib.import_module(name)"
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -178,7 +203,9 @@ def test_encode_uses_the_chosen_dtype_on_a_device_and_float32_on_the_cpu(fake):
 
 
 def trained(**changes):
-    trainer = Trainer(tiny(), shop(40, mixed=True), settings(device="auto", max_steps=3, filter_warmup_ratio=0.0, **changes))
+    trainer = Trainer(
+        tiny(), shop(40, mixed=True), settings(device="auto", max_steps=3, filter_warmup_ratio=0.0, **changes)
+    )
     trainer.train()
     return trainer
 
@@ -188,7 +215,9 @@ def test_training_runs_on_the_device_and_agrees_with_the_cpu(fake, monkeypatch):
         there = trained()
         assert sum(fake_device.calls.values()) > 5000
     places = {parameter.device.type for parameter in there.encoder.parameters()}
-    state = {value.device.type for entry in there.optimizer.state.values() for name, value in entry.items() if name != "step"}
+    state = {
+        value.device.type for entry in there.optimizer.state.values() for name, value in entry.items() if name != "step"
+    }
     assert places == state == {"fake"} and there.choices.device == "fake"
     without_device(monkeypatch)
     here = trained()
@@ -206,13 +235,17 @@ def test_a_step_waits_for_the_device_a_few_times(fake, kernel):
         *_, last = trainer.events_of_step()
     layers = len(trainer.encoder.moe_blocks) if kernel == "loop" else 0  # the loop has to know the size of each block
     pairs = 2 if last.data["row"]["masked_pairs"] else 0  # and which pairs were masked is fetched where there are any
-    assert sum(waits.values()) == 3 + layers + pairs, dict(waits)  # which objectives have samples, the norms, the numbers of the history
+    assert sum(waits.values()) == 3 + layers + pairs, dict(
+        waits
+    )  # which objectives have samples, the norms, the numbers of the history
 
 
 def test_the_masks_of_a_batch_are_computed_once(fake, monkeypatch):
     made = []
     for module in (contrastive, sys.modules["moon2_lab.objective.objective"]):
-        monkeypatch.setattr(module, "candidate_masks", lambda *a, _make=module.candidate_masks, **k: made.append(1) or _make(*a, **k))
+        monkeypatch.setattr(
+            module, "candidate_masks", lambda *a, _make=module.candidate_masks, **k: made.append(1) or _make(*a, **k)
+        )
     trainer = Trainer(tiny(), shop(40), settings(device="auto"))
     for _, _phase in zip(PHASES[:5], trainer):
         pass
@@ -223,8 +256,14 @@ LEFT_BEHIND = {
     "pooling": (encoder, "pool_index", lambda rows, view, device=None: _pool_index(rows, view)),
     "packing": (encoder, "Packing", lambda lengths, causal=True, device=None: _packing(lengths, causal)),
     "keys": (step_module, "collate", lambda *a, **k: _stuck(*_collate(*a, **k))),
-    "features": (backbone.Backbone, "vision_tokens", lambda self, features: self.connector(features.cpu().to(self.connector[1].weight.dtype))),
-    "masks": (contrastive, "_or_true", lambda mask, size, device: torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).cpu()),
+    "features": (
+        backbone.Backbone, "vision_tokens",
+        lambda self, features: self.connector(features.cpu().to(self.connector[1].weight.dtype)),
+    ),
+    "masks": (
+        contrastive, "_or_true",
+        lambda mask, size, device: torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).cpu(),
+    ),
 }
 _pool_index, _packing, _collate = encoder.pool_index, encoder.Packing, step_module.collate
 
@@ -322,7 +361,11 @@ def run(words, capsys):
 def without_times(value):
     "Facts that do not depend on the clock or on the folder."
     if isinstance(value, dict):
-        return {name: without_times(item) for name, item in value.items() if "second" not in name and name not in ("page", "timing", "vectors", "collections")}
+        return {
+            name: without_times(item)
+            for name, item in value.items()
+            if "second" not in name and name not in ("page", "timing", "vectors", "collections")
+        }
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
@@ -333,14 +376,19 @@ def model_folders(tmp_path):
     return tmp_path / "model-1", tmp_path / "model-2"
 
 
-def test_every_command_runs_its_model_there_and_says_what_it_says_on_the_cpu(fake, monkeypatch, tmp_path, drawn_catalogue, model_folders, capsys):
+def test_every_command_runs_its_model_there_and_says_what_it_says_on_the_cpu(
+    fake, monkeypatch, tmp_path, drawn_catalogue, model_folders, capsys
+):
     one, two = model_folders
     commands = {
         "eval": ["eval", one, "--catalog", drawn_catalogue],
         "embed": ["embed", one, "--catalog", drawn_catalogue, "--out", "{out}/vectors.parquet"],
         "index": ["index", "{out}/vectors.parquet", "--uri", "{out}/vectors.db"],
         "search": ["search", one, "--uri", "{out}/vectors.db", "--text", "red bag"],
-        "heatmap": ["heatmap", one, "--catalog", drawn_catalogue, "--query", "red cotton bag", "--item-text", "a red bag", "--method", "ig,attention", "--quick", "--out", "{out}/map.html"],
+        "heatmap": [
+            "heatmap", one, "--catalog", drawn_catalogue, "--query", "red cotton bag", "--item-text", "a red bag",
+            "--method", "ig,attention", "--quick", "--out", "{out}/map.html",
+        ],
         "compare": ["compare", one, two, "--catalog", drawn_catalogue, "--out", "{out}/diff.html", "--explain", "0"],
     }
     answers = {}
@@ -406,20 +454,36 @@ def test_the_demo_searches_and_explains_there(fake, monkeypatch, drawn_catalogue
 def test_a_gpu_agrees_with_the_cpu(tmp_path, monkeypatch, drawn_catalogue, capsys):
     """Train a few steps, score, embed, search, heatmap on cuda. In float32 losses agree with the CPU to 1 %, embeddings to 0.001 (dot product), and
     at least 9 of 10 hits are the same."""
-    words = ["--set", "num_layers=2", "image_size=64", "visual_tokens=4", "max_steps=6", "per_device_train_batch_size=8", "dtype=float32"]
+    words = [
+        "--set", "num_layers=2", "image_size=64", "visual_tokens=4", "max_steps=6", "per_device_train_batch_size=8",
+        "dtype=float32",
+    ]
     found = {}
     for device in ("cuda", "cpu"):
         monkeypatch.setenv("MOON2_CACHE", str(tmp_path / f"cache-{device}"))
         out = tmp_path / device
         out.mkdir()
-        assert main(["train", "--catalog", str(drawn_catalogue), "--out", str(out / "run"), "--backbone", "tiny", "--device", device, *words]) == 0
+        assert (
+            main(
+                [
+                    "train", "--catalog", str(drawn_catalogue), "--out", str(out / "run"), "--backbone", "tiny",
+                    "--device", device, *words,
+                ]
+            )
+            == 0
+        )
         capsys.readouterr()
         model = str(tmp_path / "cuda" / "run")  # one model for both
         on = ["--device", device, "--json"]
         for name, command in {
-            "eval": ["eval", model, "--catalog", str(drawn_catalogue)], "embed": ["embed", model, "--catalog", str(drawn_catalogue), "--out", str(out / "vectors.parquet")],
-            "index": ["index", str(out / "vectors.parquet"), "--uri", str(out / "vectors.db")], "search": ["search", model, "--uri", str(out / "vectors.db"), "--text", "red bag"],
-            "heatmap": ["heatmap", model, "--catalog", str(drawn_catalogue), "--query", "red bag", "--item-text", "a red bag", "--method", ",".join(METHODS), "--quick", "--out", str(out / "map.html")],
+            "eval": ["eval", model, "--catalog", str(drawn_catalogue)],
+            "embed": ["embed", model, "--catalog", str(drawn_catalogue), "--out", str(out / "vectors.parquet")],
+            "index": ["index", str(out / "vectors.parquet"), "--uri", str(out / "vectors.db")],
+            "search": ["search", model, "--uri", str(out / "vectors.db"), "--text", "red bag"],
+            "heatmap": [
+                "heatmap", model, "--catalog", str(drawn_catalogue), "--query", "red bag", "--item-text", "a red bag",
+                "--method", ",".join(METHODS), "--quick", "--out", str(out / "map.html"),
+            ],
         }.items():
             assert main([*command, *([*on] if name != "index" else ["--json"])]) == 0
             found[device, name] = json.loads(capsys.readouterr().out)
@@ -427,7 +491,10 @@ def test_a_gpu_agrees_with_the_cpu(tmp_path, monkeypatch, drawn_catalogue, capsy
 
         found[device, "history"] = pd.read_parquet(out / "run" / "history.parquet")
         found[device, "vectors"] = np.stack(pd.read_parquet(out / "vectors.parquet").vector)
-    there, here = ({name: found[device, name] for name in ("history", "vectors", "search", "eval", "heatmap")} for device in ("cuda", "cpu"))
+    there, here = (
+        {name: found[device, name] for name in ("history", "vectors", "search", "eval", "heatmap")}
+        for device in ("cuda", "cpu")
+    )
     assert np.allclose(there["history"].loss, here["history"].loss, rtol=0.01)
     assert ((there["vectors"] * here["vectors"]).sum(1) > 0.999).all()
     hits = [{hit["product_id"] for hit in side["search"]["hits"]} for side in (there, here)]

@@ -53,14 +53,29 @@ def test_full_at_many_calls(name, faults, tmp_path):  # noqa: F811
     check_full(name, faults, tmp_path, 40)
 
 
-@pytest.mark.parametrize("name, words", [
-    ("heatmap", ["heatmap", "run", "--catalog", "shop", "--query", "red mug", "--item-text", "a red mug", "--method", "gradient", "--quick", "--out", "map.html"]),
-    ("compare", ["compare", "run", "run", "--catalog", "shop", "--out", "diff.html", "--explain", "0", "--split", "train"]),
-    ("eval", ["eval", "run", "--catalog", "shop", "--split", "train", "--out", "m.json"]),
-])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (
+            "heatmap",
+            [
+                "heatmap", "run", "--catalog", "shop", "--query", "red mug", "--item-text", "a red mug", "--method",
+                "gradient", "--quick", "--out", "map.html",
+            ],
+        ),
+        (
+            "compare",
+            ["compare", "run", "run", "--catalog", "shop", "--out", "diff.html", "--explain", "0", "--split", "train"],
+        ),
+        ("eval", ["eval", "run", "--catalog", "shop", "--split", "train", "--out", "m.json"]),
+    ],
+)
 def test_what_was_found_out_is_told_when_the_page_cannot_be_written(name, words, faults, tmp_path):  # noqa: F811
     "The disk is full when the result is written: it is printed all the same, and the exit code is 2."
-    place = {"run": faults.folder / "run", "shop": faults.folder / "shop", "map.html": tmp_path / "map.html", "diff.html": tmp_path / "diff.html", "m.json": tmp_path / "m.json"}
+    place = {
+        "run": faults.folder / "run", "shop": faults.folder / "shop", "map.html": tmp_path / "map.html",
+        "diff.html": tmp_path / "diff.html", "m.json": tmp_path / "m.json",
+    }
     words = [place.get(word, word) for word in words]
     done = faults(tmp_path, *words)
     assert done.code == 0, done.said
@@ -70,7 +85,11 @@ def test_what_was_found_out_is_told_when_the_page_cannot_be_written(name, words,
             path.unlink()
         late, n = faults(tmp_path, *words, n=n, mode=FULL), n - 1
     said = {"heatmap": "score ", "compare": "t->mm", "eval": "t->mm"}[name]
-    assert late.code == 2 and "the disk is full" in late.said and "free some space" in late.said and said in late.said, late.said
+    assert (
+        late.code == 2 and "the disk is full" in late.said and "free some space" in late.said and said in late.said
+    ), late.said
     assert list(tmp_path.iterdir()) == []  # no half page
     early = faults(tmp_path, *words, n=2, mode=FULL)
-    assert early.code == 2 and "the disk is full" in early.said and said not in early.said, early.said  # before the work
+    assert early.code == 2 and "the disk is full" in early.said and said not in early.said, (
+        early.said
+    )  # before the work

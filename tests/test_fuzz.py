@@ -17,7 +17,16 @@ from moon2_lab.errors import LabError
 from moon2_lab.files import SUMS
 
 pytestmark = pytest.mark.slow
-PIECES = (b"", b"\0", b"\xff", b"\xed\xa0\x80", b"\"", b"\n", b"\r", b",", b"{", b"}", b"[", b"]", b":", b"-1", b"1e999", b"NaN", b"null", b"true", "é".encode(), "名".encode(), b"'" * 40, b"[" * 400, b"9" * 400)
+PIECES = (
+    b"", b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"\n", b"\r", b",",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b":", b"-1", b"1e999", b"NaN", b"null", b"true", "é".encode(), "名".encode(), b"'" * 40,
+    b"[" * 400,
+    b"9" * 400,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,10 +83,24 @@ def attack(name: str, rounds: int, work, seed: int = 0) -> Counter:
 
 
 TABLES = {
-    "csv": "id,title,category,colour,image\n" + "".join(f'{i},"Red ""big"" mug, no {i}",Home > Mugs,red,p{i % 4}.png\n' for i in range(12)),
+    "csv": "id,title,category,colour,image\n"
+    + "".join(f'{i},"Red ""big"" mug, no {i}",Home > Mugs,red,p{i % 4}.png\n' for i in range(12)),
     "tsv": "sku\tname\tprice\n" + "".join(f"{i}\tBlue lamp {i}\t9.5\n" for i in range(12)),
-    "jsonl": "".join(json.dumps({"id": i, "title": f"Mug {i}", "attributes": {"colour": ["red", "blue"]}, "images": [{"large": "p1.png"}]}) + "\n" for i in range(12)),
-    "json": json.dumps({"products": [{"id": i, "title": {"language_tag": "en", "value": f"Mug {i}"}, "image": "p2.png", "price": 1.5} for i in range(12)]}),
+    "jsonl": "".join(
+        json.dumps(
+            {"id": i, "title": f"Mug {i}", "attributes": {"colour": ["red", "blue"]}, "images": [{"large": "p1.png"}]}
+        )
+        + "\n"
+        for i in range(12)
+    ),
+    "json": json.dumps(
+        {
+            "products": [
+                {"id": i, "title": {"language_tag": "en", "value": f"Mug {i}"}, "image": "p2.png", "price": 1.5}
+                for i in range(12)
+            ]
+        }
+    ),
 }
 
 
@@ -94,7 +117,9 @@ def test_tables(kind, tmp_path):
 
     if kind == "parquet":
         held = io.BytesIO()
-        pd.DataFrame([(str(i), f"Mug {i}", ["p1.png"]) for i in range(12)], columns=["id", "title", "image"]).to_parquet(held)
+        pd.DataFrame(
+            [(str(i), f"Mug {i}", ["p1.png"]) for i in range(12)], columns=["id", "title", "image"]
+        ).to_parquet(held)
         whole = held.getvalue()
     else:
         whole = TABLES[kind].encode()
@@ -115,9 +140,19 @@ def test_tables(kind, tmp_path):
 def test_catalogues(name, tmp_path):
     "A damaged table or archive of a catalogue: `moon2 data check`, then every picture."
     data = {}
-    rows = [(f"p{i}", f"Mug {i}", json.dumps({"colour": "red"}), json.dumps([f"images/{i}.png"]), "train") for i in range(8)]
-    for file, frame in (("products.parquet", pd.DataFrame(rows, columns=["product_id", "title", "attributes", "image_paths", "split"])),
-                        ("triplets.parquet", pd.DataFrame([("q", "mug", None, "p1", json.dumps(["p2"]), None)], columns=["query_id", "query_text", "query_image", "positive_id", "negative_ids", "noise"]))):
+    rows = [
+        (f"p{i}", f"Mug {i}", json.dumps({"colour": "red"}), json.dumps([f"images/{i}.png"]), "train") for i in range(8)
+    ]
+    for file, frame in (
+        ("products.parquet", pd.DataFrame(rows, columns=["product_id", "title", "attributes", "image_paths", "split"])),
+        (
+            "triplets.parquet",
+            pd.DataFrame(
+                [("q", "mug", None, "p1", json.dumps(["p2"]), None)],
+                columns=["query_id", "query_text", "query_image", "positive_id", "negative_ids", "noise"],
+            ),
+        ),
+    ):
         held = io.BytesIO()
         frame.to_parquet(held)
         data[file] = held.getvalue()
@@ -167,7 +202,13 @@ def test_config_files(tmp_path, monkeypatch):
         TrainConfig(**read_config_file(tmp_path / "c.yaml"))
 
     def ini(number, rng):
-        (tmp_path / "s.ini").write_bytes(damaged(b"[DEFAULT]\nlib_name = x\n[lab]\ntemperature = 0.07\nfilter = true\nmatryoshka_dims = 64,128\nmax_steps = 10\n", rng))
+        (tmp_path / "s.ini").write_bytes(
+            damaged(
+                b"[DEFAULT]\nlib_name = x\n[lab]\ntemperature = 0.07\nfilter = true\nmatryoshka_dims = "
+                b"64,128\nmax_steps = 10\n",
+                rng,
+            )
+        )
         lab_settings()
         TrainConfig()
 
@@ -175,7 +216,12 @@ def test_config_files(tmp_path, monkeypatch):
     monkeypatch.setenv("MOON2_SETTINGS", str(tmp_path / "s.ini"))
     attack("settings.ini", 400, ini)
     kinds = [field.type for field in TrainConfig.__dataclass_fields__.values()]
-    attack("--set", 600, lambda number, rng: parse_value("temperature", damaged(b"0.07,true", rng).decode("utf-8", "replace"), rng.choice(kinds)))
+    attack(
+        "--set", 600,
+        lambda number, rng: parse_value(
+            "temperature", damaged(b"0.07,true", rng).decode("utf-8", "replace"), rng.choice(kinds)
+        ),
+    )
 
 
 def test_saved_models(tmp_path):
@@ -183,7 +229,9 @@ def test_saved_models(tmp_path):
     from moon2_lab.model.encoder import Moon2Encoder
 
     Moon2Encoder.from_backbone("tiny", **TINY).save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / SUMS).unlink(missing_ok=True)  # with the checksums every change is found before anything is read
+    (tmp_path / "model" / SUMS).unlink(
+        missing_ok=True
+    )  # with the checksums every change is found before anything is read
     path = tmp_path / "model" / "config.json"
     whole, saved = path.read_bytes(), json.loads(path.read_text())
     others = (None, -1, 0, 10**9, 0.5, "", "x", [], {}, [1, 2], True, {"a": []})
@@ -193,7 +241,9 @@ def test_saved_models(tmp_path):
         Moon2Encoder.from_pretrained(tmp_path / "model")
 
     def values_changed(number, rng):
-        changed, places = json.loads(json.dumps(saved)), [saved, *(value for value in saved.values() if isinstance(value, dict))]
+        changed, places = (
+            json.loads(json.dumps(saved)), [saved, *(value for value in saved.values() if isinstance(value, dict))],
+        )
         at = rng.randrange(len(places))
         inside = changed if at == 0 else next(value for name, value in changed.items() if saved[name] is places[at])
         inside[rng.choice(list(inside))] = rng.choice(others)
@@ -223,12 +273,25 @@ def test_filters():
     "Expressions from the words of the language in any order, and damaged good ones."
     from moon2_lab.retrieval.filters import parse_filter
 
-    words = ["colour", "product_id", "==", "!=", "in", "not", "and", "or", "(", ")", "[", "]", ",", "'red'", "\"\"", "-1", "1e999", "0x", "not in", "lambda", "__import__", "'" * 3, "\\", "\0", "名", "`", "#", "\n", "1j"]
+    words = [
+        "colour", "product_id", "==", "!=", "in", "not", "and", "or",
+        "(",
+        ")",
+        "[",
+        "]",
+        ",", "'red'", '""', "-1", "1e999", "0x", "not in", "lambda", "__import__", "'" * 3, "\\", "\0", "名", "`",
+        "#",
+        "\n", "1j",
+    ]
     words += ["None", ":=", "*", "f'{a}'"]
     good = "colour == 'red' and not (material in ['wood', 'steel'] or price != -1.5)"
 
     def work(number, rng):
-        text = " ".join(rng.choices(words, k=rng.randrange(1, 14))) if number % 2 else damaged(good.encode(), rng).decode("utf-8", "replace")
+        text = (
+            " ".join(rng.choices(words, k=rng.randrange(1, 14)))
+            if number % 2
+            else damaged(good.encode(), rng).decode("utf-8", "replace")
+        )
         parse_filter(text, {"colour", "material", "price", "product_id"})({"colour": {"red"}, "price": {"-1.5"}})
 
     attack("filters", 2000, work)

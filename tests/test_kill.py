@@ -23,7 +23,11 @@ def faults(tmp_path_factory):
     lines = [f"p{number},Acme mug number {number},{path.name}\n" for number, path in enumerate(pictures)]
     (found.folder / "rows.csv").write_text("id,title,image\n" + "".join(lines))
     yield found
-    print("\nsystem calls counted:", "every one that changes a file" if found.exact else "opens, renames and removals only (no C compiler)", file=sys.stderr)
+    print(
+        "\nsystem calls counted:",
+        "every one that changes a file" if found.exact else "opens, renames and removals only (no C compiler)",
+        file=sys.stderr,
+    )
     found.close()
 
 
@@ -36,8 +40,16 @@ class Command(NamedTuple):
 
 def files(folder, but=()) -> dict | None:
     "path -> bytes of all files below a folder that are not hidden."
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-    return {name: data for name, data in found.items() if not any(part.startswith(".") for part in name.split("/")) and name not in but} or None
+    found = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+    return {
+        name: data
+        for name, data in found.items()
+        if not any(part.startswith(".") for part in name.split("/")) and name not in but
+    } or None
 
 
 def trained(run) -> dict | None:
@@ -45,8 +57,13 @@ def trained(run) -> dict | None:
     if not (run / "run_settings.json").is_file():
         return None
     about = json.loads((run / "run_settings.json").read_text())
-    names = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file() and path.name != ".lock")
-    return {"model": files(run / "model"), "steps": about["steps"], "rows": len(pd.read_parquet(run / "history.parquet")), "names": names}
+    names = sorted(
+        path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file() and path.name != ".lock"
+    )
+    return {
+        "model": files(run / "model"), "steps": about["steps"], "rows": len(pd.read_parquet(run / "history.parquet")),
+        "names": names,
+    }
 
 
 def augmented(out) -> dict | None:
@@ -70,7 +87,10 @@ def scored(work) -> dict | None:
     path = work / "scores" / "metrics.json"
     if not path.is_file() or not is_one_evaluation(path):
         return None
-    return {"directions": json.loads(path.read_text())["directions"], "queries": len(pd.read_parquet(work / "scores" / "per_query.parquet"))}
+    return {
+        "directions": json.loads(path.read_text())["directions"],
+        "queries": len(pd.read_parquet(work / "scores" / "per_query.parquet")),
+    }
 
 
 def command(name, faults, work) -> Command:
@@ -91,7 +111,10 @@ def command(name, faults, work) -> Command:
         return Command(words, lambda: words, lambda: augmented(work / "out"))
     if name == "embed":
         words = ["embed", run, "--catalog", shop, "--out", work / "v.parquet", "--piece", "10", "--dtype", "int8"]
-        return Command(words, resumed(*words), lambda: (work / "v.parquet").read_bytes() if (work / "v.parquet").is_file() else None)
+        return Command(
+            words, resumed(*words),
+            lambda: (work / "v.parquet").read_bytes() if (work / "v.parquet").is_file() else None,
+        )
     if name == "eval":
         words = ["eval", run, "--catalog", shop, "--split", "train", "--out", work / "scores"]
         return Command(words, lambda: words, lambda: scored(work))
@@ -116,7 +139,9 @@ def stored(uri, vectors) -> list | None:
     queries = VectorFile(vectors).read().vectors[:3]
     try:
         with MilvusSearcher(uri) as store:
-            return [[(hit.product_id, round(hit.score, 5)) for hit in hits] for hits in store.search(queries, 10)] + [len(store)]
+            return [[(hit.product_id, round(hit.score, 5)) for hit in hits] for hits in store.search(queries, 10)] + [
+                len(store)
+            ]
     except LabError:
         return None
 

@@ -222,7 +222,7 @@ class _CountingEncoder:
 
 
 def _with_stored_vectors(model: SearchModel):
-    "A copy of the model's encoder for `run_benchmark`, that looks up products where all their views are stored in full."
+    "A copy of the encoder for `run_benchmark`, that looks up products where all their views are stored in full."
     encoder = _shared_copy(model.encoder)
     if model.read_vectors is None:
         return encoder

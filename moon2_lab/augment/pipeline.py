@@ -338,7 +338,10 @@ def _finish(catalog: Catalog, out: Path, table: pd.DataFrame, settings: dict, su
     write_parquet(out / AUGMENTED_FILE, _typed(table))
     augmented, source = Catalog.load(out), catalog.folder
     hashed = evaluation_hash(augmented)
-    if hashed != evaluation_hash(catalog) or (out / PRODUCTS_FILE).read_bytes() != (source / PRODUCTS_FILE).read_bytes():
+    if (
+        hashed != evaluation_hash(catalog)
+        or (out / PRODUCTS_FILE).read_bytes() != (source / PRODUCTS_FILE).read_bytes()
+    ):
         names = [path.relative_to(source) for path in _files(source)]
         differs = next((str(name) for name in names if not _same_bytes(source / name, out / name)), "the catalogue")
         what = f"the evaluation splits differ from those of the original: {differs} is not the same in both"

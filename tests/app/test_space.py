@@ -25,7 +25,10 @@ from bench.demo_load import serving
 pytestmark = pytest.mark.usefixtures("own_cache")
 SECRET = b"SECRET-PLACE-47.1-8.5"
 MOST = 30  # products
-TEXTS = {"SHA256SUMS", ".py", ".md", ".txt", ".json", ".js", ".css", ".html", ".toml", ".gitignore", ".gitattributes", "LICENSE"}
+TEXTS = {
+    "SHA256SUMS", ".py", ".md", ".txt", ".json", ".js", ".css", ".html", ".toml", ".gitignore", ".gitattributes",
+    "LICENSE",
+}
 CHECK = """
 import json, re, runpy, sys
 from importlib import metadata

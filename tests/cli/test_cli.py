@@ -52,7 +52,8 @@ def test_help_has_an_example(moon2, words):
 def test_a_real_process_answers_at_once_and_loads_nothing_heavy():
     "The installed command is this function; --help must not wait for torch."
     code = (
-        "import sys; from moon2_lab.cli.main import main; code = main(['--help']); heavy = {'torch', 'pandas', 'numpy', "
+        "import sys; from moon2_lab.cli.main import main; code = main(['--help']); heavy = {'torch', 'pandas', "
+        "'numpy', "
         "'transformers'}; sys.exit(code or 90 * bool(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -49,7 +49,9 @@ def shop(tmp_path, monkeypatch):
 def check(folder):
     "What the import of the shop has to give."
     catalog = Catalog.load(folder)
-    assert [(p.product_id, p.title, p.category_l1, len(p.image_paths)) for p in catalog] == [("1", "Tasse", "Küche", 2), ("2", "Lampe", "Wohnen", 0)]
+    assert [(p.product_id, p.title, p.category_l1, len(p.image_paths)) for p in catalog] == [
+        ("1", "Tasse", "Küche", 2), ("2", "Lampe", "Wohnen", 0),
+    ]
     assert catalog.get("1").attributes == {"colour": "rot|blau"}
     assert set(pd.read_parquet(folder / "products.parquet")["source"]) == {"shop:export_2024.csv"}
 
@@ -83,12 +85,26 @@ def test_by_the_command(shop, tmp_path, capsys):
     assert main(["data", "import", "shop_layout:SHOP", str(shop), str(tmp_path / "out")]) == 0
     assert re.search(r"Warengruppe +-> category_l1: 3 / 0 / 0", capsys.readouterr().out)
     check(tmp_path / "out")
-    assert main(["data", "import", "shop_layout:SHOP", str(shop), str(tmp_path / "mapped"), "--map", "category_l2=Warengruppe", "--json"]) == 0
+    assert (
+        main(
+            [
+                "data", "import", "shop_layout:SHOP", str(shop), str(tmp_path / "mapped"), "--map",
+                "category_l2=Warengruppe", "--json",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["import"]["layout"] == "shop"
     assert Catalog.load(tmp_path / "mapped").get("1").category_l2 == "Küche"
 
 
-@pytest.mark.parametrize("name,message", [("shap", "unknown layout 'shap'"), ("no_such_module:SHOP", "no layout 'no_such_module:SHOP'"), ("shop_layout:NOTHING", "is no Layout"), ("shop_layout:SHAP", "no layout")])
+@pytest.mark.parametrize(
+    "name,message",
+    [
+        ("shap", "unknown layout 'shap'"), ("no_such_module:SHOP", "no layout 'no_such_module:SHOP'"),
+        ("shop_layout:NOTHING", "is no Layout"), ("shop_layout:SHAP", "no layout"),
+    ],
+)
 def test_a_layout_that_is_not_there(shop, tmp_path, capsys, name, message):
     assert main(["data", "import", name, str(shop), str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -108,7 +124,10 @@ def test_hooks_of_files_without_a_header(shop, tmp_path):
 
     (shop / "list.txt").write_text("1 Red mug\nbroken\n2 Lamp\n")
     columns = {"line": ["product_id", "title"]}
-    lines = Layout("lines", "id and title in a line", {}, (), endings=(".txt",), headerless=HeaderlessFiles(".txt", read, parse, columns), files=r"list\.txt", merge=join_rows)
+    lines = Layout(
+        "lines", "id and title in a line", {}, (), endings=(".txt",),
+        headerless=HeaderlessFiles(".txt", read, parse, columns), files=r"list\.txt", merge=join_rows,
+    )
     summary = import_catalog(lines, shop, tmp_path / "out")
     assert [product.title for product in Catalog.load(tmp_path / "out")] == ["Red mug", "Lamp"]
     assert summary.reasons == {"no title": 1} and summary.columns[0]["read_as"] == ["product_id", "title"]

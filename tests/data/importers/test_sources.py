@@ -47,7 +47,9 @@ def own_cache(tmp_path_factory, monkeypatch):
 def draw(number, kind="PNG", size=32):
     "A picture as a file; no two numbers give the same one."
     picture, held = Image.new("RGB", (size, size), "white"), io.BytesIO()
-    ImageDraw.Draw(picture).rectangle((4, 4, size - 6, size - 6), fill=(number * 37 % 256, number * 91 % 256, number // 7 % 256))
+    ImageDraw.Draw(picture).rectangle(
+        (4, 4, size - 6, size - 6), fill=(number * 37 % 256, number * 91 % 256, number // 7 % 256)
+    )
     picture.save(held, kind)
     return held.getvalue()
 
@@ -61,8 +63,9 @@ def write_pictures(folder, names):
 
 def mbe_row(number, **changes):
     row = {
-        "id": hashlib.md5(str(number).encode()).hexdigest(), "doc_title": f"红色连衣裙 {number} 👗", "doc_image": f"{number}.png", "doc_industry_name": "服饰", "doc_cate1_name": "女装",
-        "doc_cate2_name": "连衣裙", "doc_cate3_name": "长裙", "doc_cate4_name": "修身长裙", "doc_attributes": "颜色:红色!!!白色,,尺码:XL",
+        "id": hashlib.md5(str(number).encode()).hexdigest(), "doc_title": f"红色连衣裙 {number} 👗",
+        "doc_image": f"{number}.png", "doc_industry_name": "服饰", "doc_cate1_name": "女装", "doc_cate2_name": "连衣裙",
+        "doc_cate3_name": "长裙", "doc_cate4_name": "修身长裙", "doc_attributes": "颜色:红色!!!白色,,尺码:XL",
     }
     return row | changes
 
@@ -87,24 +90,37 @@ def reasons(folder):
 def test_mbe_as_documented(tmp_path):
     "Every documented column arrives, Chinese text and pictures unchanged."
     write_pictures(tmp_path, [f"{n}.png" for n in range(6)])
-    summary = import_catalog("mbe", write_lines(tmp_path / "mbe.jsonl", [mbe_row(n) for n in range(6)]), tmp_path / "out")
+    summary = import_catalog(
+        "mbe", write_lines(tmp_path / "mbe.jsonl", [mbe_row(n) for n in range(6)]), tmp_path / "out"
+    )
     row = table(tmp_path / "out")[2]
-    assert (row["product_id"], row["title"], row["category_l1"], row["category_l3"]) == (mbe_row(2)["id"], "红色连衣裙 2 👗", "女装", "长裙")
+    assert (row["product_id"], row["title"], row["category_l1"], row["category_l3"]) == (
+        mbe_row(2)["id"], "红色连衣裙 2 👗", "女装", "长裙",
+    )
     assert json.loads(row["attributes"]) == {"颜色": "红色|白色", "尺码": "XL", "category_l4": "修身长裙", "industry": "服饰"}
-    assert (tmp_path / "out" / json.loads(row["image_paths"])[0]).read_bytes() == draw(2), "a readable file is kept byte for byte"
+    assert (tmp_path / "out" / json.loads(row["image_paths"])[0]).read_bytes() == draw(2), (
+        "a readable file is kept byte for byte"
+    )
     assert row["source"] == "mbe:mbe.jsonl" and row["split"] in ("train", "valid", "test")
     assert summary.counts["products"] == summary.counts["pictures"] == 6 and summary.counts["set_aside"] == 0
     catalog = Catalog.load(tmp_path / "out")
     assert len(catalog) == 6 and catalog[2].attributes["颜色"] == "红色|白色" and catalog[2].has_image
-    assert pq.read_schema(tmp_path / "out" / "products.parquet").names == ["product_id", "title", "description", "category_l1", "category_l2", "category_l3", "attributes", "image_paths", "source", "split"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images", "import.json", "products.parquet", "quarantine.parquet"]
+    assert pq.read_schema(tmp_path / "out" / "products.parquet").names == [
+        "product_id", "title", "description", "category_l1", "category_l2", "category_l3", "attributes", "image_paths",
+        "source", "split",
+    ]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "images", "import.json", "products.parquet", "quarantine.parquet",
+    ]
 
 
 def test_the_hash_split_is_that_of_our_data():
     "r = first 8 hex digits of SHA-1 of 'moon2-split-v1:' + id, modulo 100."
     from moon2_lab.data.importers.splits import hash_split
 
-    assert [hash_split(name) for name in ("fpi-1563", "fpi-1943", "fpi-1636", "gs-Galia-Melon")] == ["train", "valid", "test", "valid"]
+    assert [hash_split(name) for name in ("fpi-1563", "fpi-1943", "fpi-1636", "gs-Galia-Melon")] == [
+        "train", "valid", "test", "valid",
+    ]
 
 
 @pytest.mark.data
@@ -115,7 +131,9 @@ def test_our_own_sets_come_back_as_they_were(data_root, tmp_path):
     assert summary.counts["set_aside"] == 0 and len(ours) == len(theirs) == 67
     for one in theirs:
         other = ours.get(one.product_id)
-        assert (one.title, one.description, one.category_l2, one.attributes, one.split) == (other.title, other.description, other.category_l2, other.attributes, other.split)
+        assert (one.title, one.description, one.category_l2, one.attributes, one.split) == (
+            other.title, other.description, other.category_l2, other.attributes, other.split,
+        )
         assert [ref.pixels for ref in one.refs] == [ref.pixels for ref in other.refs]
 
 
@@ -137,7 +155,10 @@ def test_every_kind_of_file_gives_the_same_products(tmp_path, ending):
     import_catalog("mbe", path, tmp_path / "out")
     import_catalog("mbe", write_lines(tmp_path / "plain.jsonl", given), tmp_path / "plain")
     without = [{k: v for k, v in row.items() if k != "source"} for row in table(tmp_path / "out")]
-    assert without == [{k: v for k, v in row.items() if k != "source"} for row in table(tmp_path / "plain")] and len(without) == 50
+    assert (
+        without == [{k: v for k, v in row.items() if k != "source"} for row in table(tmp_path / "plain")]
+        and len(without) == 50
+    )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet", "a.list.json"])
@@ -190,23 +211,36 @@ def test_fashion200k_label_files(tmp_path):
         file.write("women/dresses/casual_dresses/05/05_7.jpeg\t0.1\tcomes late, in another file\n")
     summary = import_catalog("fashion200k", source, tmp_path / "out")
     products = {row["product_id"]: row for row in table(tmp_path / "out")}
-    assert summary.counts["products"] == len(products) == 10 and Counter(row["split"] for row in products.values()) == {"train": 4, "test": 6}
+    assert summary.counts["products"] == len(products) == 10 and Counter(row["split"] for row in products.values()) == {
+        "train": 4, "test": 6,
+    }
     one = products["14"]
-    assert (one["title"], one["description"], one["category_l1"], one["category_l2"], one["category_l3"]) == ("blue cotton jacket — été", "jacket blue", "women", "jackets", "casual jackets")
+    assert (one["title"], one["description"], one["category_l1"], one["category_l2"], one["category_l3"]) == (
+        "blue cotton jacket — été", "jacket blue", "women", "jackets", "casual jackets",
+    )
     assert len(json.loads(one["image_paths"])) == 2 and one["attributes"] == "{}"
     assert products["05"]["description"] == "dress blue\ncomes late, in another file"
-    assert reasons(tmp_path / "out") == {"unknown path": 1, "wrong number of fields": 1, "no score": 1, "no such picture": 1}
+    assert reasons(tmp_path / "out") == {
+        "unknown path": 1, "wrong number of fields": 1, "no score": 1, "no such picture": 1,
+    }
     assert Catalog.load(tmp_path / "out").get("14").n_images == 2
 
 
 def test_fashion200k_parquet_copy(tmp_path):
     "Pictures as bytes in the Hugging Face form; the item id names the picture, the product is before the underscore."
-    frame = pd.DataFrame({
-        "image": [{"bytes": draw(n, "JPEG"), "path": None} for n in range(5)] + [{"bytes": b"GIF89a not really", "path": None}], "category1": "women", "category2": "dresses", "category3": "casual dresses",
-        "text": [f"blue dress {n}" for n in range(6)], "item_ID": ["91_0", "91_1", "92_0", "93_0", "93_4", "94_0"]})
+    frame = pd.DataFrame(
+        {
+            "image": [{"bytes": draw(n, "JPEG"), "path": None} for n in range(5)]
+            + [{"bytes": b"GIF89a not really", "path": None}], "category1": "women", "category2": "dresses",
+            "category3": "casual dresses", "text": [f"blue dress {n}" for n in range(6)],
+            "item_ID": ["91_0", "91_1", "92_0", "93_0", "93_4", "94_0"],
+        }
+    )
     frame.to_parquet(tmp_path / "data-00000.parquet", row_group_size=2)
     import_catalog("fashion200k", tmp_path, tmp_path / "out")
-    assert [(row["product_id"], len(json.loads(row["image_paths"]))) for row in table(tmp_path / "out")] == [("91", 2), ("92", 1), ("93", 2), ("94", 0)]
+    assert [(row["product_id"], len(json.loads(row["image_paths"]))) for row in table(tmp_path / "out")] == [
+        ("91", 2), ("92", 1), ("93", 2), ("94", 0),
+    ]
     assert table(tmp_path / "out", "quarantine")[0]["file"] == "data-00000.parquet:6"
 
 
@@ -216,7 +250,9 @@ def m5_source(folder):
     labels = ["鼠标", "键盘", "耳机"]
     item = lambda n: {"title": f"{labels[n % 3]} 无线 {n}", "pv": f"颜色#:#黑色#;#型号#:#M{n}", "label": labels[n % 3]}
     for subset, numbers in (("train", range(30)), ("test", range(30, 60))):
-        (folder / f"subset_{subset}_id_label.json").write_text(json.dumps({str(5000 + n): item(n) for n in numbers}, ensure_ascii=False), encoding="utf-8")
+        (folder / f"subset_{subset}_id_label.json").write_text(
+            json.dumps({str(5000 + n): item(n) for n in numbers}, ensure_ascii=False), encoding="utf-8"
+        )
     (folder / "subset_label_list.json").write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
     (folder / "query_ids.txt").write_text("".join(f"{5000 + n}\n" for n in (30, 31, 32, 99)))
     (folder / "gallery_ids.json").write_text(json.dumps([str(5000 + n) for n in range(33, 54)]))
@@ -230,7 +266,12 @@ class ByNumber:
     fingerprint = "by-number"
 
     def encode_views(self, items):
-        angle = np.array([int("0" + "".join(c for c in (item.text or "") if c.isdigit())) for item in items]) / 60 * np.pi / 2
+        angle = (
+            np.array([int("0" + "".join(c for c in (item.text or "") if c.isdigit())) for item in items])
+            / 60
+            * np.pi
+            / 2
+        )
         vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
         return {"t": vectors, "i": vectors, "mm": vectors}
 
@@ -241,23 +282,44 @@ class ByNumber:
 def test_m5product_and_its_retrieval_protocol(tmp_path):
     "Query and gallery lists give test items, triplets and a gallery file; mAP@k and Prec@k equal those counted by hand."
     summary = import_catalog("m5product", m5_source(tmp_path / "m5"), tmp_path / "out")
-    assert summary.counts["products"] == 60 and summary.counts["pictures"] == 60 and summary.splits == {"test": 30, "train": 30}
+    assert (
+        summary.counts["products"] == 60
+        and summary.counts["pictures"] == 60
+        and summary.splits == {"test": 30, "train": 30}
+    )
     row = {row["product_id"]: row for row in table(tmp_path / "out")}["5031"]
-    assert (row["title"], row["category_l1"], json.loads(row["attributes"]), row["split"]) == ("键盘 无线 31", "键盘", {"颜色": "黑色", "型号": "M31"}, "test")
+    assert (row["title"], row["category_l1"], json.loads(row["attributes"]), row["split"]) == (
+        "键盘 无线 31", "键盘", {"颜色": "黑色", "型号": "M31"}, "test",
+    )
     triplets = table(tmp_path / "out", "triplets")
-    assert Counter(row["query_id"] for row in triplets) == {"5030": 7, "5031": 7, "5032": 7}, "all gallery items with the label"
-    assert {row["positive_id"] for row in triplets if row["query_id"] == "5030"} == {str(5000 + n) for n in range(33, 54, 3)}
-    assert reasons(tmp_path / "out") == {"unknown product": 1} and "5099" == table(tmp_path / "out", "quarantine")[0]["product_id"]
+    assert Counter(row["query_id"] for row in triplets) == {"5030": 7, "5031": 7, "5032": 7}, (
+        "all gallery items with the label"
+    )
+    assert {row["positive_id"] for row in triplets if row["query_id"] == "5030"} == {
+        str(5000 + n) for n in range(33, 54, 3)
+    }
+    assert (
+        reasons(tmp_path / "out") == {"unknown product": 1}
+        and "5099" == table(tmp_path / "out", "quarantine")[0]["product_id"]
+    )
     gallery = tmp_path / "out" / "gallery.txt"
     assert gallery.read_text().split() == [str(5000 + n) for n in range(33, 54)] and summary.gallery == str(gallery)
 
-    metrics = evaluate(ByNumber(), Catalog.load(tmp_path / "out"), protocol="triplets-v1", gallery=gallery, resamples=0, baselines=False)
+    metrics = evaluate(
+        ByNumber(), Catalog.load(tmp_path / "out"), protocol="triplets-v1", gallery=gallery, resamples=0,
+        baselines=False,
+    )
     block = metrics["directions"]["mm->mm"]
     assert (block["n_queries"], block["n_gallery"], block["n_without_hit"]) == (3, 21, 0)
     # query n ranks 33, 34, 35 ...; its hits are every third number from its own label's first on: places 1 4 7 10, 2 5 8, 3 6 9
     places = [(1, 4, 7, 10), (2, 5, 8), (3, 6, 9)]
-    expected = {f"R@{k}": np.mean([min(p) <= k for p in places]) for k in (1, 5, 10)} | {f"Prec@{k}": np.mean([sum(x <= k for x in p) / k for p in places]) for k in (1, 5, 10)}
-    expected |= {f"mAP@{k}": np.mean([sum((i + 1) / x for i, x in enumerate(p) if x <= k) / min(k, 7) for p in places]) for k in (1, 5, 10)}
+    expected = {f"R@{k}": np.mean([min(p) <= k for p in places]) for k in (1, 5, 10)} | {
+        f"Prec@{k}": np.mean([sum(x <= k for x in p) / k for p in places]) for k in (1, 5, 10)
+    }
+    expected |= {
+        f"mAP@{k}": np.mean([sum((i + 1) / x for i, x in enumerate(p) if x <= k) / min(k, 7) for p in places])
+        for k in (1, 5, 10)
+    }
     assert {name: block[name]["value"] for name in expected} == pytest.approx(expected)
     assert expected["mAP@5"] == pytest.approx(((1 + 2 / 4) / 5 + (1 / 2 + 2 / 5) / 5 + (1 / 3) / 5) / 3)
 
@@ -266,19 +328,34 @@ def test_m5product_items_in_several_label_files_are_one_product(tmp_path):
     "The whole table with titles, and subset files that only say the label; an id twice in one file is set aside."
     source = tmp_path / "m5"
     source.mkdir()
-    (source / "all_id_label.json").write_text('{"1": {"title": "鼠标", "pv": "", "label": 1}, "2": {"title": "键盘", "label": 0}, "2": {"title": "again"}, "3": {"title": "耳机"}}', encoding="utf-8")
+    (source / "all_id_label.json").write_text(
+        '{"1": {"title": "鼠标", "pv": "", "label": 1}, "2": {"title": "键盘", "label": 0}, "2": {"title": "again"}, "3": '
+        '{"title": "耳机"}}',
+        encoding="utf-8",
+    )
     (source / "all_test_id_label.json").write_text('{"1": "1", "2": "0"}')
     (source / "all_label_list.json").write_text('["Keyboard", "Mouse"]')
     import_catalog("m5product", source, tmp_path / "out")
     found = [(row["product_id"], row["title"], row["category_l1"]) for row in table(tmp_path / "out")]
     assert found == [("1", "鼠标", "Mouse"), ("2", "键盘", "Keyboard"), ("3", "耳机", None)]
-    assert [row["split"] for row in table(tmp_path / "out")][:2] == ["test", "test"] and reasons(tmp_path / "out") == {"duplicate id": 1}
+    assert [row["split"] for row in table(tmp_path / "out")][:2] == ["test", "test"] and reasons(tmp_path / "out") == {
+        "duplicate id": 1
+    }
 
 
 def mbe2_rows(count=30):
     "Every third query has two positives; products come back as negatives; some products carry no id."
-    item = lambda side, n: {f"{side}_{name}": value for name, value in mbe_row(n, doc_image=f"{n}.jpg").items()} | ({f"{side}_id": None} if n % 5 == 0 else {})
-    return [{"query": f"红色裙子 {n // 2 if n % 3 else n}", "query_image": f"q{n}.jpg" if n % 4 == 0 else None, **item("pos", n), **item("neg", (n + 7) % count)} for n in range(count)]
+    item = lambda side, n: (
+        {f"{side}_{name}": value for name, value in mbe_row(n, doc_image=f"{n}.jpg").items()}
+        | ({f"{side}_id": None} if n % 5 == 0 else {})
+    )
+    return [
+        {
+            "query": f"红色裙子 {n // 2 if n % 3 else n}", "query_image": f"q{n}.jpg" if n % 4 == 0 else None,
+            **item("pos", n), **item("neg", (n + 7) % count),
+        }
+        for n in range(count)
+    ]
 
 
 def test_mbe2_triplets_end_to_end(tmp_path):
@@ -286,18 +363,36 @@ def test_mbe2_triplets_end_to_end(tmp_path):
     from moon2_lab.model.encoder import Moon2Encoder
 
     write_pictures(tmp_path / "photos", [f"{n}.jpg" for n in range(30)] + [f"q{n}.jpg" for n in range(0, 30, 4)])
-    given = [row | {"query_image": None, "query": f"红色裙子 {n // 2}"} for n, row in enumerate(mbe2_rows())] + [{"query": "长袖", "query_image": "q4.jpg", "pos_id": mbe_row(3)["id"]}]
-    given += [{"query": "", "query_image": None, **{k: v for k, v in mbe2_rows()[1].items() if k.startswith("pos")}}, {"query": "蓝色"}]
-    summary = import_catalog("mbe2", write_lines(tmp_path / "test.jsonl", given), tmp_path / "out", images=tmp_path / "photos", split_by="file name")
+    given = [row | {"query_image": None, "query": f"红色裙子 {n // 2}"} for n, row in enumerate(mbe2_rows())] + [
+        {"query": "长袖", "query_image": "q4.jpg", "pos_id": mbe_row(3)["id"]}
+    ]
+    given += [
+        {"query": "", "query_image": None, **{k: v for k, v in mbe2_rows()[1].items() if k.startswith("pos")}},
+        {"query": "蓝色"},
+    ]
+    summary = import_catalog(
+        "mbe2", write_lines(tmp_path / "test.jsonl", given), tmp_path / "out", images=tmp_path / "photos",
+        split_by="file name",
+    )
     assert summary.counts["products"] == 30 and summary.splits == {"test": 30}
     assert sum(row["product_id"].startswith("item-") for row in table(tmp_path / "out")) == 6
     assert reasons(tmp_path / "out") == {"empty query": 1, "no positive": 2}
     catalog = Catalog.load(tmp_path / "out")
-    assert len(catalog.triplets) == 30 and catalog.triplets["query_id"].nunique() == 15 and all(len(names) == 1 for names in catalog.triplets["negative_ids"])
+    assert (
+        len(catalog.triplets) == 30
+        and catalog.triplets["query_id"].nunique() == 15
+        and all(len(names) == 1 for names in catalog.triplets["negative_ids"])
+    )
     (tmp_path / "ids.txt").write_text("\n".join(product.product_id for product in catalog))
     encoder = Moon2Encoder.from_backbone("tiny", num_layers=1, image_size=32, visual_tokens=4, num_experts=2)
-    metrics = evaluate(encoder, catalog, protocol="triplets-v1", gallery=tmp_path / "ids.txt", resamples=0, baselines=False)
-    assert metrics["directions"]["t->mm"]["n_queries"] == 15 and metrics["directions"]["t->mm"]["n_gallery"] == 30 and {"mAP@10", "Prec@5"} <= set(metrics["directions"]["t->i"])
+    metrics = evaluate(
+        encoder, catalog, protocol="triplets-v1", gallery=tmp_path / "ids.txt", resamples=0, baselines=False
+    )
+    assert (
+        metrics["directions"]["t->mm"]["n_queries"] == 15
+        and metrics["directions"]["t->mm"]["n_gallery"] == 30
+        and {"mAP@10", "Prec@5"} <= set(metrics["directions"]["t->i"])
+    )
     by_hand = evaluate(ByNumber(), catalog, protocol="triplets-v1", resamples=0, baselines=False)["directions"]["t->mm"]
     # query m has the positives 2m and 2m + 1 and finds the numbers nearest to m first: rank 1 for m = 0, then 2m (or one more: 0 is as far away as 2m)
     assert (by_hand["R@1"]["value"], by_hand["R@5"]["value"]) == pytest.approx((1 / 15, 3 / 15))
@@ -305,20 +400,43 @@ def test_mbe2_triplets_end_to_end(tmp_path):
 
 def test_mbe2_columns_are_a_matter_of_configuration(tmp_path):
     "Nested objects under other names, reached by dots."
-    given = [{"q": {"txt": f"裙子 {n}"}, "p": {"sku": n, "name": f"连衣裙 {n}", "colour": "red"}, "n": {"sku": n + 100, "name": "鞋"}, "part": "validation"} for n in range(4)]
+    given = [
+        {
+            "q": {"txt": f"裙子 {n}"}, "p": {"sku": n, "name": f"连衣裙 {n}", "colour": "red"},
+            "n": {"sku": n + 100, "name": "鞋"}, "part": "validation",
+        }
+        for n in range(4)
+    ]
     path = write_lines(tmp_path / "x.jsonl", given)
-    mapping = {"query_text": "q.txt", "positive.product_id": "p.sku", "positive.title": "p.name", "positive.attributes.colour": "p.colour", "negative.product_id": "n.sku", "negative.title": "n.name", "split": "part"}
+    mapping = {
+        "query_text": "q.txt", "positive.product_id": "p.sku", "positive.title": "p.name",
+        "positive.attributes.colour": "p.colour", "negative.product_id": "n.sku", "negative.title": "n.name",
+        "split": "part",
+    }
     import_catalog("mbe2", path, tmp_path / "out", mapping=mapping)
-    assert [(row["product_id"], row["split"]) for row in table(tmp_path / "out")][:2] == [("0", "valid"), ("100", "valid")]
-    assert json.loads(table(tmp_path / "out")[0]["attributes"]) == {"colour": "red"} and [json.loads(row["negative_ids"]) for row in table(tmp_path / "out", "triplets")] == [["100"], ["101"], ["102"], ["103"]]
-    with pytest.raises(DataError, match=r"no column for query_text or query_image .*columns found: q, p, n, part; name it with --map query_text=COLUMN"):
+    assert [(row["product_id"], row["split"]) for row in table(tmp_path / "out")][:2] == [
+        ("0", "valid"), ("100", "valid"),
+    ]
+    assert json.loads(table(tmp_path / "out")[0]["attributes"]) == {"colour": "red"} and [
+        json.loads(row["negative_ids"]) for row in table(tmp_path / "out", "triplets")
+    ] == [["100"], ["101"], ["102"], ["103"]]
+    with pytest.raises(
+        DataError,
+        match=r"no column for query_text or query_image .*columns found: q, p, n, part; name it with --map "
+              r"query_text=COLUMN",
+    ):
         import_catalog("mbe2", path, tmp_path / "no")
 
 
 def test_sentence_transformers_rows_with_pictures(tmp_path):
     "Texts, pictures as bytes, and both together; several negatives."
     picture = lambda n: {"bytes": draw(n), "path": None}
-    frame = pa.table({"anchor": pa.array([picture(1), picture(2)]), "positive": ["red mug", "blue cup"], "negative_1": ["plate", "red mug"], "negative_2": [None, "plate"]})
+    frame = pa.table(
+        {
+            "anchor": pa.array([picture(1), picture(2)]), "positive": ["red mug", "blue cup"],
+            "negative_1": ["plate", "red mug"], "negative_2": [None, "plate"],
+        }
+    )
     pq.write_table(frame, tmp_path / "train-00000.parquet")
     import_catalog("st", tmp_path / "train-00000.parquet", tmp_path / "out")
     catalog = Catalog.load(tmp_path / "out")
@@ -335,11 +453,16 @@ def test_sentence_transformers_rows_with_pictures(tmp_path):
 def test_mmeb_rows(tmp_path):
     "Prompts keep their words and lose their picture placeholders."
     write_pictures(tmp_path, ["a/q.jpg", "a/p.jpg", "a/n.jpg"])
-    row = {"qry": "<|image_1|>\nFind a dress like this one", "qry_image_path": "a/q.jpg", "pos_text": "<|image_1|>\n", "pos_image_path": "a/p.jpg", "neg_text": "", "neg_image_path": "a/n.jpg"}
+    row = {
+        "qry": "<|image_1|>\nFind a dress like this one", "qry_image_path": "a/q.jpg", "pos_text": "<|image_1|>\n",
+        "pos_image_path": "a/p.jpg", "neg_text": "", "neg_image_path": "a/n.jpg",
+    }
     pd.DataFrame([row, row | {"qry": "", "qry_image_path": ""}]).to_parquet(tmp_path / "train.parquet")
     import_catalog("mmeb", tmp_path / "train.parquet", tmp_path / "out")
     catalog = Catalog.load(tmp_path / "out")
-    assert [(product.title, product.n_images) for product in catalog] == [(None, 1), (None, 1)] and catalog.triplets["query_text"].tolist() == ["Find a dress like this one"]
+    assert [(product.title, product.n_images) for product in catalog] == [(None, 1), (None, 1)] and catalog.triplets[
+        "query_text"
+    ].tolist() == ["Find a dress like this one"]
     assert reasons(tmp_path / "out") == {"empty query": 1}
 
 
@@ -366,14 +489,25 @@ def test_parquet_with_damaged_names(tmp_path):
 def test_a_folder_with_a_csv(tmp_path):
     "Semicolons, pictures named like the product, several pictures in a cell, a split column, attribute columns."
     (tmp_path / "shop").mkdir()
-    (tmp_path / "shop" / "table.csv").write_text("id;name;baseColour;images;split\n1;红色杯子;red;;Training\n2;蓝色杯子;blue;x.png|y.png;dev\n3;cup;;;holdout\n", encoding="utf-8-sig")
+    (tmp_path / "shop" / "table.csv").write_text(
+        "id;name;baseColour;images;split\n1;红色杯子;red;;Training\n2;蓝色杯子;blue;x.png|y.png;dev\n3;cup;;;holdout\n",
+        encoding="utf-8-sig",
+    )
     write_pictures(tmp_path / "photos", ["1.jpg", "x.png", "y.png"])
-    import_catalog("csv", tmp_path / "shop", tmp_path / "out", images=tmp_path / "photos", mapping={"attributes.base_colour": "baseColour"})
+    import_catalog(
+        "csv", tmp_path / "shop", tmp_path / "out", images=tmp_path / "photos",
+        mapping={"attributes.base_colour": "baseColour"},
+    )
     products = table(tmp_path / "out")
-    assert [(row["product_id"], row["title"], len(json.loads(row["image_paths"])), json.loads(row["attributes"])) for row in products] == [
+    assert [
+        (row["product_id"], row["title"], len(json.loads(row["image_paths"])), json.loads(row["attributes"]))
+        for row in products
+    ] == [
         ("1", "红色杯子", 1, {"base_colour": "red"}), ("2", "蓝色杯子", 2, {"base_colour": "blue"}), ("3", "cup", 0, {}),
     ]
-    assert [row["split"] for row in products][:2] == ["train", "valid"] and reasons(tmp_path / "out") == {"unknown split": 1}
+    assert [row["split"] for row in products][:2] == ["train", "valid"] and reasons(tmp_path / "out") == {
+        "unknown split": 1
+    }
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -382,17 +516,25 @@ def test_a_folder_with_a_csv(tmp_path):
 def test_bad_records_cost_themselves_only(tmp_path):
     "A cut line, lines in another encoding than the file's, no id, an id twice, too long a line, nothing in it: listed with file and line; every good record arrives."
     good = [json.dumps(mbe_row(n, doc_image=None), ensure_ascii=False) for n in range(6)]
-    lines = [good[0].encode(), b'{"id": "cut", "doc_title": "', good[1].encode("gb18030"), json.dumps(mbe_row(2, doc_image=None, doc_title="Crème brûlée"), ensure_ascii=False).encode("cp1252", "replace"),
-             b'{"doc_title": "no id"}', good[0].encode(), b'{"id": "empty"}', b"\xff\xfe\x81\x8d\x81 \x8f", b"[1, 2]", good[3].encode(), b"", good[4].encode(),
-             b'{"id": "long", "doc_title": "' + b"x" * (records.MAX_LINE + 10) + b'"}', good[5].encode()]
+    lines = [
+        good[0].encode(),
+        b'{"id": "cut", "doc_title": "',
+        good[1].encode("gb18030"),
+        json.dumps(mbe_row(2, doc_image=None, doc_title="Crème brûlée"), ensure_ascii=False).encode(
+            "cp1252", "replace"
+        ),
+        b'{"doc_title": "no id"}', good[0].encode(), b'{"id": "empty"}', b"\xff\xfe\x81\x8d\x81 \x8f", b"[1, 2]",
+        good[3].encode(), b"", good[4].encode(),
+        b'{"id": "long", "doc_title": "' + b"x" * (records.MAX_LINE + 10) + b'"}', good[5].encode(),
+    ]
     (tmp_path / "mbe.jsonl").write_bytes(b"\n".join(lines))
     import_catalog("mbe", tmp_path / "mbe.jsonl", tmp_path / "out")
     assert [row["product_id"] for row in table(tmp_path / "out")] == [mbe_row(n)["id"] for n in (0, 3, 4, 5)]
     aside = {row["file"]: row["reason"] for row in table(tmp_path / "out", "quarantine")}
     foreign = "other encoding: not UTF-8, as the rest of the file is"
     expected = {
-        2: "broken JSON", 3: foreign, 4: foreign, 5: "no product id", 6: "duplicate id: first at mbe.jsonl:1", 7: "empty record", 8: "other encoding",
-        9: "not an object", 13: "too long a line",
+        2: "broken JSON", 3: foreign, 4: foreign, 5: "no product id", 6: "duplicate id: first at mbe.jsonl:1",
+        7: "empty record", 8: "other encoding", 9: "not an object", 13: "too long a line",
     }
     assert set(aside) == {f"mbe.jsonl:{line}" for line in expected}
     for line, reason in expected.items():
@@ -403,10 +545,17 @@ def test_odd_texts_arrive(tmp_path):
     "Emoji, NUL, 100,000 characters, halves of surrogate pairs, bars in attribute values."
     titles = ["👗👠 фильм", "a\0b", "长" * 100_000, "half \ud83d pair", "\u202eright to left"]
     path = tmp_path / "odd.jsonl"
-    path.write_text("".join(json.dumps({"id": n, "doc_title": title, "doc_attributes": {"ports\0": ["USB", 2]}}) + "\n" for n, title in enumerate(titles)))
+    path.write_text(
+        "".join(
+            json.dumps({"id": n, "doc_title": title, "doc_attributes": {"ports\0": ["USB", 2]}}) + "\n"
+            for n, title in enumerate(titles)
+        )
+    )
     import_catalog("mbe", path, tmp_path / "out")
     found = [row["title"] for row in table(tmp_path / "out")]
-    assert found == ["👗👠 фильм", "ab", "长" * 100_000, "half  pair", "\u202eright to left"] and json.loads(table(tmp_path / "out")[0]["attributes"]) == {"ports": "USB|2"}
+    assert found == ["👗👠 фильм", "ab", "长" * 100_000, "half  pair", "\u202eright to left"] and json.loads(
+        table(tmp_path / "out")[0]["attributes"]
+    ) == {"ports": "USB|2"}
     assert len(Catalog.load(tmp_path / "out")) == 5
 
 
@@ -417,7 +566,11 @@ def test_any_text_in_any_line(tmp_path_factory, titles, randoms):
     folder = tmp_path_factory.mktemp("any")
     lines = []
     for n, title in enumerate(titles):
-        lines.append(json.dumps({"id": f"p{n}", "doc_title": f"t {title}", "doc_image": None}, ensure_ascii=randoms.random() < 0.5).encode("utf-8", "surrogatepass"))
+        lines.append(
+            json.dumps(
+                {"id": f"p{n}", "doc_title": f"t {title}", "doc_image": None}, ensure_ascii=randoms.random() < 0.5
+            ).encode("utf-8", "surrogatepass")
+        )
         lines += [bytes(randoms.randrange(256) for _ in range(9)).replace(b"\n", b"")] if randoms.random() < 0.5 else []
     (folder / "any.jsonl").write_bytes(b"\n".join(lines))
     import_catalog("mbe", folder / "any.jsonl", folder / "out")
@@ -433,7 +586,9 @@ def test_a_cut_file_keeps_what_was_read(tmp_path):
     write_lines(tmp_path / "in" / "b.jsonl", [mbe_row(5000, doc_image=None)])
     summary = import_catalog("mbe", tmp_path / "in", tmp_path / "out")
     found = [row["product_id"] for row in table(tmp_path / "out")]
-    assert 1000 < len(found) < 3000 and found == [mbe_row(n)["id"] for n in range(len(found) - 1)] + [mbe_row(5000)["id"]]
+    assert 1000 < len(found) < 3000 and found == [mbe_row(n)["id"] for n in range(len(found) - 1)] + [
+        mbe_row(5000)["id"]
+    ]
     assert summary.reasons["the file is cut or damaged"] == 1
 
 
@@ -452,14 +607,20 @@ def test_sources_with_nothing_in_them(tmp_path, capsys):
 
 def test_missing_columns_are_named(tmp_path, capsys):
     path = write_lines(tmp_path / "x.jsonl", [{"id": 1, "doc_titel": "cup"}])
-    with pytest.raises(DataError, match="no column for title or image .*nearest: doc_titel; columns found: id, doc_titel; name it with --map title=COLUMN"):
+    with pytest.raises(
+        DataError,
+        match="no column for title or image .*nearest: doc_titel; columns found: id, doc_titel; name it with --map "
+              "title=COLUMN",
+    ):
         import_catalog("mbe", path, tmp_path / "out")
     with pytest.raises(UsageError, match="no column 'doc_name' for title .*columns found: id, doc_titel"):
         import_catalog("mbe", path, tmp_path / "out", mapping={"title": "doc_name"})
     with pytest.raises(UsageError, match="unknown name 'titel' .*nearest: title"):
         import_catalog("mbe", path, tmp_path / "out", mapping={"titel": "doc_titel"})
     for words in (["--map", "title"], ["--map", "title=none"], ["--limit", "0"], ["--images", str(tmp_path / "gone")]):
-        assert main(["data", "import", "mbe", str(path), str(tmp_path / "out"), "--map", "title=doc_titel", *words]) == 2
+        assert (
+            main(["data", "import", "mbe", str(path), str(tmp_path / "out"), "--map", "title=doc_titel", *words]) == 2
+        )
     assert capsys.readouterr().err.count("\n") == 4
     assert import_catalog("mbe", path, tmp_path / "good", mapping={"title": "doc_titel"}).counts["products"] == 1
 
@@ -472,19 +633,36 @@ def imported(folder, text, layout="csv", name="t.csv", encoding="utf-8", **optio
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(text.encode(encoding))
     summary = import_catalog(layout, folder / name, folder / "out", **options)
-    return {row["product_id"]: row["title"] for row in table(folder / "out")}, [row["reason"] for row in table(folder / "out", "quarantine")], summary
+    return (
+        {row["product_id"]: row["title"] for row in table(folder / "out")},
+        [row["reason"] for row in table(folder / "out", "quarantine")], summary,
+    )
 
 
-@pytest.mark.parametrize("encoding,titles", [
-    ("cp1252", ["Coleção de verão", "Calção azul"]), ("cp1252", ["Häähattu tyttöä"]), ("cp1250", ["Sukienka żółta", "Łyżka"]), ("cp1251", ["Платье красное"]), ("cp1253", ["Φόρεμα κόκκινο"]),
-    ("cp932", ["赤いワンピース"]), ("cp949", ["빨간 원피스"]), ("big5", ["紅色洋裝"]), ("gb18030", ["红色连衣裙", "女装"]), ("utf-16", ["Größe"]), ("utf-16-le", ["Größe", "赤い"]), ("utf-16-be", ["Größe"]), ("utf-8", ["Größe", "女装"]),
-])
+@pytest.mark.parametrize(
+    "encoding,titles",
+    [
+        ("cp1252", ["Coleção de verão", "Calção azul"]), ("cp1252", ["Häähattu tyttöä"]),
+        ("cp1250", ["Sukienka żółta", "Łyżka"]), ("cp1251", ["Платье красное"]), ("cp1253", ["Φόρεμα κόκκινο"]),
+        ("cp932", ["赤いワンピース"]), ("cp949", ["빨간 원피스"]), ("big5", ["紅色洋裝"]), ("gb18030", ["红色连衣裙", "女装"]),
+        ("utf-16", ["Größe"]), ("utf-16-le", ["Größe", "赤い"]), ("utf-16-be", ["Größe"]), ("utf-8", ["Größe", "女装"]),
+    ],
+)
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_one_encoding_for_a_file(tmp_path, encoding, titles, kind):
     "A few titles are enough, and no title comes out in another script."
-    rows = [f'{{"id": {n}, "title": "{title}"}}' if kind == "jsonl" else f"{n},{title}" for n, title in enumerate(titles)]
-    products, aside, summary = imported(tmp_path / "in", "\n".join(rows if kind == "jsonl" else ["id,title", *rows]) + "\n", name=f"t.{kind}", encoding=encoding)
-    assert list(products.values()) == titles and not aside and encoding.removesuffix("-le").removesuffix("-be") in summary.files[0]["written"]
+    rows = [
+        f'{{"id": {n}, "title": "{title}"}}' if kind == "jsonl" else f"{n},{title}" for n, title in enumerate(titles)
+    ]
+    products, aside, summary = imported(
+        tmp_path / "in", "\n".join(rows if kind == "jsonl" else ["id,title", *rows]) + "\n", name=f"t.{kind}",
+        encoding=encoding,
+    )
+    assert (
+        list(products.values()) == titles
+        and not aside
+        and encoding.removesuffix("-le").removesuffix("-be") in summary.files[0]["written"]
+    )
 
 
 def test_an_encoding_that_cannot_be_told_is_asked_for(tmp_path):
@@ -501,64 +679,101 @@ def test_an_encoding_that_cannot_be_told_is_asked_for(tmp_path):
         import_catalog("csv", tmp_path / "h.csv", tmp_path / "no")
 
 
-@pytest.mark.parametrize("text,products,aside", [
-    ("id,title,text\n1,Shirt,\"12\\\" and\n99,Fake,row\nend\"\n2,Hat,y\n", {"1": "Shirt", "2": "Hat"}, ["other value"] * 2),
-    ("id,title,text\n1,Shirt,\"12\" and\n99,Fake,row\nend\"\n2,Hat,y\n", {"2": "Hat"}, ["stray or open quote", "other value"]),
-    ("id,title\n1,Shirt\n2,\"Hat\n3,Cup\n", {"1": "Shirt"}, ["stray or open quote"]),
-    ("id,\"title\n(English)\"\n1,Shirt\n2,Hat\n", {"1": "Shirt", "2": "Hat"}, []),
-    ("\r\nid,title\r\n1,Shirt\r\n", {"1": "Shirt"}, []),
-    ("# from the shop\nExport\nid;title\n1;Shirt, red\n", {"1": "Shirt, red"}, []),
-    ("sep=|\nid|title\n1|Shirt\n", {"1": "Shirt"}, []),
-    ("id,title\r1,Shirt\r2,Hat\r", {"1": "Shirt", "2": "Hat"}, []),
-    ("id,title,title\n1,Shirt,Tee\n", {"1": "Shirt"}, ["other value"]),
-    ("id,title,name\n1,,Shirt\n2,Hat,Hat\n", {"1": "Shirt", "2": "Hat"}, []),
-    ("id\ttitle\n1\t\"Best\" shirt\n2\t12\" plate\n", {"1": '"Best" shirt', "2": '12" plate'}, []),
-    ("id,title\n1,Shirt\n2\n3,Cup,,\n", {"1": "Shirt", "3": "Cup"}, ["wrong number of fields"]),
-])
+@pytest.mark.parametrize(
+    "text,products,aside",
+    [
+        (
+            'id,title,text\n1,Shirt,"12\\" and\n99,Fake,row\nend"\n2,Hat,y\n', {"1": "Shirt", "2": "Hat"},
+            ["other value"] * 2,
+        ),
+        (
+            'id,title,text\n1,Shirt,"12" and\n99,Fake,row\nend"\n2,Hat,y\n', {"2": "Hat"},
+            ["stray or open quote", "other value"],
+        ),
+        ('id,title\n1,Shirt\n2,"Hat\n3,Cup\n', {"1": "Shirt"}, ["stray or open quote"]),
+        ('id,"title\n(English)"\n1,Shirt\n2,Hat\n', {"1": "Shirt", "2": "Hat"}, []),
+        ("\r\nid,title\r\n1,Shirt\r\n", {"1": "Shirt"}, []),
+        ("# from the shop\nExport\nid;title\n1;Shirt, red\n", {"1": "Shirt, red"}, []),
+        ("sep=|\nid|title\n1|Shirt\n", {"1": "Shirt"}, []),
+        ("id,title\r1,Shirt\r2,Hat\r", {"1": "Shirt", "2": "Hat"}, []),
+        ("id,title,title\n1,Shirt,Tee\n", {"1": "Shirt"}, ["other value"]),
+        ("id,title,name\n1,,Shirt\n2,Hat,Hat\n", {"1": "Shirt", "2": "Hat"}, []),
+        ('id\ttitle\n1\t"Best" shirt\n2\t12" plate\n', {"1": '"Best" shirt', "2": '12" plate'}, []),
+        ("id,title\n1,Shirt\n2\n3,Cup,,\n", {"1": "Shirt", "3": "Cup"}, ["wrong number of fields"]),
+    ],
+)
 def test_tables_are_read_record_by_record(tmp_path, text, products, aside):
     "No product is made of a header or of the lines of a description, and what cannot be told apart is listed."
     found, reasons, _ = imported(tmp_path / "in", text)
     assert found == products and [reason.split(":")[0].split(" in another")[0] for reason in reasons] == aside
 
 
-@pytest.mark.parametrize("text,products,aside", [
-    ("id;title;weight\n1;Hemd, rot;1,5\n2;Hose, blau;2,5\n", {"1": "Hemd, rot", "2": "Hose, blau"}, []),
-    ("id,title\n1,Shirt\nid,title\n2,Hat\n", {"1": "Shirt", "2": "Hat"}, ["header again"]),
-    ("id,title,price\n1,Shirt,x\n\n ,,\n2,Hat,y\n", {"1": "Shirt", "2": "Hat"}, []),
-    ("Sep=;\nid;title\n007;Shirt\n7;Hat\n", {"007": "Shirt", "7": "Hat"}, []),
-    ("id,title\n1.2E+10,Shirt\n2,Hat\n", {"1.2E+10": "Shirt", "2": "Hat"}, ["number in scientific notation"]),
-    ("id,title\nx\u200b,Shirt\n2,\u200b\u200b\n3,\ufeffCup\n", {"x": "Shirt", "3": "Cup"}, ["characters of the id changed", "characters left out", "characters left out", "empty record"]),
-    ("id,title\n1,A\0B\n2,\0\n3,C\x1aD\n", {"1": "AB", "3": "C\x1aD"}, ["characters left out", "characters left out", "empty record"]),
-    ("id,title\n" + "".join(f'{n},"C:\\{n}\\"\n' for n in range(9000)), {str(n): f"C:\\{n}\\" for n in range(9000)}, []),
-])
+@pytest.mark.parametrize(
+    "text,products,aside",
+    [
+        ("id;title;weight\n1;Hemd, rot;1,5\n2;Hose, blau;2,5\n", {"1": "Hemd, rot", "2": "Hose, blau"}, []),
+        ("id,title\n1,Shirt\nid,title\n2,Hat\n", {"1": "Shirt", "2": "Hat"}, ["header again"]),
+        ("id,title,price\n1,Shirt,x\n\n ,,\n2,Hat,y\n", {"1": "Shirt", "2": "Hat"}, []),
+        ("Sep=;\nid;title\n007;Shirt\n7;Hat\n", {"007": "Shirt", "7": "Hat"}, []),
+        ("id,title\n1.2E+10,Shirt\n2,Hat\n", {"1.2E+10": "Shirt", "2": "Hat"}, ["number in scientific notation"]),
+        (
+            "id,title\nx\u200b,Shirt\n2,\u200b\u200b\n3,\ufeffCup\n", {"x": "Shirt", "3": "Cup"},
+            ["characters of the id changed", "characters left out", "characters left out", "empty record"],
+        ),
+        (
+            "id,title\n1,A\0B\n2,\0\n3,C\x1aD\n", {"1": "AB", "3": "C\x1aD"},
+            ["characters left out", "characters left out", "empty record"],
+        ),
+        (
+            "id,title\n" + "".join(f'{n},"C:\\{n}\\"\n' for n in range(9000)),
+            {str(n): f"C:\\{n}\\" for n in range(9000)}, [],
+        ),
+    ],
+)
 def test_tables_as_spreadsheets_and_scripts_write_them(tmp_path, text, products, aside):
     "Decimal commas, tables put one behind the other, blank lines, ids that a spreadsheet has shortened, signs that nobody sees."
     found, reasons, _ = imported(tmp_path / "in", text)
     assert found == products and sorted(reason.split(":")[0] for reason in reasons) == sorted(aside)
 
 
-@pytest.mark.parametrize("data,products", [
-    ({"train": [{"id": 1, "title": "a"}], "test": [{"id": 2, "title": "b"}]}, {"1": ("a", "train"), "2": ("b", "test")}),
-    ({"validation": [{"id": 1, "title": "a", "split": "test"}], "dev": [{"id": 2, "title": "b"}]}, {"1": ("a", "test"), "2": ("b", "valid")}),
-    ({"brand": [{"id": 5, "name": "Acme"}], "id": 1, "title": "Mug", "split": "train"}, {"1": ("Mug", "train")}),
-    ({"page": 1, "products": [{"id": 1, "title": "Mug", "split": "train"}], "id": "feed"}, {"1": ("Mug", "train")}),
-])
+@pytest.mark.parametrize(
+    "data,products",
+    [
+        (
+            {"train": [{"id": 1, "title": "a"}], "test": [{"id": 2, "title": "b"}]},
+            {"1": ("a", "train"), "2": ("b", "test")},
+        ),
+        (
+            {"validation": [{"id": 1, "title": "a", "split": "test"}], "dev": [{"id": 2, "title": "b"}]},
+            {"1": ("a", "test"), "2": ("b", "valid")},
+        ),
+        ({"brand": [{"id": 5, "name": "Acme"}], "id": 1, "title": "Mug", "split": "train"}, {"1": ("Mug", "train")}),
+        ({"page": 1, "products": [{"id": 1, "title": "Mug", "split": "train"}], "id": "feed"}, {"1": ("Mug", "train")}),
+    ],
+)
 def test_objects_that_hold_lists(tmp_path, data, products):
     "Lists named by splits are all read; a list inside a product makes no products."
     imported(tmp_path / "in", json.dumps(data), name="t.json")
     assert {row["product_id"]: (row["title"], row["split"]) for row in table(tmp_path / "in" / "out")} == products
 
 
-@pytest.mark.parametrize("columns,cells,kept", [
-    ("image_1,image_2,image_3", "a.png,b.png,", 2), ("Image 1,Image 2", "a.png,b.png", 2), ("image,additional_image_link", "a.png,\"b.png,c d.png\"", 3),
-    ("image,images", "a.png,\"a.png,b.png\"", 2), ("image,images", "a.png,b.png", 1), ("base_image,additional_images", "a.png,b.png", 2), ("additional_images,title2", "b.png,x", 0), ("image", "c%20d.png", 1),
-])
+@pytest.mark.parametrize(
+    "columns,cells,kept",
+    [
+        ("image_1,image_2,image_3", "a.png,b.png,", 2), ("Image 1,Image 2", "a.png,b.png", 2),
+        ("image,additional_image_link", 'a.png,"b.png,c d.png"', 3), ("image,images", 'a.png,"a.png,b.png"', 2),
+        ("image,images", "a.png,b.png", 1), ("base_image,additional_images", "a.png,b.png", 2),
+        ("additional_images,title2", "b.png,x", 0), ("image", "c%20d.png", 1),
+    ],
+)
 def test_pictures_in_further_columns(tmp_path, columns, cells, kept):
     "Numbered and additional columns add to the main picture; a synonym that says another one is listed."
     write_pictures(tmp_path / "in", ["a.png", "b.png", "c d.png"])
     _, aside, _ = imported(tmp_path / "in", f"id,title,{columns}\n1,Shirt,{cells}\n")
     assert len(json.loads(table(tmp_path / "in" / "out")[0]["image_paths"])) == kept
-    assert any("other value in another column" in reason for reason in aside) == (cells == "a.png,b.png" and columns == "image,images")
+    assert any("other value in another column" in reason for reason in aside) == (
+        cells == "a.png,b.png" and columns == "image,images"
+    )
 
 
 def test_a_folder_with_pictures_named_by_id_and_a_workbook(tmp_path):
@@ -572,10 +787,15 @@ def test_a_folder_with_pictures_named_by_id_and_a_workbook(tmp_path):
     assert error.value.where == "styles.csv"
     summary = import_catalog("csv", tmp_path / "in", tmp_path / "out", mapping={"title": "productDisplayName"})
     assert summary.pictures["by_id"] == 2 and summary.pictures["products_without"] == 1
-    assert sorted(row["file"] for row in table(tmp_path / "out", "quarantine") if row["field"] == "file") == ["images.csv", "more.xlsx"]
+    assert sorted(row["file"] for row in table(tmp_path / "out", "quarantine") if row["field"] == "file") == [
+        "images.csv", "more.xlsx",
+    ]
 
 
-@pytest.mark.parametrize("name,data,kind", [("p.zip", b"PK\x03\x04", "a zip"), ("p.tar.gz", b"\x1f\x8b\x08", "gzip"), ("p.csv", b"id,title\n", "a text")])
+@pytest.mark.parametrize(
+    "name,data,kind",
+    [("p.zip", b"PK\x03\x04", "a zip"), ("p.tar.gz", b"\x1f\x8b\x08", "gzip"), ("p.csv", b"id,title\n", "a text")],
+)
 def test_pictures_in_what_is_no_tar(tmp_path, name, data, kind):
     "An error before the folder is made."
     (tmp_path / name).write_bytes(data)
@@ -584,10 +804,14 @@ def test_pictures_in_what_is_no_tar(tmp_path, name, data, kind):
     assert not (tmp_path / "in" / "out").exists()
 
 
-@pytest.mark.parametrize("text,attributes", [
-    ("activity=Gym|Hiking,material=Nylon", {"activity": "Gym|Hiking", "material": "Nylon"}), ("sku=a,size=S|sku=b,size=M", {"sku": "a|b", "size": "S|M"}),
-    ("a=1|b=2", {"a": "1", "b": "2"}), ("Color=Red;Size=L", {"Color": "Red", "Size": "L"}),
-])
+@pytest.mark.parametrize(
+    "text,attributes",
+    [
+        ("activity=Gym|Hiking,material=Nylon", {"activity": "Gym|Hiking", "material": "Nylon"}),
+        ("sku=a,size=S|sku=b,size=M", {"sku": "a|b", "size": "S|M"}), ("a=1|b=2", {"a": "1", "b": "2"}),
+        ("Color=Red;Size=L", {"Color": "Red", "Size": "L"}),
+    ],
+)
 def test_attributes_as_magento_writes_them(tmp_path, text, attributes):
     imported(tmp_path / "in", json.dumps({"id": 1, "title": "Bag", "attributes": text}), name="t.jsonl")
     assert json.loads(table(tmp_path / "in" / "out")[0]["attributes"]) == attributes
@@ -597,9 +821,15 @@ def test_long_values_repeated_in_nested_lists(tmp_path, monkeypatch):
     "A small file of long rows ends at a limit that the error says; short values may repeat."
     monkeypatch.setattr(parquet_reader, "MAX_GROWTH", (2**24, 5))
     for name, value, count in (("long", "x" * 5 * 2**20, 30), ("short", "x" * 2**10, 60_000)):
-        pq.write_table(pa.table({"id": [str(n) for n in range(count)], "title": ["a"] * count, "tags": [[value]] * count}), tmp_path / f"{name}.parquet")
+        pq.write_table(
+            pa.table({"id": [str(n) for n in range(count)], "title": ["a"] * count, "tags": [[value]] * count}),
+            tmp_path / f"{name}.parquet",
+        )
     summary = import_catalog("csv", tmp_path / "long.parquet", tmp_path / "out")
-    assert 0 < summary.counts["products"] < 30 and "too large a row group: its first" in table(tmp_path / "out", "quarantine")[-1]["reason"]
+    assert (
+        0 < summary.counts["products"] < 30
+        and "too large a row group: its first" in table(tmp_path / "out", "quarantine")[-1]["reason"]
+    )
     assert sum(row.reason is None for row in readers.iter_records(tmp_path / "short.parquet")) == 60_000
 
 
@@ -613,10 +843,18 @@ def test_a_text_file_is_no_table_by_its_name(tmp_path):
 def test_every_column_and_picture_is_accounted_for(tmp_path):
     write_pictures(tmp_path / "in", ["a.png"])
     products, _, summary = imported(tmp_path / "in", "id,title,price,image\n1,Shirt,3,a.png\n2,Hat,,gone.png\n3,,4,\n")
-    columns = {column["column"]: (column["read_as"], column["filled"], column["empty"], column["not_understood"]) for column in summary.columns}
-    assert columns == {"id": (["product_id"], 3, 0, 0), "title": (["title"], 2, 1, 0), "price": ([], 2, 1, 0), "image": (["image"], 2, 1, 0)}
+    columns = {
+        column["column"]: (column["read_as"], column["filled"], column["empty"], column["not_understood"])
+        for column in summary.columns
+    }
+    assert columns == {
+        "id": (["product_id"], 3, 0, 0), "title": (["title"], 2, 1, 0), "price": ([], 2, 1, 0),
+        "image": (["image"], 2, 1, 0),
+    }
     assert summary.pictures == {"named": 2, "found": 1, "by_id": 0, "missing": 1, "guessed": 0, "products_without": 1}
-    assert (summary.counts["seen"], summary.counts["products"], summary.reasons) == (3, 2, {"no such picture": 1, "empty record": 1})
+    assert (summary.counts["seen"], summary.counts["products"], summary.reasons) == (
+        3, 2, {"no such picture": 1, "empty record": 1},
+    )
     assert any("price" in line and "not used" in line for line in summary.lines())
 
 
@@ -625,47 +863,85 @@ def test_rows_of_one_product_are_joined(tmp_path):
     write_pictures(tmp_path / "in", ["a.png", "b.png", "c.png"])
     text = "Handle,Title,Image Src\ntee,Plain Tee,a.png\ntee,,b.png\nmug,Mug,\ntee,Plain Tee,c.png\nmug,Cup,\n"
     products, aside, summary = imported(tmp_path / "in", text)
-    assert products == {"tee": "Plain Tee", "mug": "Mug"} and len(json.loads(table(tmp_path / "in" / "out")[0]["image_paths"])) == 3
+    assert (
+        products == {"tee": "Plain Tee", "mug": "Mug"}
+        and len(json.loads(table(tmp_path / "in" / "out")[0]["image_paths"])) == 3
+    )
     assert aside == ["duplicate id: first at t.csv:4, with another title"] and summary.counts["rows_joined"] == 2
 
 
 def test_listings_of_one_product_stay_on_one_side(tmp_path):
     "Equal titles, or equal main pictures, whatever their ids."
     write_pictures(tmp_path / "in", [f"{n}.png" for n in range(60)])
-    lines = [f"{n},Thing {n // 2},{n}.png" for n in range(120) if n < 60] + [f"x{n},Other {n},{n}.png" for n in range(60)]
+    lines = [f"{n},Thing {n // 2},{n}.png" for n in range(120) if n < 60] + [
+        f"x{n},Other {n},{n}.png" for n in range(60)
+    ]
     _, _, summary = imported(tmp_path / "in", "id,title,image\n" + "\n".join(lines) + "\n")
-    assert {name: split.get("key_in_train", 0) for name, split in summary.check["splits"].items()} == {"train": 0, "valid": 0, "test": 0}
-    assert summary.check["keys"] == 30 and Catalog.load(tmp_path / "in" / "out").summary()["splits"] == summary.check["splits"]
+    assert {name: split.get("key_in_train", 0) for name, split in summary.check["splits"].items()} == {
+        "train": 0, "valid": 0, "test": 0,
+    }
+    assert (
+        summary.check["keys"] == 30
+        and Catalog.load(tmp_path / "in" / "out").summary()["splits"] == summary.check["splits"]
+    )
 
 
 def test_splits_from_folders_and_partitions(tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / "in" / split).mkdir(parents=True)
-        pd.DataFrame({"id": [f"{split}{n}" for n in range(4)], "title": [f"thing {split} {n}" for n in range(4)]}).to_parquet(tmp_path / "in" / split / "0.parquet")
+        pd.DataFrame(
+            {"id": [f"{split}{n}" for n in range(4)], "title": [f"thing {split} {n}" for n in range(4)]}
+        ).to_parquet(tmp_path / "in" / split / "0.parquet")
     import_catalog("csv", tmp_path / "in", tmp_path / "out", split_by="file name")
-    assert {(row["product_id"][:-1], row["split"]) for row in table(tmp_path / "out")} == {("train", "train"), ("validation", "valid"), ("test", "test")}
-    pd.DataFrame({"id": ["1", "2"], "title": ["a", "b"], "split": ["train", "test"]}).to_parquet(tmp_path / "spark", partition_cols=["split"])
+    assert {(row["product_id"][:-1], row["split"]) for row in table(tmp_path / "out")} == {
+        ("train", "train"), ("validation", "valid"), ("test", "test"),
+    }
+    pd.DataFrame({"id": ["1", "2"], "title": ["a", "b"], "split": ["train", "test"]}).to_parquet(
+        tmp_path / "spark", partition_cols=["split"]
+    )
     import_catalog("csv", tmp_path / "spark", tmp_path / "parts")
     assert {row["product_id"]: row["split"] for row in table(tmp_path / "parts")} == {"1": "train", "2": "test"}
     with pytest.raises(UsageError, match="no file or folder names a split"):
-        import_catalog("csv", write_lines(tmp_path / "rows.jsonl", [{"id": 1, "title": "a"}]), tmp_path / "no", split_by="file name")
+        import_catalog(
+            "csv", write_lines(tmp_path / "rows.jsonl", [{"id": 1, "title": "a"}]), tmp_path / "no",
+            split_by="file name",
+        )
 
 
 def test_graded_answers_and_lists(tmp_path):
     "Exact is positive, irrelevant a negative, what lies between neither; a list is several."
-    graded = [{"query_id": "q", "query": "shirt", "product_id": name, "product_title": f"title {name}", "esci_label": label} for name, label in zip("abcd", ("Exact", "Substitute", "Complement", "Irrelevant"), strict=True)]
+    graded = [
+        {"query_id": "q", "query": "shirt", "product_id": name, "product_title": f"title {name}", "esci_label": label}
+        for name, label in zip("abcd", ("Exact", "Substitute", "Complement", "Irrelevant"), strict=True)
+    ]
     import_catalog("st", write_lines(tmp_path / "esci.jsonl", graded), tmp_path / "esci")
-    assert [(row["positive_id"], row["negative_ids"]) for row in table(tmp_path / "esci", "triplets")] == [("a", '["d"]')] and reasons(tmp_path / "esci") == {"grade between": 2}
-    import_catalog("st", write_lines(tmp_path / "flag.jsonl", [{"query": "shirt", "pos": ["A", "B"], "neg": ["C", "D"]}]), tmp_path / "flag")
+    assert [(row["positive_id"], row["negative_ids"]) for row in table(tmp_path / "esci", "triplets")] == [
+        ("a", '["d"]')
+    ] and reasons(tmp_path / "esci") == {"grade between": 2}
+    import_catalog(
+        "st", write_lines(tmp_path / "flag.jsonl", [{"query": "shirt", "pos": ["A", "B"], "neg": ["C", "D"]}]),
+        tmp_path / "flag",
+    )
     titles = {row["product_id"]: row["title"] for row in table(tmp_path / "flag")}
-    assert [(titles[row["positive_id"]], [titles[name] for name in json.loads(row["negative_ids"])]) for row in table(tmp_path / "flag", "triplets")] == [("A", ["C", "D"]), ("B", ["C", "D"])]
+    assert [
+        (titles[row["positive_id"]], [titles[name] for name in json.loads(row["negative_ids"])])
+        for row in table(tmp_path / "flag", "triplets")
+    ] == [("A", ["C", "D"]), ("B", ["C", "D"])]
 
 
 def test_no_raw_error_and_no_bomb(tmp_path, capsys):
     "Names that cannot be stored, nests, pipes, a .gz that holds too much, a file that is no table: one sentence each."
-    (tmp_path / "odd.json").write_text('[{"id": "1", "title": "a", "\\ud800": "b"}, {"id": "2", "title": "b", "attributes": ' + '{"a":' * 900 + "1" + "}" * 900 + "}]")
+    (tmp_path / "odd.json").write_text(
+        '[{"id": "1", "title": "a", "\\ud800": "b"}, {"id": "2", "title": "b", "attributes": '
+        + '{"a":' * 900
+        + "1"
+        + "}" * 900
+        + "}]"
+    )
     assert import_catalog("csv", tmp_path / "odd.json", tmp_path / "odd").counts["products"] == 2
-    (tmp_path / "m5_id_label.json").write_text('{"1": {"title": "a"}, "\\ud800": {"title": "b"}, "\\q": {"title": "c"}, "3": {"title": "d"}}')
+    (tmp_path / "m5_id_label.json").write_text(
+        '{"1": {"title": "a"}, "\\ud800": {"title": "b"}, "\\q": {"title": "c"}, "3": {"title": "d"}}'
+    )
     assert import_catalog("m5product", tmp_path / "m5_id_label.json", tmp_path / "m5").counts["products"] == 2
     os.mkfifo(tmp_path / "x.csv")
     (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1, "title": "' + b"a" * 80_000_000))
@@ -680,7 +956,9 @@ def test_a_second_table_in_the_folder_is_left_and_said(tmp_path):
     (tmp_path / "in" / "styles.csv").write_text("id,title\n1,a\n")
     (tmp_path / "in" / "images.csv").write_text("filename,link\n1.jpg,x\n")
     summary = import_catalog("csv", tmp_path / "in", tmp_path / "out")
-    assert summary.counts["products"] == 1 and [file["file"] for file in summary.files if file.get("set_aside")] == ["images.csv"]
+    assert summary.counts["products"] == 1 and [file["file"] for file in summary.files if file.get("set_aside")] == [
+        "images.csv"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -689,20 +967,28 @@ def test_a_second_table_in_the_folder_is_left_and_said(tmp_path):
 def test_a_tar_of_pictures(tmp_path):
     "Members are read where they are; names that lead out, links and what is no picture are set aside."
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
-        for name, data in (("photos/0.png", draw(0)), ("../1.png", draw(1)), ("/2.png", draw(2)), ("photos/3.png", b"<html>"), ("photos/4.png", draw(4, "GIF"))):
+        for name, data in (
+            ("photos/0.png", draw(0)), ("../1.png", draw(1)), ("/2.png", draw(2)), ("photos/3.png", b"<html>"),
+            ("photos/4.png", draw(4, "GIF")),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
         link = tarfile.TarInfo("photos/5.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    write_lines(tmp_path / "mbe.jsonl", [mbe_row(n, doc_image=f"photos/{n}.png" if n not in (1, 2) else f"{n}.png") for n in range(6)])
+    write_lines(
+        tmp_path / "mbe.jsonl",
+        [mbe_row(n, doc_image=f"photos/{n}.png" if n not in (1, 2) else f"{n}.png") for n in range(6)],
+    )
     import_catalog("mbe", tmp_path / "mbe.jsonl", tmp_path / "out", images=tmp_path / "photos.tar")
     found = {row["title"].split()[1]: json.loads(row["image_paths"]) for row in table(tmp_path / "out")}
     assert {name: len(paths) for name, paths in found.items()} == {"0": 1, "1": 0, "2": 0, "3": 0, "4": 1, "5": 0}
     kept = (tmp_path / "out" / found["4"][0]).read_bytes()
     assert found["4"][0].endswith(".png") and decode_image(kept).tobytes() == decode_image(draw(4, "GIF")).tobytes()
-    assert reasons(tmp_path / "out") == {"member leads out of the archive": 2, "member is no plain file": 1, "no such picture": 3, "not an image": 1}
+    assert reasons(tmp_path / "out") == {
+        "member leads out of the archive": 2, "member is no plain file": 1, "no such picture": 3, "not an image": 1,
+    }
     assert not list(tmp_path.parent.glob("1.png")) and not (tmp_path / "1.png").exists()
 
 
@@ -716,10 +1002,15 @@ def test_bad_pictures_are_set_aside_per_product(tmp_path):
     Image.new("1", (20_000, 20_000)).save(held, "PNG")
     (tmp_path / "p" / "bomb.png").write_bytes(held.getvalue())
     names = ["text.png", "../secret.png", "/etc/hostname", "gone.png", "bomb.png", "empty.png"]
-    given = [mbe_row(n, doc_image=name) for n, name in enumerate(names)] + [mbe_row(9, doc_image="gone.png", doc_title=None)]
+    given = [mbe_row(n, doc_image=name) for n, name in enumerate(names)] + [
+        mbe_row(9, doc_image="gone.png", doc_title=None)
+    ]
     import_catalog("mbe", write_lines(tmp_path / "mbe.jsonl", given), tmp_path / "out", images=tmp_path / "p")
     assert len(table(tmp_path / "out")) == 6 and all(row["image_paths"] == "[]" for row in table(tmp_path / "out"))
-    assert reasons(tmp_path / "out") == {"not an image": 1, "path leads out of the folder": 2, "no such picture": 2, "too many pixels": 1, "empty file": 1, "empty record": 1}
+    assert reasons(tmp_path / "out") == {
+        "not an image": 1, "path leads out of the folder": 2, "no such picture": 2, "too many pixels": 1,
+        "empty file": 1, "empty record": 1,
+    }
 
 
 def test_the_same_picture_is_kept_once_and_shards_read_alike(tmp_path):
@@ -756,18 +1047,34 @@ class Shop(BaseHTTPRequestHandler):
         if name == "part":
             self.send_response(200)
             self.end_headers()
-            for piece in (draw(7)[:50], draw(7)[50:100]):  # each byte gives the socket's timeout anew; the deadline hangs up
+            for piece in (
+                draw(7)[:50], draw(7)[50:100],
+            ):  # each byte gives the socket's timeout anew; the deadline hangs up
                 self.wfile.write(piece)
                 self.wfile.flush()
                 time.sleep(0.5)
             time.sleep(1)
             return
-        status = {"gone": 404, "broken": 500, "moved": 302, "private": 302, "loop": 302, "file": 302}.get(name, 503 if name == "busy" and Shop.asked[self.path] < 3 else 200)
+        status = {"gone": 404, "broken": 500, "moved": 302, "private": 302, "loop": 302, "file": 302}.get(
+            name, 503 if name == "busy" and Shop.asked[self.path] < 3 else 200
+        )
         self.send_response(status)
         if status == 302:
             port = self.server.server_port
-            self.send_header("Location", {"moved": "/7.png", "private": f"http://127.0.0.2:{port}/7.png", "loop": "/loop", "file": "file:///etc/passwd"}[name])
-        data = {"text": b"<html>", "huge": b"x" * 300_000}.get(name, draw(int(name.split(".")[0]) if name[:1].isdigit() else 7)) if status == 200 else b""
+            self.send_header(
+                "Location",
+                {
+                    "moved": "/7.png", "private": f"http://127.0.0.2:{port}/7.png", "loop": "/loop",
+                    "file": "file:///etc/passwd",
+                }[name],
+            )
+        data = (
+            {"text": b"<html>", "huge": b"x" * 300_000}.get(
+                name, draw(int(name.split(".")[0]) if name[:1].isdigit() else 7)
+            )
+            if status == 200
+            else b""
+        )
         self.send_header("Content-Length", str(len(data) + (10 if name == "cut" else 0)))
         self.end_headers()
         self.wfile.write(data)
@@ -787,19 +1094,36 @@ def shop():
     server.server_close()
 
 
-FETCHER = Fetcher(timeout=0.5, deadline=3, retries=2, pause=0.02, max_bytes=200_000, allow_hosts=frozenset({"127.0.0.1"}))
+FETCHER = Fetcher(
+    timeout=0.5, deadline=3, retries=2, pause=0.02, max_bytes=200_000, allow_hosts=frozenset({"127.0.0.1"})
+)
 
 
 def test_pictures_behind_addresses(tmp_path, shop):
     "Good ones arrive, every failure is listed with its product, a repeated address is asked once, 503 is tried again, 404 is not."
-    names = ["1.png", "2.png?w=200", "moved", "busy", "gone", "broken", "private", "loop", "file", "text", "huge", "cut", "slow", "1.png"]
+    names = [
+        "1.png", "2.png?w=200", "moved", "busy", "gone", "broken", "private", "loop", "file", "text", "huge", "cut",
+        "slow", "1.png",
+    ]
     path = write_lines(tmp_path / "mbe.jsonl", [mbe_row(n, doc_image=f"{shop}/{name}") for n, name in enumerate(names)])
     summary = import_catalog("mbe", path, tmp_path / "out", allow_urls=True, fetcher=FETCHER)
-    found = {names[int(row["title"].split()[1])]: len(json.loads(row["image_paths"])) for row in table(tmp_path / "out")}
-    assert {name for name, count in found.items() if count} == {"1.png", "2.png?w=200", "moved", "busy"} and len(table(tmp_path / "out")) == 14
+    found = {
+        names[int(row["title"].split()[1])]: len(json.loads(row["image_paths"])) for row in table(tmp_path / "out")
+    }
+    assert {name for name, count in found.items() if count} == {"1.png", "2.png?w=200", "moved", "busy"} and len(
+        table(tmp_path / "out")
+    ) == 14
     why = {row["reason"].split(": http")[0] for row in table(tmp_path / "out", "quarantine")}
-    assert {"the server says 404", "the server says 500", "address refused: 127.0.0.2 is not on the public network (127.0.0.2)", "more than 5 redirects", "not an image: a web page",
-            "too long a file: over 200,000 bytes", "cut answer: 10 bytes are missing"} <= why and any(reason.startswith("no answer from 127.0.0.1") for reason in why) and any("file:///etc" in reason for reason in why)
+    assert (
+        {
+            "the server says 404", "the server says 500",
+            "address refused: 127.0.0.2 is not on the public network (127.0.0.2)", "more than 5 redirects",
+            "not an image: a web page", "too long a file: over 200,000 bytes", "cut answer: 10 bytes are missing",
+        }
+        <= why
+        and any(reason.startswith("no answer from 127.0.0.1") for reason in why)
+        and any("file:///etc" in reason for reason in why)
+    )
     assert (Shop.asked["/1.png"], Shop.asked["/busy"], Shop.asked["/gone"], Shop.asked["/broken"]) == (1, 3, 1, 3)
     assert summary.counts["pictures"] == 3  # 7.png came twice: moved and busy
 
@@ -807,11 +1131,15 @@ def test_pictures_behind_addresses(tmp_path, shop):
 def test_addresses_are_asked_only_when_allowed(tmp_path, shop):
     path = write_lines(tmp_path / "mbe.jsonl", [mbe_row(1, doc_image=f"{shop}/1.png")])
     import_catalog("mbe", path, tmp_path / "off")
-    assert not Shop.asked and reasons(tmp_path / "off") == {"address not asked (allow_urls is off, and no such file)": 1}
+    assert not Shop.asked and reasons(tmp_path / "off") == {
+        "address not asked (allow_urls is off, and no such file)": 1
+    }
     import_catalog("mbe", path, tmp_path / "on", allow_urls=True)  # the default fetcher never asks a private address
     assert not Shop.asked and reasons(tmp_path / "on") == {"address refused": 1}
     write_pictures(tmp_path / "p", ["1.png"])
-    import_catalog("mbe", path, tmp_path / "local", images=tmp_path / "p", allow_urls=True, fetcher=FETCHER)  # a file of that name comes first
+    import_catalog(
+        "mbe", path, tmp_path / "local", images=tmp_path / "p", allow_urls=True, fetcher=FETCHER
+    )  # a file of that name comes first
     assert not Shop.asked and Catalog.load(tmp_path / "local")[0].has_image
 
 
@@ -832,8 +1160,16 @@ def test_what_was_read_until_the_deadline_is_no_whole_body(shop):
 def test_a_name_that_changes_its_address_gains_nothing(monkeypatch):
     "The connection goes to the address that was checked, whatever the name server says next."
     answers, connected = iter(["93.184.216.34", "127.0.0.1", "127.0.0.1"]), []
-    monkeypatch.setattr(download.check_url, "__defaults__", (frozenset(), lambda host, port, type: [(0, 0, 0, "", (next(answers), port))]))
-    monkeypatch.setattr(socket, "create_connection", lambda address, timeout, **options: connected.append(address) or (_ for _ in ()).throw(ConnectionRefusedError("closed")))
+    monkeypatch.setattr(
+        download.check_url, "__defaults__",
+        (frozenset(), lambda host, port, type: [(0, 0, 0, "", (next(answers), port))]),
+    )
+    monkeypatch.setattr(
+        socket, "create_connection",
+        lambda address, timeout, **options: (
+            connected.append(address) or (_ for _ in ()).throw(ConnectionRefusedError("closed"))
+        ),
+    )
     with pytest.raises(DataError, match="no connection"):
         Fetcher(retries=0)("http://rebind.example/1.png")
     assert connected == [("93.184.216.34", 80)]
@@ -856,13 +1192,22 @@ print(next((int(line.split()[1]) // 1024 for line in open("/proc/self/status") i
 
 def started(part_rows, **options):
     "An import in a process of its own."
-    words = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(part_rows), json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in options.items()})]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    words = [
+        sys.executable, "-c", textwrap.dedent(SCRIPT), str(part_rows),
+        json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in options.items()}),
+    ]
+    return subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
 
 
 def contents(folder):
     "Every file of a catalogue but the summary, which names the folder."
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "import.json"}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "import.json"
+    }
 
 
 def kill_source(kind, folder):
@@ -872,7 +1217,13 @@ def kill_source(kind, folder):
         (folder / "more_id_label.json").write_text(json.dumps(many, ensure_ascii=False), encoding="utf-8")
     elif kind == "st":
         folder.mkdir()
-        write_lines(folder / "st.jsonl", [{"anchor": f"q {n % 900}", "positive": f"p {n}", "negative_1": f"p {(n * 7) % 4_000}"} for n in range(4_000)])
+        write_lines(
+            folder / "st.jsonl",
+            [
+                {"anchor": f"q {n % 900}", "positive": f"p {n}", "negative_1": f"p {(n * 7) % 4_000}"}
+                for n in range(4_000)
+            ],
+        )
     else:
         write_pictures(folder / "p", [f"{n}.png" for n in range(300)])
         lines = [json.dumps(mbe_row(n, doc_image=f"p/{n % 320}.png")) if n % 97 else '{"id": ' for n in range(4_000)]
@@ -893,7 +1244,10 @@ def rows_committed(out):
         return 0
 
 
-@pytest.mark.parametrize("kind,options", [("mbe", {}), ("mbe", {"shard_images": True}), ("st", {}), ("m5product", {})], ids=["mbe", "shards", "triplets", "m5product"])
+@pytest.mark.parametrize(
+    "kind,options", [("mbe", {}), ("mbe", {"shard_images": True}), ("st", {}), ("m5product", {})],
+    ids=["mbe", "shards", "triplets", "m5product"],
+)
 def test_a_killed_import_goes_on_and_ends_the_same(tmp_path, kind, options):
     "kill -9 twice, some time after a commit; the result is byte for byte that of an import that was let alone."
     source = kill_source(kind, tmp_path / "in")
@@ -944,11 +1298,24 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, layout):
     for count in (30_000, 150_000):
         source = tmp_path / str(count)
         source.mkdir()
-        with open(source / "all_id_label.json", "w") if layout == "m5product" else open(source / "mbe.jsonl", "w") as file:
+        with (
+            open(source / "all_id_label.json", "w")
+            if layout == "m5product"
+            else open(source / "mbe.jsonl", "w") as file
+        ):
             if layout == "mbe":
-                file.writelines(json.dumps(mbe_row(n, doc_image=None, doc_title=f"{n} " + "x" * 500)) + "\n" for n in range(count))
+                file.writelines(
+                    json.dumps(mbe_row(n, doc_image=None, doc_title=f"{n} " + "x" * 500)) + "\n" for n in range(count)
+                )
             else:
-                file.write("{" + ",".join(f'"{n}": {{"title": "{n} {"x" * 500}", "pv": "a#:#b", "label": "{n % 900}"}}' for n in range(count)) + "}")
+                file.write(
+                    "{"
+                    + ",".join(
+                        f'"{n}": {{"title": "{n} {"x" * 500}", "pv": "a#:#b", "label": "{n % 900}"}}'
+                        for n in range(count)
+                    )
+                    + "}"
+                )
         process = started(importer.PART_ROWS, layout=layout, source=source, out=tmp_path / f"out{count}")
         peaks.append(int(process.communicate(timeout=300)[0]))
     print(layout, peaks)
@@ -966,7 +1333,9 @@ def test_the_command_from_files_to_scores(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path / "out"), "--json"]) == 0
     checked = json.loads(capsys.readouterr().out)
     shared = set(facts) & set(checked)
-    assert {"usable", "folder", "records", "products", "with_both", "images", "keys", "shared_titles", "splits"} <= shared and facts["import"]["counts"]["gallery"] == 21
+    assert {
+        "usable", "folder", "records", "products", "with_both", "images", "keys", "shared_titles", "splits",
+    } <= shared and facts["import"]["counts"]["gallery"] == 21
     assert {name: facts[name] for name in shared} == {name: checked[name] for name in shared}
     assert main(["data", "import", "mbe3", "x", "y"]) == 2
     offered = capsys.readouterr().err

@@ -29,18 +29,25 @@ from moon2_lab.evaluation.baselines import bm25
 def drawn(tmp_path_factory):
     "A folder with 150 small drawn products, its tables, and the catalogue."
     folder = make_catalog(tmp_path_factory.mktemp("drawn") / "shop", products=150, seed=11, noise=.2, image_size=64)
-    return folder, pd.read_parquet(folder / "products.parquet"), pd.read_parquet(folder / "triplets.parquet"), Catalog.load(folder)
+    return (
+        folder, pd.read_parquet(folder / "products.parquet"), pd.read_parquet(folder / "triplets.parquet"),
+        Catalog.load(folder),
+    )
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def test_same_bytes_in_another_process(tmp_path):
     "Neither the process, nor its hash seed, nor the time changes a byte."
     code = "import sys; from moon2_lab.data.synthetic.generator import make_catalog; make_catalog(sys.argv[1], products=16, seed=5, image_size=64)"
     for name in ("1", "2"):
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, env={**os.environ, "PYTHONHASHSEED": name})
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / name)], check=True, env={**os.environ, "PYTHONHASHSEED": name}
+        )
     first, second = contents(tmp_path / "1"), contents(tmp_path / "2")
     assert first == second and len(first) > 3 * 16
     assert contents(make_catalog(tmp_path / "3", products=16, seed=6, image_size=64)).keys() != first.keys()
@@ -60,7 +67,9 @@ def test_layout(drawn):
     folder, table, triplets, catalog = drawn
     assert len(catalog) == 150 and catalog.quarantine.empty and len({p.key for p in catalog}) == 150
     assert {p.n_images for p in catalog} == {3, 4}
-    assert all(p.category_l1 and p.category_l2 and p.category_l3 and len(p.attributes) >= 2 and p.description for p in catalog)
+    assert all(
+        p.category_l1 and p.category_l2 and p.category_l3 and len(p.attributes) >= 2 and p.description for p in catalog
+    )
     assert len({p.category_l3 for p in catalog}) >= 14 and len({p.category_l1 for p in catalog}) == 3
     assert drawn_from(folder)["seed"] == 11 and drawn_from(folder)["version"] == GENERATOR_VERSION
     assert set(triplets.columns) == {"query_id", "query_text", "query_image", "positive_id", "negative_ids", "noise"}
@@ -85,7 +94,9 @@ def test_no_design_is_on_two_sides_of_the_split(seed, products):
             trained.setdefault((one.kind, *sorted(one.truth.items())), set()).add(one.family)
     equal = [one for one in shop if one.split == "test" and (one.kind, *sorted(one.truth.items())) in trained]
     assert all(one.family not in trained[(one.kind, *sorted(one.truth.items()))] for one in equal)
-    assert len(equal) <= .03 * counts["test"] + .01, f"{len(equal)} of {counts['test']} test products equal a train product of another family"
+    assert len(equal) <= 0.03 * counts["test"] + 0.01, (
+        f"{len(equal)} of {counts['test']} test products equal a train product of another family"
+    )
 
 
 def test_committed_sample_and_tables_split_by_family(drawn, root):
@@ -114,7 +125,9 @@ def test_noise_is_exact_and_true(drawn):
     facts = {f"syn-11-{index:05d}": describe(11, index) for index in range(150)}
     split_of = table.set_index("product_id")["split"]
     for split, rows in triplets.groupby(triplets["positive_id"].map(split_of)):
-        assert rows["noise"].notna().sum() == round(.2 * len(rows)) and len(rows) > 1.9 * (split_of == split).sum(), split
+        assert rows["noise"].notna().sum() == round(0.2 * len(rows)) and len(rows) > 1.9 * (split_of == split).sum(), (
+            split
+        )
     assert set(triplets["noise"].dropna()) == {"pseudo_positive", "pseudo_negative"}
     for row in triplets.itertuples():
         about, positive = facts[row.query_id.rsplit("-", 1)[0].removeprefix("q-")], facts[row.positive_id]
@@ -125,7 +138,9 @@ def test_noise_is_exact_and_true(drawn):
             continue
         named = names_in(row.query_text, about)
         if row.noise == "pseudo_negative":
-            assert negatives[0].kind == about.kind and all(negatives[0].truth.get(name) == about.truth[name] for name in named), row
+            assert negatives[0].kind == about.kind and all(
+                negatives[0].truth.get(name) == about.truth[name] for name in named
+            ), row
         elif negatives[0].kind == about.kind:
             assert any(negatives[0].truth.get(name) != about.truth[name] for name in named), row
 
@@ -149,9 +164,15 @@ def test_pictures_show_what_differs():
 
     from moon2_lab.data.synthetic.shapes import draw_look
 
-    look = replace(describe(0, 0).look, kind="mug", style="straight", feature="", pattern="plain", material="ceramic", mark="", colour=(66, 112, 190), accent=(244, 241, 234))
+    look = replace(
+        describe(0, 0).look, kind="mug", style="straight", feature="", pattern="plain", material="ceramic", mark="",
+        colour=(66, 112, 190), accent=(244, 241, 234),
+    )
     base = np.asarray(draw_look(look, 160), float)
-    for change in ({"pattern": "striped"}, {"material": "metal"}, {"style": "tapered"}, {"feature": "with lid"}, {"colour": (202, 58, 54)}, {"mark": "star"}):
+    for change in (
+        {"pattern": "striped"}, {"material": "metal"}, {"style": "tapered"}, {"feature": "with lid"},
+        {"colour": (202, 58, 54)}, {"mark": "star"},
+    ):
         other = np.asarray(draw_look(replace(look, **change), 160), float)
         assert (np.abs(base - other).max(-1) > 24).sum() > 150, change
 
@@ -161,13 +182,20 @@ def test_titles_are_a_sellers():
     facts = [describe(0, index) for index in range(1000)]
     titles = [make_title(one) for one in facts]
     assert .85 < np.mean([title.startswith(one.brand) for title, one in zip(titles, facts)]) < .99
-    assert max(Counter(one.brand for one in facts).values()) < 150 and min(Counter(one.brand for one in facts).values()) >= 3
-    assert np.mean([any(filler in title for fillers in FILLERS.values() for filler in fillers) for title in titles]) > .2
+    assert (
+        max(Counter(one.brand for one in facts).values()) < 150
+        and min(Counter(one.brand for one in facts).values()) >= 3
+    )
+    assert (
+        np.mean([any(filler in title for fillers in FILLERS.values() for filler in fillers) for title in titles]) > 0.2
+    )
     stated = [names_in(title.replace(",", " ").replace("|", " "), one) for title, one in zip(titles, facts)]
     assert .4 < np.mean(["colour" in one for one in stated]) < .9
     assert 0 < np.mean(["pattern" in one for one in stated]) < .5
     assert any("pattern" not in one.attributes for one in facts)
-    assert any(title.endswith(one.info.nouns[0]) for title, one in zip(titles, facts)) and any(f"{one.brand} {one.info.nouns[0]}" in title for title, one in zip(titles, facts))
+    assert any(title.endswith(one.info.nouns[0]) for title, one in zip(titles, facts)) and any(
+        f"{one.brand} {one.info.nouns[0]}" in title for title, one in zip(titles, facts)
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -179,11 +207,16 @@ def test_words_alone_do_not_settle_it(seed):
         while make_title(one, attempt).casefold() in seen:
             attempt += 1
         seen.add(make_title(one, attempt).casefold())
-        products.append(Product(one.product_id, make_title(one, attempt), "", *one.category, one.attributes, split=one.split))
+        products.append(
+            Product(one.product_id, make_title(one, attempt), "", *one.category, one.attributes, split=one.split)
+        )
     catalog = Catalog.from_products(products)
     assert len({product.key for product in catalog}) == 2000
     test, lexicon = catalog.split("test"), Lexicon(catalog)
-    queries, titles = ([[fold(word) for word in words(text)] for text in texts] for texts in ([search_phrase(p, 0, lexicon) for p in test], [p.title for p in test]))
+    queries, titles = (
+        [[fold(word) for word in words(text)] for text in texts]
+        for texts in ([search_phrase(p, 0, lexicon) for p in test], [p.title for p in test])
+    )
     scores = bm25(queries, titles, tokenize=list)(0, len(test))
     ranks = 1 + (scores >= np.diag(scores)[:, None]).sum(1) - 1
     assert .5 < (ranks == 1).mean() < .88
@@ -243,12 +276,18 @@ def test_committed_sample(root, tmp_path):
     made_from = json.loads((folder / "synth.json").read_text())
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 600_000
     catalog = Catalog.load(folder)
-    assert catalog.quarantine.empty and len(catalog) == made_from["products"] and set(catalog.splits) == {"train", "valid", "test"}
+    assert (
+        catalog.quarantine.empty
+        and len(catalog) == made_from["products"]
+        and set(catalog.splits) == {"train", "valid", "test"}
+    )
     assert len(build_triplets(catalog.split("train"))) >= 64
     options = {name: made_from[name] for name in ("products", "seed", "noise", "image_size", "quality")}
     again = make_catalog(tmp_path / "sample", **options)
     for name in ("products.parquet", "triplets.parquet"):
-        assert pd.read_parquet(folder / name).equals(pd.read_parquet(again / name)), f"{name}: draw the sample again, see data/README.md"
+        assert pd.read_parquet(folder / name).equals(pd.read_parquet(again / name)), (
+            f"{name}: draw the sample again, see data/README.md"
+        )
     for path in sorted((folder / "images").iterdir())[::10]:  # another version of the JPEG library may round otherwise
         old, new = (np.asarray(Image.open(where / "images" / path.name), float) for where in (folder, again))
         assert np.abs(old - new).mean() < 4, f"{path.name}: draw the sample again, see data/README.md"
