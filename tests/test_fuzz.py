@@ -14,7 +14,7 @@ from small import TINY
 from moon2_lab.config import TrainConfig, lab_settings, parse_value
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.errors import LabError
-from moon2_lab.files import SUMS
+from moon2_lab.folders import SUMS
 
 pytestmark = pytest.mark.slow
 PIECES = (

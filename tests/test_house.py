@@ -286,10 +286,10 @@ def test_apps_see_the_demo_only():
 
 
 TORCH_FREE = (  # useful without a model
-    "errors", "files", "config", "runtime", "http", "augment.llm_client",
+    "errors", "files", "folders", "config", "runtime", "http", "augment.llm_client",
     "data.importers.encodings", "data.importers.records", "data.importers.json_reader", "data.importers.parquet_reader",
-    "data.importers.readers", "data.importers.schemas", "data.importers.download", "data.importers.table_parts",
-    "data.importers.image_store", "data.importers.intake", "data.importers.catalog_writer", "data.importers.splits",
+    "data.importers.readers", "data.importers.schemas", "data.importers.download",
+    "data.importers.image_store", "data.importers.catalog_writer", "data.importers.splits",
     "data.importers.layouts", "data.importers.importer",
     "data.synthetic.materials", "data.synthetic.garments", "data.synthetic.shapes", "data.synthetic.vocabulary",
     "data.synthetic.generator",

@@ -24,9 +24,8 @@ from ..data.catalog import Catalog
 from ..data.images import scale_down, without_metadata
 from ..data.products import Product
 from ..errors import LabError, UsageError
-from moon2_lab.files import (
-    model_name, read_json, sha256_hex, static_text, whole_folder, write_checksums, write_json, write_parquet,
-)
+from ..files import read_json, sha256_hex, static_text, write_json, write_parquet
+from ..folders import model_name, whole_folder, write_checksums
 from ..model.encoder import Moon2Encoder
 from ..runtime import progress
 

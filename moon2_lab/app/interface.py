@@ -30,7 +30,8 @@ from moon2_lab.app.tabs import (
 from ..config import DIRECTIONS, VIEWS
 from ..data.catalog import Catalog
 from ..errors import LabError, UsageError
-from ..files import model_name, static_text
+from ..files import static_text
+from ..folders import model_name
 from ..model.encoder import Moon2Encoder
 from ..retrieval.query_input import MAX_LETTERS
 from ..retrieval.search import open_searcher

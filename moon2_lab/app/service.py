@@ -30,7 +30,8 @@ from ..evaluation.protocol import make_benchmark
 from ..explain.attention import evaluating
 from ..explain.explainer import ExplainerCache
 from ..explain.heatmap_data import Attribution, PairMaps, trust_facts
-from ..files import cache_dir, model_folder, read_json
+from ..files import cache_dir, read_json
+from ..folders import model_folder
 from ..model.encoder import Moon2Encoder
 from ..reporting.comparison import Comparison, compare_tables
 from ..retrieval.embed import LookupEncoder, cached_vectors

@@ -32,10 +32,8 @@ from ..data.catalog import Catalog
 from ..data.catalog_tables import AUGMENTED_COLUMNS, AUGMENTED_FILE, PRODUCTS_FILE
 from ..data.products import Product
 from ..errors import DataError, LabError, UsageError
-from moon2_lab.files import (
-    atomic_path, clear_rubbish, copy_whole, file_sha256, held, plain, read_json, require_new, try_folder, write_json,
-    write_parquet,
-)
+from ..files import atomic_path, plain, read_json, try_folder, write_json, write_parquet
+from ..folders import clear_rubbish, copy_whole, file_sha256, held, require_new
 from ..runtime import usable_cores
 
 # %% ../../nbs/augment/490_pipeline.ipynb #2912d264

@@ -124,7 +124,8 @@ def train_command(args: argparse.Namespace) -> Outcome:
     "Train an encoder into a run folder."
     from moon2_lab.cli.pipeline import build_trainer, load_catalogue, plan_lines, resumed_config, train_run
     from moon2_lab.config import TrainConfig
-    from moon2_lab.files import require_free, require_new, try_folder
+    from moon2_lab.files import try_folder
+    from moon2_lab.folders import require_free, require_new
     from moon2_lab.runtime import pick_device
 
     if not args.resume:
@@ -150,7 +151,8 @@ def eval_command(args: argparse.Namespace) -> Outcome:
     from moon2_lab.cli.pipeline import evaluate_model, score_lines
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.evaluation.evaluate import try_scores
-    from moon2_lab.files import NotSaved, model_folder
+    from moon2_lab.files import NotSaved
+    from moon2_lab.folders import model_folder
 
     model_folder(args.model)  # a wrong name, or device, is told before the catalogue is read
     device = chosen_device(args)
@@ -169,7 +171,8 @@ def report_command(args: argparse.Namespace) -> Outcome:
     "Write the page about a run; score it first, if that was not done."
     from moon2_lab.cli.pipeline import report_run
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.files import model_folder, try_file
+    from moon2_lab.files import try_file
+    from moon2_lab.folders import model_folder
 
     model_folder(args.run_folder)
     device = chosen_device(args)
@@ -214,7 +217,8 @@ def heatmap_command(args: argparse.Namespace) -> Outcome:
     "Show which words and which parts of the pictures made a score, as one page."
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.explain.explainer import Explainer, TRIALS
-    from moon2_lab.files import model_folder, try_file
+    from moon2_lab.files import try_file
+    from moon2_lab.folders import model_folder
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.reporting.heatmap_page import write_heat_page
     from moon2_lab.reporting.html import page_file
@@ -266,7 +270,8 @@ def _heatmap_lines(pair, page: str) -> list[str]:
 def embed_command(args: argparse.Namespace) -> Outcome:
     "Embed a catalogue into one file of vectors."
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.files import model_folder, try_file
+    from moon2_lab.files import try_file
+    from moon2_lab.folders import model_folder
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.retrieval.embed import embed_catalog
 
@@ -303,7 +308,7 @@ def index_command(args: argparse.Namespace) -> Outcome:
 
 def search_command(args: argparse.Namespace) -> Outcome:
     "Search a file of vectors, or a store, by words, by a picture, or by both."
-    from moon2_lab.files import model_folder
+    from moon2_lab.folders import model_folder
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.retrieval.query_input import query_item
     from moon2_lab.retrieval.search import open_searcher
@@ -324,7 +329,8 @@ def search_command(args: argparse.Namespace) -> Outcome:
 def compare_command(args: argparse.Namespace) -> Outcome:
     "Compare two models on the same queries: won, lost, moved, as one page."
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.files import model_folder, try_file
+    from moon2_lab.files import try_file
+    from moon2_lab.folders import model_folder
     from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.reporting.comparison import compare_encoders
     from moon2_lab.reporting.comparison_report import explain_changes, write_diff_page
@@ -347,7 +353,7 @@ def compare_command(args: argparse.Namespace) -> Outcome:
 
 def _run_names(*models: str) -> tuple[str, ...]:
     "The names of the runs; the paths as given where names are alike."
-    from moon2_lab.files import model_name
+    from moon2_lab.folders import model_name
 
     names = tuple(map(model_name, models))
     return names if len(set(names)) == len(names) else models

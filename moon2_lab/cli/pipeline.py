@@ -17,10 +17,8 @@ from pathlib import Path
 
 from ..config import DIRECTIONS, TrainConfig
 from ..errors import LabError, UsageError
-from moon2_lab.files import (
-    NotSaved, cache_dir, held, holds_nothing, model_folder, read_json, require_free, require_new, sha256_hex, try_file,
-    try_folder, whole_folder,
-)
+from ..files import NotSaved, cache_dir, read_json, sha256_hex, try_file, try_folder
+from ..folders import held, holds_nothing, model_folder, require_free, require_new, whole_folder
 
 # %% ../../nbs/cli/900_pipeline.ipynb #30cc2ba8
 _log = logging.getLogger("moon2_lab")
@@ -306,6 +304,14 @@ def _run_facts(
     facts = {"Steps": settings["steps"]} if settings.get("steps") is not None else {}
     return facts | ({"Making vision features": f"{seconds['features']:.0f} s"} if seconds.get("features") else {})
 
+
+def _rival_scores(run: Path) -> dict[str, dict]:
+    "Title -> metrics.json of each rival that was trained beside a run."
+    from moon2_lab.objective.recipes import RIVALS
+
+    files = {rival.title: run / name / "metrics.json" for name, rival in RIVALS.items()}
+    return {title: read_json(path) for title, path in files.items() if path.is_file()}
+
 # %% ../../nbs/cli/900_pipeline.ipynb #863764fd
 _SCORER_MINUTES = 3.0  # of training steps
 
@@ -360,14 +366,6 @@ def _rival_run(
     triplets = rival.triplets(products) if rival.triplets else None
     train_run(catalog, out, own, command=command, objective=rival.objective(own), triplets=triplets)
     return evaluate_model(out, catalog, out=out, device=config.device, baselines=False)
-
-
-def _rival_scores(run: Path) -> dict[str, dict]:
-    "Title -> metrics.json of each rival that was trained beside a run."
-    from moon2_lab.objective.recipes import RIVALS
-
-    files = {rival.title: run / name / "metrics.json" for name, rival in RIVALS.items()}
-    return {title: read_json(path) for title, path in files.items() if path.is_file()}
 
 # %% ../../nbs/cli/900_pipeline.ipynb #3d8b5f8b
 _MINUTES = {"drawn": 5.0, "own": 25.0, "tiny": 0.3}  # of training steps

@@ -33,7 +33,8 @@ from moon2_lab.evaluation.ranking import (
     Ranks, average_precision_at, classification_scores, expected_hit_at, hit_at, nearest_class, precision_at,
 )
 from .statistics import holm_corrected, paired_test, with_interval
-from ..files import NotSaved, atomic_path, file_sha256, held, json_text, sync, try_file
+from ..files import NotSaved, atomic_path, json_text, sync, try_file
+from ..folders import file_sha256, held
 
 # %% ../../nbs/evaluation/430_evaluate.ipynb #65f8c418
 @dataclass

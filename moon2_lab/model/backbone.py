@@ -25,7 +25,8 @@ from torch import nn
 from ..config import EncoderConfig
 from ..data.images import ImageRef
 from ..errors import DataError, LabError
-from ..files import cache_dir, locked, require_checksums, sha256_hex, whole_folder, write_checksums
+from ..files import cache_dir, locked, sha256_hex
+from ..folders import require_checksums, whole_folder, write_checksums
 from .feature_cache import FeatureCache
 from .packing import Packing, register_packed_attention
 from .vision import VISION, require_sha256

@@ -22,7 +22,8 @@ from ..config import EncoderConfig, OBJECTIVES, VIEWS
 from ..data.images import ImageRef
 from ..data.products import Item, Product
 from ..errors import DataError, UsageError
-from ..files import SUMS, atomic_path, read_json, require_checksums, write_checksums, write_json
+from ..files import atomic_path, read_json, write_json
+from ..folders import SUMS, require_checksums, write_checksums
 from .backbone import Backbone, build_backbone
 from moon2_lab.model.item_views import (
     ItemViews, LayerGates, TokenRow, join_views, mean_by_item, pool_index, separate_rows, shared_rows,

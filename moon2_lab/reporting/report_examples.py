@@ -16,7 +16,7 @@ from ..data.catalog import Catalog
 from ..data.products import Item
 from ..evaluation.protocol import make_benchmark, query_items
 from ..explain.heatmap_data import PairHeatmap
-from ..files import model_folder
+from ..folders import model_folder
 from .html import QueryHits, RankedProduct
 
 # %% ../../nbs/reporting/779_report_examples.ipynb #8e60a741

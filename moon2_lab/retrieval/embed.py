@@ -19,9 +19,8 @@ from ..config import VIEWS
 from ..data.catalog import Catalog
 from ..data.products import Item, Product
 from ..errors import DataError, UsageError
-from moon2_lab.files import (
-    atomic_path, cache_dir, clear_rubbish, held, holds_nothing, read_json, sha256_hex, try_file, write_json,
-)
+from ..files import atomic_path, cache_dir, read_json, sha256_hex, try_file, write_json
+from ..folders import clear_rubbish, held, holds_nothing
 from ..model.encoder import Moon2Encoder
 from ..objective.contrastive import fits_dim
 from moon2_lab.retrieval.vectors import (

@@ -23,7 +23,8 @@ import numpy as np
 
 from ..config import VIEWS
 from ..errors import DataError, LabError, UsageError
-from ..files import disk_is_full, held, holds_nothing, try_file, unwritable, whole_folder
+from ..files import disk_is_full, try_file, unwritable
+from ..folders import held, holds_nothing, whole_folder
 from .filters import facets, field_values
 from moon2_lab.retrieval.milvus_client import (
     CLIENTS, DAMAGED, error_text, quiet, store_address, store_client, store_errors, store_folder,

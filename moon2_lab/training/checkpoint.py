@@ -23,7 +23,8 @@ import torch
 
 from ..config import TrainConfig
 from ..errors import DataError, UsageError
-from ..files import read_json, require_checksums, whole_folder, write_checksums, write_json, write_parquet
+from ..files import read_json, write_json, write_parquet
+from ..folders import require_checksums, whole_folder, write_checksums
 from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/training/555_checkpoint.ipynb #f2907c8c

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import Hold, clear_rubbish, require_new, try_folder, whole_folder, write_json, write_parquet
+from ..files import try_folder, write_json, write_parquet
+from ..folders import Hold, clear_rubbish, require_new, whole_folder
 from ..model.encoder import Moon2Encoder
 from .checkpoint import keep_newest, save_checkpoint
 

@@ -872,7 +872,7 @@ def test_a_gallery_of_ten_products_or_less_is_said_to_measure_nothing_at_ten():
 
 
 def test_a_second_evaluation_into_one_file_is_refused_while_the_first_one_works(tmp_path):
-    from moon2_lab.files import held
+    from moon2_lab.folders import held
     from small import product, tiny
 
     catalog = Catalog.from_products([product(number) for number in range(12)])

@@ -35,7 +35,8 @@ from moon2_lab.data.importers.schemas import (
 from .splits import Listings, read_listings
 from ..text_fields import is_empty
 from ...errors import DataError, LabError, UsageError
-from ...files import LOCK, clear_rubbish, disk_is_full, held, holds_nothing, read_json, try_folder, write_json
+from ...files import LOCK, disk_is_full, read_json, try_folder, write_json
+from ...folders import clear_rubbish, held, holds_nothing
 from ...runtime import progress
 
 # %% ../../../nbs/data/importers/235_importer.ipynb #fee1c3f8

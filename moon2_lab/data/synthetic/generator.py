@@ -29,7 +29,8 @@ from moon2_lab.data.synthetic.vocabulary import (
 )
 from ..triplets import Triplet, propose
 from ...errors import DataError, UsageError
-from ...files import holds_nothing, read_json, whole_folder, write_json, write_parquet
+from ...files import read_json, write_json, write_parquet
+from ...folders import holds_nothing, whole_folder
 from ...runtime import progress
 
 # %% ../../../nbs/data/synthetic/260_generator.ipynb #7fab7488
