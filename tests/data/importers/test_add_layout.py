@@ -131,3 +131,10 @@ def test_hooks_of_files_without_a_header(shop, tmp_path):
     summary = import_catalog(lines, shop, tmp_path / "out")
     assert [product.title for product in Catalog.load(tmp_path / "out")] == ["Red mug", "Lamp"]
     assert summary.reasons == {"no title": 1} and summary.columns[0]["read_as"] == ["product_id", "title"]
+
+
+def test_the_help_names_every_layout(capsys):
+    "The options of the command are data, the layouts are registered: the list in the help is the registry's."
+    assert main(["data", "import", "--help"]) == 0
+    line = " ".join(capsys.readouterr().out.partition("LAYOUT  ")[2].partition("MODULE:NAME")[0].split())
+    assert sorted(line.removesuffix(", or").split(", ")) == sorted(LAYOUTS)
