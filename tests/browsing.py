@@ -19,7 +19,9 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 @contextmanager
 def jupyter_lab(folder, cells, name="test.ipynb", settings=None):
-    "A JupyterLab in `folder` with one notebook of these cells, and the settings of `make lab` where `settings` names their folder; gives its address."
+    """A JupyterLab in `folder` with one notebook of these cells, and the settings of `make lab` where `settings` names
+    their folder; gives its address.
+    """
     cells = [nbformat.v4.new_code_cell(cell.strip()) for cell in cells]
     nbformat.write(
         nbformat.v4.new_notebook(
@@ -65,7 +67,9 @@ def wait_for(address, server, log):
 
 
 def close_dialog(dialog):
-    "Accept what JupyterLab asks (on a busy machine it may ask for the kernel or report a late save); its words go into the test's output."
+    """Accept what JupyterLab asks (on a busy machine it may ask for the kernel or report a late save); its words go
+    into the test's output.
+    """
     print("JupyterLab asked:", " ".join(dialog.inner_text().split()))
     dialog.locator(".jp-Dialog-button.jp-mod-accept").last.click()
 

@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config):
-    "A shell starts background jobs with SIGINT ignored; the tests of interrupts need it, here and in their child processes."
+    """A shell starts background jobs with SIGINT ignored; the tests of interrupts need it, here and in their child
+    processes.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -21,8 +23,12 @@ def _no_gpu():
 
 
 def pytest_collection_modifyitems(items):
-    "`data` tests need MOON2_DATA, `gpu` tests a CUDA device; without them they are skipped and say so. The tests with a fake device go first."
-    items.sort(key=lambda item: item.path.name != "test_device.py")  # torch takes no new device after the first backward pass
+    """`data` tests need MOON2_DATA, `gpu` tests a CUDA device; without them they are skipped and say so. The tests with
+    a fake device go first.
+    """
+    items.sort(
+        key=lambda item: item.path.name != "test_device.py"
+    )  # torch takes no new device after the first backward pass
     if not os.environ.get("MOON2_DATA"):
         for item in items:
             if item.get_closest_marker("data"):

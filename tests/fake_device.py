@@ -1,5 +1,7 @@
-"""A device `fake` beside the CPU, for tests on machines that have no other: torch's place for foreign backends (PrivateUse1), whose tensors lie in
-ordinary memory and whose arithmetic is the CPU's. An operation that mixes it with the CPU fails as it would on CUDA, and what a GPU must be waited for is counted."""
+"""A device `fake` beside the CPU, for tests on machines that have no other: torch's place for foreign backends
+(PrivateUse1), whose tensors lie in
+ordinary memory and whose arithmetic is the CPU's. An operation that mixes it with the CPU fails as it would on CUDA,
+and what a GPU must be waited for is counted."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,6 @@
-"""The house rules: project files agree, notebooks are clean, imports go downwards, nothing heavy is loaded unasked, nothing of a machine is in the repository."""
+"""The house rules: project files agree, notebooks are clean, imports go downwards, nothing heavy is loaded unasked,
+nothing of a machine is in the repository.
+"""
 import ast
 import configparser
 import dataclasses
@@ -17,7 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moon2_lab"
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 MODULE_NOTEBOOKS = [path for path in NOTEBOOKS if path.name[0].isdigit() and "lessons" not in path.parts]
-MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py")) if path.stem not in {"__init__", "_modidx"}}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem not in {"__init__", "_modidx"}
+}
 sys.path.insert(0, str(ROOT / "scripts"))
 from measure_house import imported_modules, room_of  # noqa: E402
 from rooms import ROOMS  # noqa: E402
@@ -34,7 +40,11 @@ def settings():
 
 def cells(path, kind):
     "The source of each cell of one kind."
-    return ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+    return [
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == kind
+    ]
 
 
 def named(path):
@@ -55,7 +65,9 @@ def test_settings_and_pyproject_agree():
     ini, project, nbdev = settings()["DEFAULT"], PROJECT["project"], PROJECT["tool"]["nbdev"]
     version = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text())[1]
     assert ini["lib_name"] == project["name"]
-    assert {ini["lib_path"], ini["nbs_path"]} == {nbdev["lib_path"], nbdev["nbs_path"]} and ini["doc_path"] == nbdev["doc_path"]
+    assert {ini["lib_path"], ini["nbs_path"]} == {nbdev["lib_path"], nbdev["nbs_path"]} and ini["doc_path"] == nbdev[
+        "doc_path"
+    ]
     assert ini["version"] == version and "version" in project["dynamic"]
     assert ">=" + ini["min_python"] == project["requires-python"]
     assert ini["requirements"].split() == project["dependencies"]
@@ -71,7 +83,9 @@ def test_nbdev_reads_the_project_as_meant():
     config = get_config(ROOT)
     assert config.update_pyproject is False and config.exec_profile is False
     assert config.lib_path == PACKAGE and config.nbs_path == ROOT / "nbs"
-    assert "Documentation" not in PROJECT["project"].get("urls", {}), "a documentation address would change what nbdev 2 exports"
+    assert "Documentation" not in PROJECT["project"].get("urls", {}), (
+        "a documentation address would change what nbdev 2 exports"
+    )
 
 
 def test_lab_section_is_the_dataclass_defaults(monkeypatch):
@@ -81,7 +95,9 @@ def test_lab_section_is_the_dataclass_defaults(monkeypatch):
     monkeypatch.delenv("MOON2_SETTINGS", raising=False)
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     section = dict(settings()["lab"])
-    assert list(section) == list(fields), f"missing {[n for n in fields if n not in section]}, unknown {[n for n in section if n not in fields]}"
+    assert list(section) == list(fields), (
+        f"missing {[n for n in fields if n not in section]}, unknown {[n for n in section if n not in fields]}"
+    )
     different = [f"{n} = {f.default}" for n, f in fields.items() if parse_value(n, section[n], f.type) != f.default]
     assert not different, "settings.ini [lab] should say:\n" + "\n".join(different)
     assert dataclasses.asdict(TrainConfig()) == {name: field.default for name, field in fields.items()}
@@ -91,12 +107,18 @@ def test_constraints_name_a_tested_version_of_every_requirement():
     "What make installs is what was tested."
     from packaging.requirements import Requirement
 
-    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and not line.startswith("#"))
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    )
     assert pinned["torch"] == "2.13.0"
     for line in PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]:
         requirement = Requirement(line)
         assert requirement.specifier, f"{line}: give bounds"
-        assert requirement.specifier.contains(pinned[requirement.name.lower()]), f"{line}, but constraints.txt has {pinned[requirement.name.lower()]}"
+        assert requirement.specifier.contains(pinned[requirement.name.lower()]), (
+            f"{line}, but constraints.txt has {pinned[requirement.name.lower()]}"
+        )
 
 
 def test_every_import_is_a_declared_dependency():
@@ -112,7 +134,9 @@ def test_every_import_is_a_declared_dependency():
             names |= {node.module.split(".")[0]} if isinstance(node, ast.ImportFrom) and not node.level else set()
     where = packages_distributions()
     foreign = names - set(sys.stdlib_module_names) - {"moon2_lab"} - optional
-    missing = {name for name in foreign if not declared & {dist.lower().replace("_", "-") for dist in where.get(name, [name])}}
+    missing = {
+        name for name in foreign if not declared & {dist.lower().replace("_", "-") for dist in where.get(name, [name])}
+    }
     assert not missing, f"imported but not declared in pyproject.toml: {missing}"
 
 
@@ -143,7 +167,9 @@ def test_docs_are_made_from_the_notebooks():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/measured.md", "docs/demo.md", "data/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/measured.md", "docs/demo.md", "data/README.md"]
+)
 def test_links_lead_somewhere(page):
     "Every relative link and picture of a page is there."
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
@@ -153,7 +179,9 @@ def test_links_lead_somewhere(page):
 
 
 def test_recipes_of_contributing_run():
-    "The code that CONTRIBUTING.md shows, one block after the other, in a process of its own; each registers what it shows."
+    """The code that CONTRIBUTING.md shows, one block after the other, in a process of its own; each registers what it
+    shows.
+    """
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.S)
     asked = """
 from moon2_lab.explain.attribution import METHODS
@@ -184,7 +212,9 @@ def test_notebook_outputs_are_small_and_deterministic(path):
                 size = len(data if isinstance(data, str) else json.dumps(data))
                 assert "widget-view" not in mime, f"cell {number}: stored widget view"
                 assert not (mime == "text/html" and size > 20_000), f"cell {number}: {size} characters of HTML"
-                assert not (mime.startswith("image/") and size * 3 / 4 > 100_000), f"cell {number}: picture of {size * 3 // 4} bytes"
+                assert not (mime.startswith("image/") and size * 3 / 4 > 100_000), (
+                    f"cell {number}: picture of {size * 3 // 4} bytes"
+                )
                 assert size <= 300_000, f"cell {number}: {mime} of {size} characters"
             text = "".join(output.get("text", "")) + json.dumps(output.get("data", {}))
             assert not re.search(r" at 0x[0-9a-f]{6,}", text), f"cell {number}: object address in the output"
@@ -192,44 +222,58 @@ def test_notebook_outputs_are_small_and_deterministic(path):
 
 @pytest.mark.parametrize("path", MODULE_NOTEBOOKS, ids=named)
 def test_module_notebook_has_the_form_of_the_house(path):
-    "A heading with a subtitle, one default_exp named like the file, imports in cells of their own, no star imports, a readable length."
+    """A heading with a subtitle, one default_exp named like the file, imports in cells of their own, no star imports, a
+    readable length.
+    """
     notebook = json.loads(path.read_text(encoding="utf-8"))
     first = "".join(notebook["cells"][0]["source"])
-    assert notebook["cells"][0]["cell_type"] == "markdown" and re.match(r"# \S.*\n+> \S", first), "starts with '# name' and '> subtitle'"
+    assert notebook["cells"][0]["cell_type"] == "markdown" and re.match(r"# \S.*\n+> \S", first), (
+        "starts with '# name' and '> subtitle'"
+    )
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     code = cells(path, "code")
     assert re.fullmatch(r"#\|\s*default_exp ([\w.]+)\s*", code[0]) and code[0].split()[-1] == module_of(path)
     assert len(notebook["cells"]) <= 70, f"{len(notebook['cells'])} cells: split it"
     for source in (source for source in code if source.startswith("#| export")):
-        body = [node for node in ast.parse(source).body if "_all_" not in ast.unparse(node)]  # _all_: names handed on to readers of this module
+        body = [
+            node for node in ast.parse(source).body if "_all_" not in ast.unparse(node)
+        ]  # _all_: names handed on to readers of this module
         kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in body}
         assert kinds != {True, False}, f"imports stand in cells of their own:\n{source[:200]}"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom):
-                assert node.names[0].name != "*" and node.level == 0, f"absolute imports by name only: {ast.unparse(node)}"
+                assert node.names[0].name != "*" and node.level == 0, (
+                    f"absolute imports by name only: {ast.unparse(node)}"
+                )
 
 
 def test_no_two_notebooks_export_one_module():
-    "They would overwrite each other in silence. And every module has its notebook, and every notebook a number of its own."
+    """They would overwrite each other in silence. And every module has its notebook, and every notebook a number of its
+    own.
+    """
     names = [cells(path, "code")[0].split()[-1] for path in MODULE_NOTEBOOKS]
     twice = {name for name in names if names.count(name) > 1}
     assert not twice, f"exported twice: {twice}"
-    assert set(MODULES) == set(names), f"without notebook: {set(MODULES) - set(names)}; not exported: {set(names) - set(MODULES)}"
+    assert set(MODULES) == set(names), (
+        f"without notebook: {set(MODULES) - set(names)}; not exported: {set(names) - set(MODULES)}"
+    )
     numbers = [path.name.split("_")[0] for path in MODULE_NOTEBOOKS]
-    assert len(numbers) == len(set(numbers)) and all(len(number) == 3 for number in numbers), sorted(n for n in numbers if numbers.count(n) > 1)
+    assert len(numbers) == len(set(numbers)) and all(len(number) == 3 for number in numbers), sorted(
+        n for n in numbers if numbers.count(n) > 1
+    )
 
 
 # ---------------------------------------------------------------------------------------------- imports
 
 NUMBER = {module_of(path): int(path.stem.split("_", 1)[0]) for path in MODULE_NOTEBOOKS}
 SEES_ONLY = {  # tighter than the order of the numbers: what sees arrays must not learn about models
-    "objective.contrastive": {"errors", "config"},
-    "objective.omega_alarm": {"config"},
+    "objective.contrastive": {"errors", "config"}, "objective.omega_alarm": {"config"},
     "objective.objective_weights": {"errors", "config", "objective.contrastive"},
     "objective.sample_filter": {"config", "objective.contrastive"},
-    "objective.objective": {"errors", "config", "objective.contrastive", "objective.objective_weights", "objective.sample_filter"},
-    "evaluation.statistics": {"errors", "config"},
-    "evaluation.ranking": {"errors", "config", "evaluation.statistics"},
+    "objective.objective": {
+        "errors", "config", "objective.contrastive", "objective.objective_weights", "objective.sample_filter",
+    },
+    "evaluation.statistics": {"errors", "config"}, "evaluation.ranking": {"errors", "config", "evaluation.statistics"},
     "reporting.tables": {"errors", "config", "evaluation.statistics", "objective.omega_alarm"},
     "reporting.run_figures": {"errors", "config", "objective.omega_alarm", "reporting.tables"},
     "widgets.training": {"errors", "config", "objective.omega_alarm", "reporting.tables", "reporting.run_figures"},
@@ -258,13 +302,19 @@ def test_rooms_are_the_folders():
 def test_a_room_imports_from_rooms_above_it(name):
     "Lazily, too; so there is no cycle between rooms. Only `testing`, which builds objects of any room, is exempt."
     here = ROOMS.index(room_of(name))
-    lower = {other for other in imports_of(MODULES[name].read_text(encoding="utf-8"), name) if ROOMS.index(room_of(other)) > here}
+    lower = {
+        other
+        for other in imports_of(MODULES[name].read_text(encoding="utf-8"), name)
+        if ROOMS.index(room_of(other)) > here
+    }
     assert name == "testing" or not lower, f"{name} imports from rooms below it: {lower}"
 
 
 @pytest.mark.parametrize("path", MODULE_NOTEBOOKS, ids=named)
 def test_imports_point_downwards(path):
-    "A module imports lower-numbered modules only; so there can be no cycle. Its notebook may also draw: with what `reporting` has."
+    """A module imports lower-numbered modules only; so there can be no cycle. Its notebook may also draw: with what
+    `reporting` has.
+    """
     name = module_of(path)
     if name == "testing":
         return
@@ -272,9 +322,13 @@ def test_imports_point_downwards(path):
     upwards = {other: NUMBER[other] for other in exported if NUMBER[other] >= NUMBER[name]}
     assert not upwards, f"{name} ({NUMBER[name]}) imports upwards: {upwards}"
     shown = {other for source in cells(path, "code") for other in imports_of(without_magics(source))} - {name}
-    upwards = {other: NUMBER[other] for other in shown if NUMBER[other] >= NUMBER[name] and room_of(other) != "reporting"}
+    upwards = {
+        other: NUMBER[other] for other in shown if NUMBER[other] >= NUMBER[name] and room_of(other) != "reporting"
+    }
     assert not upwards, f"the notebook of {name} ({NUMBER[name]}) imports upwards: {upwards}"
-    assert name not in SEES_ONLY or exported <= SEES_ONLY[name], f"{name} may see {SEES_ONLY[name]}, but imports {exported - SEES_ONLY[name]}"
+    assert name not in SEES_ONLY or exported <= SEES_ONLY[name], (
+        f"{name} may see {SEES_ONLY[name]}, but imports {exported - SEES_ONLY[name]}"
+    )
 
 
 def test_apps_see_the_demo_only():
@@ -286,25 +340,25 @@ def test_apps_see_the_demo_only():
 
 
 TORCH_FREE = (  # useful without a model
-    "errors", "files", "folders", "config", "runtime", "http", "augment.llm_client",
-    "data.importers.encodings", "data.importers.records", "data.importers.json_reader", "data.importers.parquet_reader",
-    "data.importers.readers", "data.importers.schemas", "data.importers.download",
-    "data.importers.image_store", "data.importers.catalog_writer", "data.importers.splits",
-    "data.importers.layouts", "data.importers.importer",
-    "data.synthetic.materials", "data.synthetic.garments", "data.synthetic.shapes", "data.synthetic.vocabulary",
-    "data.synthetic.generator",
+    "errors", "files", "folders", "config", "runtime", "http", "augment.llm_client", "data.importers.encodings",
+    "data.importers.records", "data.importers.json_reader", "data.importers.parquet_reader", "data.importers.readers",
+    "data.importers.schemas", "data.importers.download", "data.importers.image_store", "data.importers.catalog_writer",
+    "data.importers.splits", "data.importers.layouts", "data.importers.importer", "data.synthetic.materials",
+    "data.synthetic.garments", "data.synthetic.shapes", "data.synthetic.vocabulary", "data.synthetic.generator",
     "augment.image_transforms", "augment.subject_mask", "augment.image_edits", "augment.entities",
-    "augment.title_enrichment", "evaluation.statistics", "evaluation.ranking", "evaluation.protocol", "evaluation.baselines",
-    "evaluation.evaluate",
-    "objective.omega_alarm", "retrieval.filters", "retrieval.vectors", "retrieval.milvus_client", "retrieval.milvus",
-    "retrieval.search", "reporting.tables", "reporting.alarms",
+    "augment.title_enrichment", "evaluation.statistics", "evaluation.ranking", "evaluation.protocol",
+    "evaluation.baselines", "evaluation.evaluate", "objective.omega_alarm", "retrieval.filters", "retrieval.vectors",
+    "retrieval.milvus_client", "retrieval.milvus", "retrieval.search", "reporting.tables", "reporting.alarms",
     "reporting.run_figures", "reporting.html", "reporting.figure_svg", "reporting.run_report", "reporting.comparison",
-    "reporting.comparison_report", "cli.options", "cli.commands", "cli.main",
-    "data.text_fields", "data.category_fields", "data.attribute_fields", "data.image_fields", "data.image_folder",
-    "data.images", "data.products", "data.catalog_tables", "data.catalog", "data.queries", "data.negatives",
-    "data.triplets", "data.sampler", "data.label_noise",
+    "reporting.comparison_report", "cli.options", "cli.commands", "cli.main", "data.text_fields",
+    "data.category_fields", "data.attribute_fields", "data.image_fields", "data.image_folder", "data.images",
+    "data.products", "data.catalog_tables", "data.catalog", "data.queries", "data.negatives", "data.triplets",
+    "data.sampler", "data.label_noise",
 )
-HEAVY = ("torch", "transformers", "peft", "accelerate", "captum", "gradio", "plotly", "matplotlib", "sklearn", "ipywidgets", "anywidget", "nbdev", "IPython", "cv2", "diffusers", "pymilvus", "milvus_lite", "faiss")
+HEAVY = (
+    "torch", "transformers", "peft", "accelerate", "captum", "gradio", "plotly", "matplotlib", "sklearn", "ipywidgets",
+    "anywidget", "nbdev", "IPython", "cv2", "diffusers", "pymilvus", "milvus_lite", "faiss",
+)
 MAY_IMPORT = {  # heavy packages, and the modules that may import them when they are imported themselves
     "transformers": {"model.backbone"},
     "peft": set(),
@@ -336,7 +390,13 @@ def loaded_after(code):
 
 def test_light_modules_load_nothing_heavy():
     "`import moon2_lab` loads nothing; the modules that are useful without a model load none either."
-    assert loaded_after("import moon2_lab; assert not [n for n in __import__('sys').modules if n.startswith('moon2_lab.')]; assert 'numpy' not in __import__('sys').modules") == set()
+    assert (
+        loaded_after(
+            "import moon2_lab; assert not [n for n in __import__('sys').modules if n.startswith('moon2_lab.')]; "
+            "assert 'numpy' not in __import__('sys').modules"
+        )
+        == set()
+    )
     assert loaded_after("\n".join(f"import moon2_lab.{name}" for name in TORCH_FREE)) == set()
 
 
@@ -344,9 +404,17 @@ def test_heavy_packages_are_imported_where_they_are_needed():
     "At the top of a module only by the module that is about them; elsewhere inside the function that uses them."
     for module, path in MODULES.items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
             for package in {name.split(".")[0] for name in names} & set(MAY_IMPORT):
-                assert module in MAY_IMPORT[package], f"{module} imports {package} at its top; import it in the function that uses it"
+                assert module in MAY_IMPORT[package], (
+                    f"{module} imports {package} at its top; import it in the function that uses it"
+                )
 
 
 # ---------------------------------------------------------------------------------------------- what must not be there
@@ -354,7 +422,9 @@ def test_heavy_packages_are_imported_where_they_are_needed():
 
 def repository_files():
     "Files that are, or would be, under version control."
-    done = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip("not a git work tree")
     return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
@@ -363,7 +433,9 @@ def repository_files():
 def test_nothing_of_a_machine_is_in_the_repository():
     "No paths of somebody's machine, no addresses of package indexes, no forgotten notes, no large files."
     machine = re.compile(r"(?<![\w.~}\)])/(?:home|root|Users|work|tmp|mnt)/[\w.]")
-    hosts = re.compile("|".join(re.escape(host) for host in ("pypi" + ".org", "python" + "hosted", "registry." + "npmjs")))
+    hosts = re.compile(
+        "|".join(re.escape(host) for host in ("pypi" + ".org", "python" + "hosted", "registry." + "npmjs"))
+    )
     notes = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
     found = []
     for path in repository_files():
@@ -373,7 +445,11 @@ def test_nothing_of_a_machine_is_in_the_repository():
         if path.suffix in {".png", ".jpg", ".parquet", ".tar"}:
             continue
         for number, line in enumerate(data.decode("utf-8", errors="replace").splitlines(), 1):
-            found += [f"{named(path)}:{number}: {match[0]}" for pattern in (machine, hosts, notes) if (match := pattern.search(line))]
+            found += [
+                f"{named(path)}:{number}: {match[0]}"
+                for pattern in (machine, hosts, notes)
+                if (match := pattern.search(line))
+            ]
     assert not found, "\n".join(found)
 
 
@@ -385,7 +461,9 @@ def test_the_public_interface_is_lazy_and_whole():
     for module, names in moon2_lab._HOMES.items():
         for name in names.split():
             value = getattr(moon2_lab, name)
-            assert getattr(value, "__module__", f"moon2_lab.{module}") == f"moon2_lab.{module}", f"{name} is defined elsewhere"
+            assert getattr(value, "__module__", f"moon2_lab.{module}") == f"moon2_lab.{module}", (
+                f"{name} is defined elsewhere"
+            )
             assert value is getattr(sys.modules[f"moon2_lab.{module}"], name)
     with pytest.raises(AttributeError, match="no attribute 'Catalogue'"):
         getattr(moon2_lab, "Catalogue")  # noqa: B009

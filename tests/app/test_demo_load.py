@@ -405,7 +405,7 @@ def wrong_requests(app, place) -> dict:
         ways = KINDS[kind]
         try:
             answers[kind].append(ways[len(answers[kind]) % len(ways)](client, chance, place))
-        except (OSError, http.client.HTTPException) as error:  # the app has to close a connection in order, with an answer
+        except (OSError, http.client.HTTPException) as error:  # a connection has to be closed in order, with an answer
             answers[kind].append(Answer(0, "", f"{type(error).__name__}: {error}", ""))
         if number % (REQUESTS // 2) == 0:
             held.append(memory(app.pid))

@@ -28,12 +28,18 @@ SHOP = Layout(
 )
 NOTHING = 7
 '''
-ROWS = "Artikel;Bezeichnung;Foto;Warengruppe;Farbe\nA-1;Tasse;1.png;Küche;rot\nA-2;Lampe;;Wohnen;\nA-1;Tasse;2.png;Küche;blau\n"
+ROWS = """Artikel;Bezeichnung;Foto;Warengruppe;Farbe
+A-1;Tasse;1.png;Küche;rot
+A-2;Lampe;;Wohnen;
+A-1;Tasse;2.png;Küche;blau
+"""
 
 
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
-    "A folder with the shop's export, two pictures, a second table, and the module with the layout; it is the working folder."
+    """A folder with the shop's export, two pictures, a second table, and the module with the layout; it is the working
+    folder.
+    """
     monkeypatch.setenv("MOON2_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "source"
     source.mkdir()

@@ -1,4 +1,5 @@
-"""The drawn catalogue: the same bytes everywhere, noise that is what its label says, and neither too easy nor too hard."""
+"""The drawn catalogue: the same bytes everywhere, noise that is what its label says, and neither too easy nor too hard.
+"""
 import json
 import os
 import subprocess
@@ -43,7 +44,11 @@ def contents(folder):
 
 def test_same_bytes_in_another_process(tmp_path):
     "Neither the process, nor its hash seed, nor the time changes a byte."
-    code = "import sys; from moon2_lab.data.synthetic.generator import make_catalog; make_catalog(sys.argv[1], products=16, seed=5, image_size=64)"
+    code = """import sys
+from moon2_lab.data.synthetic.generator import make_catalog
+
+make_catalog(sys.argv[1], products=16, seed=5, image_size=64)
+"""
     for name in ("1", "2"):
         subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / name)], check=True, env={**os.environ, "PYTHONHASHSEED": name}
@@ -63,7 +68,9 @@ def test_the_first_products_do_not_depend_on_the_rest(tmp_path, drawn):
 
 
 def test_layout(drawn):
-    "Everything is usable, every product has a key of its own, three or four pictures, all categories, attributes; the splits are about 80/10/10."
+    """Everything is usable, every product has a key of its own, three or four pictures, all categories, attributes; the
+    splits are about 80/10/10.
+    """
     folder, table, triplets, catalog = drawn
     assert len(catalog) == 150 and catalog.quarantine.empty and len({p.key for p in catalog}) == 150
     assert {p.n_images for p in catalog} == {3, 4}
@@ -79,7 +86,9 @@ def test_layout(drawn):
 @pytest.mark.parametrize("seed", [0, 1, 2, 3, 11])
 @pytest.mark.parametrize("products", [30, 200, 2000])
 def test_no_design_is_on_two_sides_of_the_split(seed, products):
-    "Families are whole; every split has its share to 2 % of the products (or 4 of them); equal looks in test and train are another family's, and few."
+    """Families are whole; every split has its share to 2 % of the products (or 4 of them); equal looks in test and
+    train are another family's, and few.
+    """
     shop = [describe(seed, index) for index in range(products)]
     sides = {}
     for one in shop:
@@ -120,7 +129,9 @@ def names_in(phrase, facts):
 
 
 def test_noise_is_exact_and_true(drawn):
-    "The share is exact in each split; clean negatives do not answer the query, pseudo negatives do, pseudo positives are something else."
+    """The share is exact in each split; clean negatives do not answer the query, pseudo negatives do, pseudo positives
+    are something else.
+    """
     _, table, triplets, catalog = drawn
     facts = {f"syn-11-{index:05d}": describe(11, index) for index in range(150)}
     split_of = table.set_index("product_id")["split"]
@@ -146,7 +157,9 @@ def test_noise_is_exact_and_true(drawn):
 
 
 def test_triplets_train(drawn):
-    "The file serves build_triplets; its negatives come in mutual pairs, so that paired batches encode each product once."
+    """The file serves build_triplets; its negatives come in mutual pairs, so that paired batches encode each product
+    once.
+    """
     catalog = drawn[3]
     triplets = build_triplets(catalog.split("train"))
     assert triplets.source == "triplets.parquet" and not triplets.counts
@@ -178,7 +191,9 @@ def test_pictures_show_what_differs():
 
 
 def test_titles_are_a_sellers():
-    "Brands lead and repeat, fillers and synonyms occur, attributes are missing from titles and from tables, the noun stands in different places."
+    """Brands lead and repeat, fillers and synonyms occur, attributes are missing from titles and from tables, the noun
+    stands in different places.
+    """
     facts = [describe(0, index) for index in range(1000)]
     titles = [make_title(one) for one in facts]
     assert .85 < np.mean([title.startswith(one.brand) for title, one in zip(titles, facts)]) < .99
@@ -200,7 +215,9 @@ def test_titles_are_a_sellers():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_words_alone_do_not_settle_it(seed):
-    "t->mm by word matching stays clearly below 0.90 at R@1 on the 200 test products of 2,000, and far above chance: some phrases fit several products."
+    """t->mm by word matching stays clearly below 0.90 at R@1 on the 200 test products of 2,000, and far above chance:
+    some phrases fit several products.
+    """
     products, seen = [], set()
     for index in range(2000):
         one, attempt = describe(seed, index), 0
