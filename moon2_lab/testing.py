@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['made_up_side', 'made_up_pair', 'made_up_metrics', 'made_up_history', 'drawn_shape', 'made_up_query',
-           'made_up_catalog', 'MadeUpEncoder', 'made_up_comparison', 'flat_picture', 'made_up_shop', 'made_up_routing']
+           'made_up_catalog', 'MadeUpEncoder', 'made_up_comparison', 'made_up_routing']
 
 # %% ../nbs/016_testing.ipynb #b34c2508
 import math

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_SIDE', 'MAX_PIXELS', 'open_image', 'to_rgb', 'turn_upright', 'scale_down', 'without_metadata', 'decode_image',
-           'ImageFacts', 'pixel_sha256', 'examine_image', 'is_scaled_copy', 'examine_images', 'ImageRef']
+           'examine_image', 'examine_images', 'ImageRef']
 
 # %% ../../nbs/data/115_images.ipynb #47fa4c60
 import contextlib
@@ -232,7 +232,7 @@ def pixel_sha256(
         sha.update(picture.crop((0, top, picture.width, min(picture.height, top + step))).tobytes())
     return sha.hexdigest()
 
-
+# %% ../../nbs/data/115_images.ipynb #6f782647
 def examine_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFacts:
     "Decode a file in full: its facts, or the reason why it is refused."
     try:
