@@ -177,7 +177,7 @@ class LiveConfig:
         return {n: v for n, v in values.items() if n in self._named or v != self._derived[n]}
 
     def replace(self, **changes):
-        """A copy with `changes`. What was given stays; so does the rest, except that another preset brings its own values,
+        """A copy with `changes`. What was given stays; so does the rest, but another preset brings its own values,
         and that a new `max_steps` decides whether there is a limit of time."""
         kept = dataclasses.asdict(self)
         if changes.get("preset", kept.get("preset")) != kept.get("preset"):

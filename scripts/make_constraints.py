@@ -12,8 +12,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("dev", "trackers", "bench")
-HEADER = """# The versions that the tests were run with. `make` installs with `-c constraints.txt`; pyproject.toml says what
-# is allowed.
+HEADER = """# The versions that the tests were run with. `make` installs with `-c constraints.txt`; pyproject.toml says
+# what is allowed.
 # torch is pinned to a release that has a CPU build; which build you get is decided by the index that your pip is set
 # to.
 # Made by scripts/make_constraints.py.

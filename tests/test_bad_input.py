@@ -1,6 +1,7 @@
 """Bad input from end to end: whatever can be encoded is trained on and scored, the rest is named, nothing good is lost.
 
-Damaged pictures and tables are in test_catalog.py, NaN vectors in scoring in test_evaluate.py, cut models in test_encoder.py, cut checkpoints in test_train.py, options in test_cli.py."""
+Damaged pictures and tables are in test_catalog.py, NaN vectors in scoring in test_evaluate.py, cut models in
+test_encoder.py, cut checkpoints in test_train.py, options in test_cli.py."""
 import errno
 import io
 import json
@@ -193,7 +194,8 @@ def test_a_picture_is_encoded_once_in_its_life(monkeypatch):
         other.encode([item])
 
 
-# ---------------------------------------------------------------------------------------------- files that are whole or absent
+# ---------------------------------------------------------------------------------------------- files that are whole or
+# absent
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""One device for everything: on a machine without a GPU shown with a fake device (fake_device.py), which refuses what CUDA refuses."""
+"""One device for everything: on a machine without a GPU shown with a fake device (fake_device.py), which refuses what
+CUDA refuses.
+"""
 
 import json
 import os
@@ -452,7 +454,8 @@ def test_the_demo_searches_and_explains_there(fake, monkeypatch, drawn_catalogue
 
 @pytest.mark.gpu
 def test_a_gpu_agrees_with_the_cpu(tmp_path, monkeypatch, drawn_catalogue, capsys):
-    """Train a few steps, score, embed, search, heatmap on cuda. In float32 losses agree with the CPU to 1 %, embeddings to 0.001 (dot product), and
+    """Train a few steps, score, embed, search, heatmap on cuda. In float32 losses agree with the CPU to 1 %, embeddings
+    to 0.001 (dot product), and
     at least 9 of 10 hits are the same."""
     words = [
         "--set", "num_layers=2", "image_size=64", "visual_tokens=4", "max_steps=6", "per_device_train_batch_size=8",

@@ -1,4 +1,6 @@
-"""A full disk at the writes of every command in turn: one clear sentence, nothing of the user's is lost, and with space again the same command goes on."""
+"""A full disk at the writes of every command in turn: one clear sentence, nothing of the user's is lost, and with space
+again the same command goes on.
+"""
 import os
 import sys
 

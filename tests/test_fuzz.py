@@ -1,4 +1,6 @@
-"""Damaged and hostile input with fixed seeds: whatever a file holds, the answer is a result or a `LabError` that says what is wrong."""
+"""Damaged and hostile input with fixed seeds: whatever a file holds, the answer is a result or a `LabError` that says
+what is wrong.
+"""
 import io
 import json
 import random
@@ -63,7 +65,9 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def attack(name: str, rounds: int, work, seed: int = 0) -> Counter:
-    "Do the work (number, rng) again and again: how often it gave a result, how often which error. Everything but a `LabError` fails."
+    """Do the work (number, rng) again and again: how often it gave a result, how often which error. Everything but a
+    `LabError` fails.
+    """
     counts, raw = Counter(), []
     for number in range(rounds):
         rng = random.Random(f"{name}:{seed}:{number}")
@@ -195,7 +199,8 @@ def test_config_files(tmp_path, monkeypatch):
     "--config (YAML) and the [lab] section of settings.ini, up to a complete config."
     from moon2_lab.cli.options import read_config_file
 
-    whole = b"temperature: 0.07\nomega_mode: balanced\nmatryoshka_dims: [64, 128]\nlearning_rate: 0.0001\nfilter: true\nmax_steps: 10\n"
+    whole = b"temperature: 0.07\nomega_mode: balanced\nmatryoshka_dims: [64, 128]\nlearning_rate: 0.0001\n"
+    whole += b"filter: true\nmax_steps: 10\n"
 
     def yaml(number, rng):
         (tmp_path / "c.yaml").write_bytes(damaged(whole, rng))

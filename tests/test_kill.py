@@ -1,4 +1,6 @@
-"""Every command that leaves something, killed at its system calls in turn: nothing is lost, nothing is mixed, nothing is there by half, and the next start cleans up."""
+"""Every command that leaves something, killed at its system calls in turn: nothing is lost, nothing is mixed, nothing
+is there by half, and the next start cleans up.
+"""
 import json
 import os
 import sys

@@ -1,4 +1,6 @@
-"Foreign data sets become catalogues: each layout as it is written, bad input set aside, bounded memory, and a killed import that ends as if nothing had happened."
+"""Foreign data sets become catalogues: each layout as it is written, bad input set aside, bounded memory, and a killed
+import that ends as if nothing had happened.
+"""
 import gzip
 import hashlib
 import io
@@ -97,7 +99,9 @@ def test_mbe_as_documented(tmp_path):
     assert (row["product_id"], row["title"], row["category_l1"], row["category_l3"]) == (
         mbe_row(2)["id"], "红色连衣裙 2 👗", "女装", "长裙",
     )
-    assert json.loads(row["attributes"]) == {"颜色": "红色|白色", "尺码": "XL", "category_l4": "修身长裙", "industry": "服饰"}
+    assert json.loads(row["attributes"]) == {
+        "颜色": "红色|白色", "尺码": "XL", "category_l4": "修身长裙", "industry": "服饰",
+    }
     assert (tmp_path / "out" / json.loads(row["image_paths"])[0]).read_bytes() == draw(2), (
         "a readable file is kept byte for byte"
     )
@@ -280,7 +284,9 @@ class ByNumber:
 
 
 def test_m5product_and_its_retrieval_protocol(tmp_path):
-    "Query and gallery lists give test items, triplets and a gallery file; mAP@k and Prec@k equal those counted by hand."
+    """Query and gallery lists give test items, triplets and a gallery file; mAP@k and Prec@k equal those counted by
+    hand.
+    """
     summary = import_catalog("m5product", m5_source(tmp_path / "m5"), tmp_path / "out")
     assert (
         summary.counts["products"] == 60
@@ -311,7 +317,8 @@ def test_m5product_and_its_retrieval_protocol(tmp_path):
     )
     block = metrics["directions"]["mm->mm"]
     assert (block["n_queries"], block["n_gallery"], block["n_without_hit"]) == (3, 21, 0)
-    # query n ranks 33, 34, 35 ...; its hits are every third number from its own label's first on: places 1 4 7 10, 2 5 8, 3 6 9
+    # query n ranks 33, 34, 35 ...; its hits are every third number from its own label's first on: places 1 4 7 10, 2 5
+    # 8, 3 6 9
     places = [(1, 4, 7, 10), (2, 5, 8), (3, 6, 9)]
     expected = {f"R@{k}": np.mean([min(p) <= k for p in places]) for k in (1, 5, 10)} | {
         f"Prec@{k}": np.mean([sum(x <= k for x in p) / k for p in places]) for k in (1, 5, 10)
@@ -329,7 +336,8 @@ def test_m5product_items_in_several_label_files_are_one_product(tmp_path):
     source = tmp_path / "m5"
     source.mkdir()
     (source / "all_id_label.json").write_text(
-        '{"1": {"title": "鼠标", "pv": "", "label": 1}, "2": {"title": "键盘", "label": 0}, "2": {"title": "again"}, "3": '
+        '{"1": {"title": "鼠标", "pv": "", "label": 1}, "2": {"title": "键盘", "label": 0}, '
+        '"2": {"title": "again"}, "3": '
         '{"title": "耳机"}}',
         encoding="utf-8",
     )
@@ -394,7 +402,8 @@ def test_mbe2_triplets_end_to_end(tmp_path):
         and {"mAP@10", "Prec@5"} <= set(metrics["directions"]["t->i"])
     )
     by_hand = evaluate(ByNumber(), catalog, protocol="triplets-v1", resamples=0, baselines=False)["directions"]["t->mm"]
-    # query m has the positives 2m and 2m + 1 and finds the numbers nearest to m first: rank 1 for m = 0, then 2m (or one more: 0 is as far away as 2m)
+    # query m has the positives 2m and 2m + 1 and finds the numbers nearest to m first: rank 1 for m = 0, then 2m (or
+    # one more: 0 is as far away as 2m)
     assert (by_hand["R@1"]["value"], by_hand["R@5"]["value"]) == pytest.approx((1 / 15, 3 / 15))
 
 
@@ -503,7 +512,8 @@ def test_a_folder_with_a_csv(tmp_path):
         (row["product_id"], row["title"], len(json.loads(row["image_paths"])), json.loads(row["attributes"]))
         for row in products
     ] == [
-        ("1", "红色杯子", 1, {"base_colour": "red"}), ("2", "蓝色杯子", 2, {"base_colour": "blue"}), ("3", "cup", 0, {}),
+        ("1", "红色杯子", 1, {"base_colour": "red"}), ("2", "蓝色杯子", 2, {"base_colour": "blue"}),
+        ("3", "cup", 0, {}),
     ]
     assert [row["split"] for row in products][:2] == ["train", "valid"] and reasons(tmp_path / "out") == {
         "unknown split": 1
@@ -514,7 +524,9 @@ def test_a_folder_with_a_csv(tmp_path):
 
 
 def test_bad_records_cost_themselves_only(tmp_path):
-    "A cut line, lines in another encoding than the file's, no id, an id twice, too long a line, nothing in it: listed with file and line; every good record arrives."
+    """A cut line, lines in another encoding than the file's, no id, an id twice, too long a line, nothing in it: listed
+    with file and line; every good record arrives.
+    """
     good = [json.dumps(mbe_row(n, doc_image=None), ensure_ascii=False) for n in range(6)]
     lines = [
         good[0].encode(),
@@ -625,7 +637,8 @@ def test_missing_columns_are_named(tmp_path, capsys):
     assert import_catalog("mbe", path, tmp_path / "good", mapping={"title": "doc_titel"}).counts["products"] == 1
 
 
-# ---------------------------------------------------------------------------------------------- what a table may look like
+# ---------------------------------------------------------------------------------------------- what a table may look
+# like
 
 
 def imported(folder, text, layout="csv", name="t.csv", encoding="utf-8", **options):
@@ -644,7 +657,8 @@ def imported(folder, text, layout="csv", name="t.csv", encoding="utf-8", **optio
     [
         ("cp1252", ["Coleção de verão", "Calção azul"]), ("cp1252", ["Häähattu tyttöä"]),
         ("cp1250", ["Sukienka żółta", "Łyżka"]), ("cp1251", ["Платье красное"]), ("cp1253", ["Φόρεμα κόκκινο"]),
-        ("cp932", ["赤いワンピース"]), ("cp949", ["빨간 원피스"]), ("big5", ["紅色洋裝"]), ("gb18030", ["红色连衣裙", "女装"]),
+        ("cp932", ["赤いワンピース"]), ("cp949", ["빨간 원피스"]), ("big5", ["紅色洋裝"]),
+        ("gb18030", ["红色连衣裙", "女装"]),
         ("utf-16", ["Größe"]), ("utf-16-le", ["Größe", "赤い"]), ("utf-16-be", ["Größe"]), ("utf-8", ["Größe", "女装"]),
     ],
 )
@@ -731,7 +745,9 @@ def test_tables_are_read_record_by_record(tmp_path, text, products, aside):
     ],
 )
 def test_tables_as_spreadsheets_and_scripts_write_them(tmp_path, text, products, aside):
-    "Decimal commas, tables put one behind the other, blank lines, ids that a spreadsheet has shortened, signs that nobody sees."
+    """Decimal commas, tables put one behind the other, blank lines, ids that a spreadsheet has shortened, signs that
+    nobody sees.
+    """
     found, reasons, _ = imported(tmp_path / "in", text)
     assert found == products and sorted(reason.split(":")[0] for reason in reasons) == sorted(aside)
 
@@ -777,7 +793,9 @@ def test_pictures_in_further_columns(tmp_path, columns, cells, kept):
 
 
 def test_a_folder_with_pictures_named_by_id_and_a_workbook(tmp_path):
-    "The pictures beside a table that names none are found by the id; a file of another kind is told; the nearest table's error is shown."
+    """The pictures beside a table that names none are found by the id; a file of another kind is told; the nearest
+    table's error is shown.
+    """
     write_pictures(tmp_path / "in", ["images/1.jpg", "images/2.JPG"])
     (tmp_path / "in" / "styles.csv").write_text("id,productDisplayName\n1,Shirt\n2,Hat\n3,Cup\n")
     (tmp_path / "in" / "images.csv").write_text("filename,link\n1.jpg,x\n")
@@ -993,7 +1011,9 @@ def test_a_tar_of_pictures(tmp_path):
 
 
 def test_bad_pictures_are_set_aside_per_product(tmp_path):
-    "Text as a picture, a path that leads out, a missing file, a bomb: the product keeps its title, one without a title goes."
+    """Text as a picture, a path that leads out, a missing file, a bomb: the product keeps its title, one without a
+    title goes.
+    """
     (tmp_path / "p").mkdir()
     (tmp_path / "secret.png").write_bytes(draw(9))
     (tmp_path / "p" / "text.png").write_text("<html>not found</html>")
@@ -1100,7 +1120,9 @@ FETCHER = Fetcher(
 
 
 def test_pictures_behind_addresses(tmp_path, shop):
-    "Good ones arrive, every failure is listed with its product, a repeated address is asked once, 503 is tried again, 404 is not."
+    """Good ones arrive, every failure is listed with its product, a repeated address is asked once, 503 is tried again,
+    404 is not.
+    """
     names = [
         "1.png", "2.png?w=200", "moved", "busy", "gone", "broken", "private", "loop", "file", "text", "huge", "cut",
         "slow", "1.png",
@@ -1186,7 +1208,8 @@ from moon2_lab.data.importers import importer
 importer.PART_ROWS = int(sys.argv[1])
 options = json.loads(sys.argv[2])
 importer.import_catalog(**options)
-print(next((int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")), 0))  # ru_maxrss would count the parent too
+# ru_maxrss would count the parent too
+print(next((int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")), 0))
 """
 
 
@@ -1293,7 +1316,9 @@ def test_the_limit_counts_usable_rows(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 @pytest.mark.parametrize("layout", ["mbe", "m5product"])
 def test_memory_does_not_grow_with_the_rows(tmp_path, layout):
-    "Peak memory of 30,000 and of 150,000 rows, each in its own process: less than 50 MB apart, lines or one JSON object."
+    """Peak memory of 30,000 and of 150,000 rows, each in its own process: less than 50 MB apart, lines or one JSON
+    object.
+    """
     peaks = []
     for count in (30_000, 150_000):
         source = tmp_path / str(count)
