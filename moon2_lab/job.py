@@ -479,7 +479,7 @@ def dense_run(
 
 # %% ../nbs/67_job.ipynb #3d8b5f8b
 MINUTES = {"drawn": 5.0, "own": 25.0, "tiny": 0.3}  # of training steps
-WHOLE_MINUTES = 9.0  # of the main job on drawn products, everything in it
+WHOLE_MINUTES = 8.0  # of the main job on drawn products, everything in it
 
 
 def main_job(
