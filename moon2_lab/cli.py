@@ -194,7 +194,7 @@ def add_model_commands(commands) -> None:
     parser.add_argument("--catalog", metavar="DIR", help="folder with products.parquet (default: 2,000 drawn products)")
     parser.add_argument("--out", default="runs/demo", metavar="RUN", help="run folder (default runs/demo); an old one is moved aside")
     parser.add_argument("--beside-dense", action="store_true", help="also train the plain dense recipe for as many minutes of steps, and show both")
-    parser.add_argument("--within", type=whole(1), metavar="MINUTES", help="let training give way so that everything but the dense recipe ends in so many minutes (default: 8 on drawn products, unless max_minutes or max_steps is set)")
+    parser.add_argument("--within", type=whole(1), metavar="MINUTES", help="let training give way so that everything but the dense recipe ends in so many minutes (default: 11 on drawn products, unless max_minutes or max_steps is set)")
     add_config_options(parser)
     add_device_option(parser)
 

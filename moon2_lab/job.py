@@ -164,7 +164,7 @@ class StepLines:
             log.info(", ".join([f"step {event.step + 1}/{total}", f"{self.trainer.seconds['steps'] / 60:.1f} minutes", f"loss {row['loss']:.3f}", f"memory {row['rss_mb']:,.0f} MB", *scores]))
 
 
-SPARED = 0.2  # of the minutes of a job, kept for what comes after the last step: test, baselines, page
+SPARED = 0.15  # of the minutes of a job, kept for what comes after the last step: test, baselines, page
 
 
 class KeepWithin:
@@ -479,7 +479,7 @@ def dense_run(
 
 # %% ../nbs/67_job.ipynb #3d8b5f8b
 MINUTES = {"drawn": 5.0, "own": 25.0, "tiny": 0.3}  # of training steps
-WHOLE_MINUTES = 8.0  # of the main job on drawn products, everything in it
+WHOLE_MINUTES = 11.0  # of the main job on drawn products, everything in it
 
 
 def main_job(
