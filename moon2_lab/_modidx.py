@@ -1248,6 +1248,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'moon2_lab.index._hit': ('index.html#_hit', 'moon2_lab/index.py'),
                                  'moon2_lab.index._index_view': ('index.html#_index_view', 'moon2_lab/index.py'),
                                  'moon2_lab.index._may_be_new': ('index.html#_may_be_new', 'moon2_lab/index.py'),
+                                 'moon2_lab.index._no_space': ('index.html#_no_space', 'moon2_lab/index.py'),
                                  'moon2_lab.index._read_rows': ('index.html#_read_rows', 'moon2_lab/index.py'),
                                  'moon2_lab.index._same_model': ('index.html#_same_model', 'moon2_lab/index.py'),
                                  'moon2_lab.index._write_row': ('index.html#_write_row', 'moon2_lab/index.py'),

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from .core import VIEWS, DataError, LabError, UsageError
-from .outputs import disk_is_full, held, holds_nothing, try_file, unwritable, whole_folder
+from .outputs import disk_is_full, held, holds_nothing, try_file, try_folder, unwritable, whole_folder
 from .filters import facets, field_values, milvus_filter
 from .products import Product
 from .vectors import PAYLOAD, VectorBlock, VectorFile, shortened
@@ -117,6 +117,15 @@ def store_errors(
         raise LabError(f"{what} ({in_words(error)})", where=store_address(uri), advice=advice) from error
 
 
+def _no_space(folder: Path) -> LabError | None:
+    "What is to be said when the disk of `folder` is full; Milvus Lite says only that it could not be opened."
+    try:
+        try_folder(folder)
+    except LabError as refused:
+        return refused if disk_is_full(refused.__cause__) else None
+    return None
+
+
 def connect(
     uri: str | Path,
     create: bool = False,  # make the file if it is not there
@@ -142,6 +151,8 @@ def connect(
     except Exception as error:  # a damaged store raises more than MilvusException
         if local and is_locked(local):
             raise UsageError("another process holds this store", where=address, advice="close what uses it (a notebook, a demo); many processes at once need a Milvus server") from error
+        if local and (full := _no_space(local.parent)):
+            raise full from error
         advice = "is the folder a store of Milvus Lite, whole, and may it be written?" if local else f"is the server running there? A password goes into {TOKEN}"
         raise UsageError(f"the store cannot be opened ({in_words(error)})", where=address, advice=advice) from error
 
