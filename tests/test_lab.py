@@ -33,7 +33,7 @@ def lab(request, tmp_path, drawn_catalogue):
 
 def status(page):
     "The status line of the live view."
-    return page.locator(".widget-html-content", has_text=re.compile("step \\d+ of")).first.inner_text(timeout=60_000)
+    return page.locator(".widget-html-content", has_text=re.compile("step \\d+ of")).first.inner_text(timeout=120_000)
 
 
 def step_now(page):
@@ -99,7 +99,7 @@ def test_buttons_of_the_live_view(page, tmp_path):
     press(page, "Continue")
     wait_until(page, lambda: step_now(page) > held + 1, "the run going on")
     run_cell(page, 1)
-    page.get_by_text(re.compile("seen True (running|done)")).first.wait_for(timeout=60_000)
+    page.get_by_text(re.compile("seen True (running|done)")).first.wait_for(timeout=120_000)
     run_cell(page, 2)
     page.wait_for_timeout(500)
     press(page, "Pause")
@@ -157,7 +157,7 @@ def test_a_saved_widget_is_alive_without_a_kernel(tmp_path, browser):
         page = browser.new_page(viewport={"width": 1300, "height": 1000})
         open_notebook(page, address, "saved.ipynb")
         run_cell(page, 0)
-        page.locator(".m2r-load h4").first.wait_for(timeout=60_000)
+        page.locator(".m2r-load h4").first.wait_for(timeout=120_000)
         views = page.locator(".m2r-load h4").all_inner_texts()
         page.locator("[data-control=colour] select").select_option("1")
         step = lambda: page.locator("[data-control=step] output").inner_text()

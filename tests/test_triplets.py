@@ -160,7 +160,7 @@ def test_negatives_and_batches_of_one_large_category_take_linear_time(kind, attr
         return time.process_time() - start
 
     small = min(seconds(2000) for _ in range(2))
-    assert seconds(16_000) < 16 * small
+    assert min(seconds(16_000) for _ in range(2)) < 16 * small
 
 
 def test_brand_and_size_make_no_negative():
