@@ -96,7 +96,7 @@ def _made_by(path: Path) -> dict:
     "The job in the metadata of a piece or a file of vectors; empty where there is none."
     try:
         return {name.decode(): value.decode() for name, value in (pq.read_schema(path).metadata or {}).items()}
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except Exception as error:  # a damaged file raises whatever its reader likes
         raise DataError("the piece cannot be read", where=str(path), advice="it is damaged: delete it, and go on with --resume") from error
 
 

@@ -449,8 +449,11 @@ def try_scores(out: str | Path) -> Path:
 def is_one_evaluation(metrics: Path) -> bool:
     "Whether the scores and the table of queries beside them are of one evaluation; also True where the table does not say."
     table = per_query_file(metrics)
-    noted = (pq.read_schema(table).metadata or {}).get(BELONGS.encode()) if table.is_file() else None
-    return noted is None or noted.decode() == file_sha256(metrics)
+    try:
+        noted = (pq.read_schema(table).metadata or {}).get(BELONGS.encode()) if table.is_file() else None
+    except Exception:  # damaged: a reader raises whatever it likes
+        return False
+    return noted is None or noted == file_sha256(metrics).encode()
 
 # %% ../nbs/41_evaluate.ipynb #2847a0f4
 @dataclass

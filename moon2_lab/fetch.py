@@ -116,11 +116,11 @@ def _reached(raw: socket.socket, target: Target) -> bool:
     return plain(raw.getpeername()[0]) in set(map(plain, target.addresses))
 
 
-def hang_up(connection: http.client.HTTPConnection) -> None:
+def hang_up(sock: socket.socket) -> None:
     "End whatever the other side is dripping."
     try:
-        connection.sock.shutdown(socket.SHUT_RDWR)
-    except (OSError, AttributeError):  # it has ended by itself
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:  # it has ended by itself
         pass
 
 
@@ -133,7 +133,7 @@ def ask_once(
     "Status, Location and body (of a 200 only)."
     left = max(0.1, until - time.monotonic())
     connection = connect(target, min(timeout, left))
-    watch = threading.Timer(left, hang_up, [connection])  # a byte every few seconds would pass every timeout
+    watch = threading.Timer(left, hang_up, [connection.sock])  # a byte every few seconds would pass every timeout
     watch.start()
     try:
         if target.scheme == "https":
@@ -159,6 +159,8 @@ def read_body(reply: http.client.HTTPResponse, max_bytes: int, until: float) -> 
             raise DataError(f"too long a file: over {max_bytes:,} bytes", advice="scale the picture down")
         if time.monotonic() > until:
             raise DataError("too slow an answer", advice="try again later")
+    if time.monotonic() > until:  # hung up on: what came of a body without a length may be a part
+        raise DataError("too slow an answer", advice="try again later")
     if reply.length:  # http.client says how much of the promised length is missing
         raise TryAgain(f"cut answer: {reply.length:,} bytes are missing")
     return bytes(body)

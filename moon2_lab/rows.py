@@ -785,7 +785,9 @@ def read_parquet_rows(file: DataFile, start: tuple[int, int] = (0, 0), limit: in
                 if number + size > start[0]:
                     yield from _group_rows(table, group, file.name, number, start[0], together)
                 number += size
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its reader likes
         raise DataError(
             f"not a readable parquet file ({(str(error).splitlines() or ['?'])[0][:120]})",
             where=file.name,
@@ -955,7 +957,7 @@ def columns_of(file: DataFile | Path, rows: int = 1000) -> list[str]:
     if file.kind == "parquet":
         try:
             return [*dict(file.folders), *_named(pq.read_schema(file.path).names)[0]]
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:  # a damaged file raises whatever its reader likes
             raise DataError(
                 f"not a readable parquet file ({(str(error).splitlines() or ['?'])[0][:120]})",
                 where=file.name,

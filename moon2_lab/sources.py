@@ -452,7 +452,7 @@ class Importer:
 
 def _names_pictures(file: DataFile, columns: ColumnMap) -> bool:
     "Whether a file has a column with pictures."
-    return not set(columns_of(file)).isdisjoint(name.split(".")[0] for name in columns.columns["image"])
+    return not set(columns_of(file)).isdisjoint(name.split(".")[0] for name in columns.columns.get("image", ()))
 
 
 def split_of_file(source: Path, file: DataFile) -> str | None:

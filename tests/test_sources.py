@@ -343,6 +343,26 @@ def test_mmeb_rows(tmp_path):
     assert reasons(tmp_path / "out") == {"empty query": 1}
 
 
+def test_a_folder_with_an_empty_table(tmp_path):
+    "It has no columns, and the other tables are read."
+    tables = {"a.csv": "product_id,title\n1,red bag\n", "b.csv": "", "c.csv": "product_id,title\n"}
+    for name, text in tables.items():
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    import_catalog("csv", tmp_path / "in", tmp_path / "out")
+    assert [row["product_id"] for row in table(tmp_path / "out")] == ["1"]
+
+
+def test_parquet_with_damaged_names(tmp_path):
+    "Arrow raises what it likes for a damaged file: a DataError names the file."
+    path = tmp_path / "a.parquet"
+    pd.DataFrame({"product_id": ["1"], "longtitle": ["red bag"]}).to_parquet(path)
+    path.write_bytes(path.read_bytes().replace(b"longtitle", b"\xff\xfengtitl\xff"))
+    with pytest.raises(DataError, match="not a readable parquet file") as error:
+        import_catalog("csv", path, tmp_path / "out", mapping={"title": "longtitle"})
+    assert "a.parquet" in str(error.value)
+
+
 def test_a_folder_with_a_csv(tmp_path):
     "Semicolons, pictures named like the product, several pictures in a cell, a split column, attribute columns."
     (tmp_path / "shop").mkdir()
@@ -733,6 +753,15 @@ class Shop(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 time.sleep(0.1)
             return
+        if name == "part":
+            self.send_response(200)
+            self.end_headers()
+            for piece in (draw(7)[:50], draw(7)[50:100]):  # each byte gives the socket's timeout anew; the deadline hangs up
+                self.wfile.write(piece)
+                self.wfile.flush()
+                time.sleep(0.5)
+            time.sleep(1)
+            return
         status = {"gone": 404, "broken": 500, "moved": 302, "private": 302, "loop": 302, "file": 302}.get(name, 503 if name == "busy" and Shop.asked[self.path] < 3 else 200)
         self.send_response(status)
         if status == 302:
@@ -792,6 +821,12 @@ def test_a_dripping_server_is_left(shop):
     with pytest.raises(DataError):
         Fetcher(timeout=0.5, deadline=0.8, retries=0, allow_hosts=frozenset({"127.0.0.1"}))(f"{shop}/drip")
     assert time.monotonic() - started < 2.5
+
+
+def test_what_was_read_until_the_deadline_is_no_whole_body(shop):
+    "Without a length the end of a body is the end of the connection, and we end it ourselves at the deadline."
+    with pytest.raises(DataError, match="too slow"):
+        Fetcher(timeout=5, deadline=0.8, retries=0, allow_hosts=frozenset({"127.0.0.1"}))(f"{shop}/part")
 
 
 def test_a_name_that_changes_its_address_gains_nothing(monkeypatch):
