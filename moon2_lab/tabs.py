@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['VIEW_LABELS', 'PRIVATE', 'QUIET', 'EXPLAINS', 'COMPARES', 'PROGRESS', 'NOT_UPLOADED', 'ASKING', 'ONE_MODEL',
-           'KIND_CHOICES', 'LISTED', 'PictureFile', 'told', 'title_of', 'method_choices', 'method_box', 'model_box',
-           'question_panel', 'result_panel', 'search_tab', 'look_up', 'clicked_hit', 'asked_again', 'hit_html',
-           'with_attention', 'steps_of', 'connect_search', 'compare_tab', 'changes_html', 'connect_compare',
+           'KIND_CHOICES', 'LISTED', 'PictureFile', 'HitGallery', 'told', 'title_of', 'method_choices', 'method_box',
+           'model_box', 'question_panel', 'result_panel', 'search_tab', 'look_up', 'clicked_hit', 'asked_again',
+           'hit_html', 'with_attention', 'steps_of', 'connect_search', 'compare_tab', 'changes_html', 'connect_compare',
            'heatmap_tab', 'pair_html', 'seen_as', 'connect_heatmap', 'about_tab']
 
 # %% ../nbs/75_tabs.ipynb #4f0be3fc
 import functools
 import html
+import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -19,13 +21,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
+from PIL import Image
 
 from .attribute import fitting_methods
 from .cards import about_html, agreement_html, compare_html, experts_html, gallery_value, heat_html, product_html, shared_places
 from .catalog import Item
 from .compare import asked_items, category_paths
-from .core import DIRECTIONS, VIEWS, LabError, UsageError
+from .core import DIRECTIONS, VIEWS, LabError, UsageError, sha256_hex
 from .heatdata import NAMES
+from .outputs import atomic_path
 from .page import Safe, tag
 from .protocol import LEVELS
 from .queries import MAX_LETTERS, matches, named_item, pick_product, query_note, read_upload
@@ -60,6 +64,27 @@ class PictureFile(gr.Image):
         if str(url_or_file_path or "").startswith(("http://", "https://")):
             raise gr.Error(NOT_UPLOADED, duration=12, print_exception=False)
         return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
+class HitGallery(gr.Gallery):
+    "A gallery whose pictures are files under their hash, written once: Gradio's own are written anew by each search, while another page may be reading them."
+    is_template = True  # drawn as its parent
+
+    def postprocess(self, value):
+        "Pictures become files of the cache, whole or not there; a file that is there is only touched, so that it is kept."
+        return super().postprocess([(self._file(picture), caption) for picture, caption in value or []] or None)
+
+    def _file(self, picture: Image.Image) -> str:
+        "The path of the picture's file."
+        data = io.BytesIO()
+        picture.save(data, self.format)
+        path = Path(self.GRADIO_CACHE).resolve() / sha256_hex(data.getvalue()) / f"image.{self.format}"
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            with atomic_path(path, durable=False) as temporary:
+                temporary.write_bytes(data.getvalue())
+        return str(path)
 
 
 def told(function: Callable) -> Callable:
@@ -128,7 +153,7 @@ def result_panel(shop: Shop, letter: str) -> tuple[gr.Column, gr.Gallery]:
         gr.HTML(tag("h2", title_of(shop, letter)), elem_classes=["moon2", "moon2-name"], visible=len(shop.models) > 1, padding=False)
         kinds = ["moon2-hits", "moon2-two"] if len(shop.models) > 1 else ["moon2-hits"]
         name = f"Hits of {title_of(shop, letter)}"
-        return column, gr.Gallery(label=name, show_label=False, columns=6, object_fit="contain", format="jpeg", allow_preview=False, interactive=False, buttons=[], elem_classes=kinds)
+        return column, HitGallery(label=name, show_label=False, columns=6, object_fit="contain", format="jpeg", allow_preview=False, interactive=False, buttons=[], elem_classes=kinds)
 
 
 def search_tab(shop: Shop) -> dict:
