@@ -661,7 +661,8 @@ def test_a_full_disk_at_the_end_can_be_mended(catalog, straight, tmp_path, monke
 # ---------------------------------------------------------------------------------------------- killed, interrupted
 
 CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run leaves it so
 sys.path.insert(0, {tests!r})
 import torch
 from moon2_lab.train import Trainer
