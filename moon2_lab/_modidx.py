@@ -1939,6 +1939,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'moon2_lab.rows._sequence': ('rows.html#_sequence', 'moon2_lab/rows.py'),
                                 'moon2_lab.rows._shown': ('rows.html#_shown', 'moon2_lab/rows.py'),
                                 'moon2_lab.rows._too_many': ('rows.html#_too_many', 'moon2_lab/rows.py'),
+                                'moon2_lab.rows._unreadable': ('rows.html#_unreadable', 'moon2_lab/rows.py'),
                                 'moon2_lab.rows._value': ('rows.html#_value', 'moon2_lab/rows.py'),
                                 'moon2_lab.rows._values': ('rows.html#_values', 'moon2_lab/rows.py'),
                                 'moon2_lab.rows._with_header': ('rows.html#_with_header', 'moon2_lab/rows.py'),

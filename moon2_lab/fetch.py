@@ -153,14 +153,15 @@ def ask_once(
 def read_body(reply: http.client.HTTPResponse, max_bytes: int, until: float) -> bytes:
     "The body in small bites, so that neither a large nor an endless one is held."
     body = bytearray()
-    while bite := reply.read1(65536):
+    while True:
+        bite = reply.read1(65536)
         body += bite
         if len(body) > max_bytes:
             raise DataError(f"too long a file: over {max_bytes:,} bytes", advice="scale the picture down")
-        if time.monotonic() > until:
+        if time.monotonic() > until:  # also when it has ended: hung up on, a body without a length may be a part
             raise DataError("too slow an answer", advice="try again later")
-    if time.monotonic() > until:  # hung up on: what came of a body without a length may be a part
-        raise DataError("too slow an answer", advice="try again later")
+        if not bite:
+            break
     if reply.length:  # http.client says how much of the promised length is missing
         raise TryAgain(f"cut answer: {reply.length:,} bytes are missing")
     return bytes(body)

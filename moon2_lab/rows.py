@@ -775,6 +775,11 @@ class _Parquet(pq.ParquetFile):
         super().__init__(path, memory_map=True)
 
 
+def _unreadable(error: Exception, name: str) -> DataError:
+    "What is told of a damaged file, whose reader raises whatever it likes."
+    return DataError(f"not a readable parquet file ({(str(error).splitlines() or ['?'])[0][:120]})", where=name, advice="copy or write it again")
+
+
 def read_parquet_rows(file: DataFile, start: tuple[int, int] = (0, 0), limit: int = MAX_LINE) -> Iterator[Row]:
     "Rows in small batches; row groups before `start` are not read."
     try:
@@ -787,12 +792,8 @@ def read_parquet_rows(file: DataFile, start: tuple[int, int] = (0, 0), limit: in
                 number += size
     except DataError:
         raise
-    except Exception as error:  # a damaged file raises whatever its reader likes
-        raise DataError(
-            f"not a readable parquet file ({(str(error).splitlines() or ['?'])[0][:120]})",
-            where=file.name,
-            advice="copy or write it again",
-        ) from error
+    except Exception as error:
+        raise _unreadable(error, file.name) from error
 
 
 def _group_rows(table: pq.ParquetFile, group: int, name: str, number: int, start: int, together: int) -> Iterator[Row]:
@@ -957,12 +958,8 @@ def columns_of(file: DataFile | Path, rows: int = 1000) -> list[str]:
     if file.kind == "parquet":
         try:
             return [*dict(file.folders), *_named(pq.read_schema(file.path).names)[0]]
-        except Exception as error:  # a damaged file raises whatever its reader likes
-            raise DataError(
-                f"not a readable parquet file ({(str(error).splitlines() or ['?'])[0][:120]})",
-                where=file.name,
-                advice="copy or write it again",
-            ) from error
+        except Exception as error:
+            raise _unreadable(error, file.name) from error
     if file.kind == "table":
         return list(dict.fromkeys([*dict(file.folders), *file.header]))
     return list(dict.fromkeys(name for row, _ in zip(read_rows_of(file), range(rows)) for name in row.values or ()))
