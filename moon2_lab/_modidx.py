@@ -4074,6 +4074,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'moon2_lab.runtime.run_settings': ('runtime.html#run_settings', 'moon2_lab/runtime.py'),
                                    'moon2_lab.runtime.seed_everything': ('runtime.html#seed_everything', 'moon2_lab/runtime.py'),
                                    'moon2_lab.runtime.set_threads': ('runtime.html#set_threads', 'moon2_lab/runtime.py'),
+                                   'moon2_lab.runtime.to_device': ('runtime.html#to_device', 'moon2_lab/runtime.py'),
                                    'moon2_lab.runtime.usable_cores': ('runtime.html#usable_cores', 'moon2_lab/runtime.py'),
                                    'moon2_lab.runtime.versions': ('runtime.html#versions', 'moon2_lab/runtime.py')},
             'moon2_lab.testing': { 'moon2_lab.testing.MadeUpEncoder': ('testing.html#madeupencoder', 'moon2_lab/testing.py'),

@@ -81,6 +81,9 @@ def _fallback(op, *args, **kwargs):
     target = kwargs.get("device")
     if _name(op) in COPIES:
         return _copy(op, *args, **kwargs)
+    if op is torch.ops.aten.set_.source_Tensor:  # how parametrizations (LoRA of the experts) put a tensor in place
+        args[0].data = args[1]
+        return args[0]
     _count(op, values)
     raw = [
         _relabel(v, CPU) if _is_fake(v) else torch.device("cpu") if isinstance(v, torch.device) else v for v in values
@@ -116,12 +119,20 @@ def _fallback(op, *args, **kwargs):
     return tree_map(back, out)
 
 
+def _count_copy(from_fake: bool, to_fake: bool, blocking: bool) -> None:
+    "A copy to the CPU waits; one to the device does, too, unless it is asked not to (`non_blocking`)."
+    if from_fake and not to_fake:
+        waits["copy to cpu"] += 1
+    if to_fake and not from_fake and blocking:
+        waits["copy to device"] += 1
+
+
 def _copy(op, *args, **kwargs):
-    "Between the devices; one from the fake one to the CPU waits."
+    "Between the devices."
     if _name(op) != "_to_copy":
         target, source = args[:2] if _name(op) == "copy_" else args[1::-1]
-        if _is_fake(source) and not _is_fake(target):
-            waits["copy to cpu"] += 1
+        blocking = not (kwargs.get("non_blocking") or True in args[2:])
+        _count_copy(_is_fake(source), _is_fake(target), blocking)
         (_relabel(target, CPU) if _is_fake(target) else target).copy_(
             _relabel(source, CPU) if _is_fake(source) else source
         )
@@ -129,8 +140,7 @@ def _copy(op, *args, **kwargs):
     source, target = args[0], kwargs.pop("device", None)
     target = source.device if target is None else torch.device(target)
     calls["_to_copy"] += 1
-    if _is_fake(source) and target.type == "cpu":
-        waits["copy to cpu"] += 1
+    _count_copy(_is_fake(source), target.type == "fake", not kwargs.get("non_blocking"))
     out = op(_relabel(source, CPU) if _is_fake(source) else source, **kwargs | {"device": torch.device("cpu")})
     return _relabel(out, FOREIGN) if target.type == "fake" else out
 

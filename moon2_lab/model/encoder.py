@@ -31,7 +31,7 @@ from moon2_lab.model.item_views import (
 from .lora import add_lora
 from .moe import KERNELS, LayerRouting, MoEFeedForward, faster_kernel, measured_once, upcycle
 from .packing import Packing
-from ..runtime import device_name, pick_device, pick_dtype, progress
+from ..runtime import device_name, pick_device, pick_dtype, progress, to_device
 
 # %% ../../nbs/model/360_encoder.ipynb #5cb48b00
 class Moon2Encoder(nn.Module):
@@ -299,10 +299,9 @@ class Moon2Encoder(nn.Module):
                 )
         unique = list({item.content: item for item in items}.values())
         number = {item.content: place for place, item in enumerate(unique)}
-        place = torch.tensor([number[item.content] for item in items], dtype=torch.int64, device=self.backbone.device)
-        used = {view: mask.to(place.device) for view, mask in (uses or {}).items()}
-        everyone = torch.ones_like(place, dtype=torch.bool)
-        none = torch.zeros(len(unique), dtype=torch.int64, device=place.device)
+        place = torch.tensor([number[item.content] for item in items], dtype=torch.int64)
+        used = {view: mask.cpu() for view, mask in (uses or {}).items()}
+        everyone, none = torch.ones_like(place, dtype=torch.bool), torch.zeros(len(unique), dtype=torch.int64)
         copies = {view: none.index_add(0, place, used.get(view, everyone).long()) for view in views}
         share = self.shares_rows if share is None else share
         passes = [tuple(views)] if share else [(view,) for view in VIEWS if view in views]
@@ -310,12 +309,14 @@ class Moon2Encoder(nn.Module):
             encoded = join_views(
                 [self._encode_rows(unique, group, self.rows_of(unique, group, share), copies) for group in passes]
             )
+        known = {view: x.index_select(0, place) & used.get(view, everyone) for view, x in encoded.known.items()}
+        place = to_device(place, self.backbone.device)
         repeated = {
             name: {view: x.index_select(0, place) for view, x in getattr(encoded, name).items()}
-            for name in ("embedding", "present", "routing")
+            for name in ("embedding", "routing")
         }
-        repeated["present"] |= {view: repeated["present"][view] & mask for view, mask in used.items() if view in views}
-        return dataclasses.replace(encoded, **repeated, place=place)
+        present = {view: to_device(x, self.backbone.device) for view, x in known.items()}
+        return dataclasses.replace(encoded, **repeated, present=present, known=known, place=place)
 
     def rows_of(self, items: Sequence[Item], views: Sequence[str] = VIEWS, share: bool | None = None) -> list[TokenRow]:
         "The rows that give `views` of `items`, longest first (attention then pads little)."
@@ -330,11 +331,11 @@ class Moon2Encoder(nn.Module):
         """(T, D) input vectors of the packed rows: vision tokens through the connector, word embeddings. Pictures come
         first, then the title, then the enriched title."""
         device, ids = self.backbone.device, [token for row in rows for token in row.ids]
-        words = self.backbone.embed_text(torch.tensor(ids, dtype=torch.int64, device=device))
+        words = self.backbone.embed_text(to_device(ids, device, torch.int64))
         pictured, visual = sorted({row.item for row in rows if row.visual}), {}
         if pictured:
             refs = [ref for place in pictured for ref in items[place].pictures]
-            features = torch.from_numpy(self.backbone.vision_features(refs)).to(device)
+            features = to_device(torch.from_numpy(self.backbone.vision_features(refs)), device)
             tokens = self.backbone.vision_tokens(features).flatten(0, 1)  # (pictures * V, D)
             lengths = [self.config.visual_tokens * len(items[place].pictures) for place in pictured]
             visual = dict(zip(pictured, tokens.split(lengths), strict=True))
@@ -367,15 +368,17 @@ class Moon2Encoder(nn.Module):
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         even = hidden.new_full((len(hidden), experts), 1 / experts)
         spread = torch.stack([routing.spread() for routing in tape]).mean(0) if tape else even  # (T, Z)
-        out, weight = ItemViews({}, {}, {}, tokens=len(hidden)), hidden.new_zeros(len(hidden))
+        out, weight = ItemViews({}, {}, {}, tokens=len(hidden)), torch.zeros(len(hidden), dtype=torch.int64)
         for view in views:
-            places, owners = pool_index(rows, view, device)
-            out.present[view] = torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, owners, True)
+            places, owners = pool_index(rows, view)
+            out.known[view] = torch.zeros(count, dtype=torch.bool).index_fill(0, owners, True)
+            weight = weight.index_add(0, places, copies[view][owners])
+            places, owners = to_device(places, device), to_device(owners, device)
             out.embedding[view] = F.normalize(mean_by_item(hidden, places, owners, count), dim=1)
             out.routing[view] = mean_by_item(spread, places, owners, count)
-            weight = weight.index_add(0, places, copies[view][owners].to(weight.dtype))
+        weight = to_device(weight.to(hidden.dtype), device)
         out.layers = [LayerGates(routing.gates, routing.selected, weight) for routing in tape]
-        out.owner = torch.tensor([row.item for row in rows for _ in range(len(row))], dtype=torch.int64, device=device)
+        out.owner = to_device([row.item for row in rows for _ in range(len(row))], device, torch.int64)
         return out
 
     # ------------------------------------------------------------------------------------------ products to vectors

@@ -65,6 +65,7 @@ class ItemViews:
     tokens: int = 0  # tokens that went through the decoder
     owner: torch.Tensor | None = None  # (T,) of each token in `layers`: its item, counted without repeats
     place: torch.Tensor | None = None  # (N,) of each item: its place when repeats are left out
+    known: dict[str, torch.Tensor] = field(default_factory=dict)  # `present` on the CPU: no device need be asked for it
 
     @property
     def near_tie(self) -> torch.Tensor:  # (N,) bool
@@ -100,7 +101,7 @@ def join_views(passes: list[ItemViews]) -> ItemViews:
     "One `ItemViews` from passes over different views of the same items."
     if len(passes) == 1:
         return passes[0]
-    names = ("embedding", "present", "routing")
+    names = ("embedding", "present", "routing", "known")
     merged = {name: {view: x for one in passes for view, x in getattr(one, name).items()} for name in names}
     with_layers = [one for one in passes if one.layers]
     layers = [_join_layer(same) for same in zip(*(one.layers for one in with_layers), strict=True)]
