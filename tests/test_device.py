@@ -66,7 +66,8 @@ def test_the_fake_device_is_the_cpu_under_another_name(fake):
     [
         ("_local_scalar_dense", lambda x: x.sum().item()), ("nonzero", lambda x: x[x > 0]),
         ("copy to cpu", lambda x: x.tolist()), ("copy to device", lambda x: torch.ones(2).to(x.device)),
-        ("copy to device", lambda x: x.new_tensor(0.5)), (None, lambda x: runtime.to_device([1, 2], x.device)), ("bincount", lambda x: torch.bincount(x.long().flatten().abs())),
+        ("copy to device", lambda x: x.new_tensor(0.5)), (None, lambda x: runtime.to_device([1, 2], x.device)),
+        ("bincount", lambda x: torch.bincount(x.long().flatten().abs())),
         ("_unique2", lambda x: torch.unique(x)),
         ("repeat_interleave", lambda x: torch.repeat_interleave(x.long().flatten().abs())),
         (None, lambda x: torch.where(x > 0, x, 0).sum(0).cumsum(0)),
