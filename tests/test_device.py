@@ -142,7 +142,7 @@ def test_kernel_and_dtype_are_measured_after_moving_and_kept_under_the_devices_n
     assert (choices.device, choices.dtype, choices.expert_kernel) == ("fake", "bfloat16", "grouped")
     assert seen == [("dtype", "fake"), ("kernel", "fake", torch.bfloat16)]
     known = files.read_json(files.cache_dir("probes") / "answers.json")
-    assert sorted(key.split(" torch-")[1].split(" ", 1)[1].split(" 4x")[0] for key in known) == [
+    assert sorted(key.split(" torch-")[1].split(" ", 1)[1].split(" MoE")[0] for key in known) == [
         "dtype fake", "experts fake bfloat16",
     ]
     placed = tiny().place("auto")  # a model that is loaded is asked about in the same way
@@ -155,11 +155,11 @@ def test_a_busy_machine_does_not_choose_the_kernel(monkeypatch):
     clock, turns = SimpleNamespace(now=0.0), {"loop": 0, "grouped": 0}
     plain = moe.mix_experts
 
-    def slow(hidden, routing, gate_up, down, act, kernel):
+    def slow(hidden, routing, gate_up, down, act, kernel, gate_scale):
         turns[kernel] += 1
         busy = kernel == "grouped" and turns[kernel] < 8
         clock.now += (0.013 if kernel == "loop" else 0.010) * (1.5 if busy else 1.0)
-        return plain(hidden, routing, gate_up, down, act, kernel)
+        return plain(hidden, routing, gate_up, down, act, kernel, gate_scale)
 
     monkeypatch.setattr(moe, "mix_experts", slow)
     monkeypatch.setattr(moe, "time", SimpleNamespace(perf_counter=lambda: clock.now))

@@ -23,7 +23,7 @@ from ..data.images import ImageRef
 from ..data.products import Item
 from ..errors import DataError
 from ..model.encoder import Moon2Encoder
-from ..model.moe import LayerRouting, MoEFeedForward, mix_experts, route
+from ..model.moe import ExpertLayer, LayerRouting, route
 from ..model.packing import Packing
 
 # %% ../../nbs/explain/605_pair_score.ipynb #c7745c97
@@ -131,7 +131,7 @@ def score_function(
 class _FixedExperts(nn.Module):
     "A MoE block that sends the T tokens of each row to experts chosen before."
 
-    def __init__(self, block: MoEFeedForward, selected: torch.Tensor):  # (T, k)
+    def __init__(self, block: ExpertLayer, selected: torch.Tensor):  # (T, k)
         super().__init__()
         self.block, self.selected = block, selected
 
@@ -142,8 +142,7 @@ class _FixedExperts(nn.Module):
         selected = self.selected.repeat(len(flat) // len(self.selected), 1)
         chosen = gates.gather(1, selected)
         routing = LayerRouting(gates, selected, chosen / chosen.sum(-1, keepdim=True))
-        weights = block.gate_up_proj, block.down_proj
-        return mix_experts(flat, routing, *weights, block.act, block.kernel, block.gate_scale).view(hidden.shape)
+        return block.mix(flat, routing).view(hidden.shape)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ __all__ = ['add_lora']
 # %% ../../nbs/model/350_lora.ipynb #94553f33
 from torch import nn
 
-from .moe import MoEFeedForward
+from .moe import ExpertLayer
 
 # %% ../../nbs/model/350_lora.ipynb #401ea712
 def add_lora(
@@ -20,7 +20,7 @@ def add_lora(
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    blocks = [module for module in decoder.modules() if isinstance(module, MoEFeedForward)]
+    blocks = [module for module in decoder.modules() if isinstance(module, ExpertLayer)]
     dense = [] if blocks else ["gate_proj", "up_proj", "down_proj"]
     experts = ["mlp.gate_up_proj", "mlp.down_proj"] if blocks else None
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", *dense]

@@ -24,13 +24,11 @@ from .collate import collate
 # %% ../../nbs/training/562_cost.ipynb #cd668913
 def flops_per_token(encoder: Moon2Encoder) -> float:
     "Multiply-adds x 2 of one token's forward pass through the decoder's linear layers; a step costs three times that."
-    total = 0
-    for layer in encoder.backbone.decoder.layers:
-        blocks = [module for module in layer.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "top_k")]
-        experts = sum(block.gate_up_proj[0].numel() + block.down_proj[0].numel() for block in blocks)
-        total += sum(block.top_k for block in blocks) * (experts // max(len(blocks), 1))
-        total += sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
-    return 2.0 * total
+    blocks = encoder.moe_blocks
+    inside = {id(module) for block in blocks for module in block.modules()}  # counted by the block
+    outside = (module for layer in encoder.backbone.decoder.layers for module in layer.modules())
+    linears = sum(m.weight.numel() for m in outside if isinstance(m, nn.Linear) and id(m) not in inside)
+    return 2.0 * (linears + sum(block.multiply_adds() for block in blocks))
 
 
 def _activation_bytes(encoder: Moon2Encoder, tokens: int, dtype: torch.dtype) -> float:
