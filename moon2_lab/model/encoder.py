@@ -29,8 +29,9 @@ from moon2_lab.model.item_views import (
     ItemViews, LayerGates, TokenRow, join_views, mean_by_item, pool_index, separate_rows, shared_rows,
 )
 from .lora import add_lora
-from .moe import KERNELS, LayerRouting, MoEFeedForward, faster_kernel, measured_once, upcycle
+from .moe import ExpertLayer, KERNELS, LayerRouting, faster_kernel, measured_once
 from .packing import Packing
+from .upcycling import add_experts
 from ..runtime import device_name, pick_device, pick_dtype, progress, to_device
 
 # %% ../../nbs/model/360_encoder.ipynb #5cb48b00
@@ -75,10 +76,7 @@ class Moon2Encoder(nn.Module):
     @classmethod
     def _upcycled(cls, backbone: Backbone, config: EncoderConfig) -> "Moon2Encoder":
         "Turn the FFNs of the MoE layers into experts and draw W*."
-        ffns = backbone.ffns()
-        for layer in config.moe_layer_ids():
-            experts = (config.num_experts, config.top_k, config.router_std)
-            backbone.set_ffn(layer, upcycle(ffns[layer], *experts, gate_scale=config.gate_scale))
+        add_experts(backbone, config)
         encoder = cls(backbone, config)
         with torch.no_grad():
             encoder.alignment.normal_(std=config.router_std if config.num_experts else 0.0)
@@ -130,7 +128,7 @@ class Moon2Encoder(nn.Module):
         """The encoder that config.json describes, its weights still random. `DataError` for a config that describes
         none."""
         try:
-            config = EncoderConfig(**saved["encoder"])
+            config = EncoderConfig.of_saved(saved["encoder"])
             backbone = build_backbone(
                 config, pretrained=False, decoder_fields=saved["decoder"], tokenizer_folder=folder
             )
@@ -166,7 +164,7 @@ class Moon2Encoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         "12 hex digits that change with any weight."
-        digest = hashlib.sha256(repr(sorted(dataclasses.asdict(self.config).items())).encode())
+        digest = hashlib.sha256(repr(sorted(self.config.identity().items())).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -187,9 +185,9 @@ class Moon2Encoder(nn.Module):
         return self.backbone.width
 
     @property
-    def moe_blocks(self) -> list[MoEFeedForward]:
-        "The MoE blocks, bottom up (also when LoRA wraps them)."
-        return [module for module in self.backbone.decoder.modules() if isinstance(module, MoEFeedForward)]
+    def moe_blocks(self) -> list[ExpertLayer]:
+        "The blocks of experts, bottom up (also when LoRA wraps them)."
+        return [module for module in self.backbone.decoder.modules() if isinstance(module, ExpertLayer)]
 
     def set_objectives(self, count: int) -> None:
         """Give W* `count` columns, one for each alignment objective; those it has stay, new ones are drawn as in a
@@ -253,20 +251,18 @@ class Moon2Encoder(nn.Module):
         dtype: str,  # of the activations
         tokens: int = 2048,  # a call will have, about
     ) -> str:
-        "loop or grouped, measured once on the device where the encoder is, for this shape."
+        "One of the experts' kernels, measured once on the device where the encoder is, for this shape."
         if not self.moe_blocks or self.embedding_dim < 256:
             return "loop"
         block, device, threads = self.moe_blocks[0], device_name(self.backbone.device), torch.get_num_threads()
-        shape = "x".join(map(str, block.gate_up_proj.shape))
-        key = f"experts {device} {dtype} {shape} top{block.top_k} {threads} threads {tokens // 1024}k tokens"
+        key = f"experts {device} {dtype} {block.shape()} top{block.top_k} {threads} threads {tokens // 1024}k tokens"
         return measured_once(key, lambda: faster_kernel(block, tokens, dtype=getattr(torch, dtype))[0])
 
     def set_expert_kernel(self, name: str) -> None:
-        "Use kernel `name` in every MoE block; `UsageError` for one that is not in `moe.KERNELS`."
-        if name not in KERNELS:
-            raise UsageError(
-                f"unknown expert kernel {name!r}", where="expert_kernel", advice=f"one of {', '.join(KERNELS)}"
-            )
+        "Use kernel `name` in every block of experts; `UsageError` for one that experts of this kind do not have."
+        known = self.moe_blocks[0].kernels if self.moe_blocks else KERNELS
+        if name not in known:
+            raise UsageError(f"unknown expert kernel {name!r}", where="expert_kernel", advice=f"one of {', '.join(known)}")
         for block in self.moe_blocks:
             block.kernel = name
 
@@ -456,6 +452,6 @@ def perturb_experts(encoder: Moon2Encoder, std: float = 0.02, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for block in encoder.moe_blocks:
-            for parameter in block.parameters():
+            for parameter in (block.router, *block.expert_parameters()):
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * std)
     return encoder
