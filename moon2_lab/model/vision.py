@@ -145,6 +145,3 @@ def require_sha256(path: Path, expected: str, advice: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise DataError(f"SHA-256 is {found[:12]}..., expected {expected[:12]}...", where=str(path), advice=advice)
-
-
-VISION = {"patch-colours": PatchColours, "efficientnet-lite0": EfficientNetLite0}
