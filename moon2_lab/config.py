@@ -127,11 +127,12 @@ RANGES |= dict.fromkeys(
     ("filter_margin_start", "filter_margin_end"), (-2, 2, "between -2 and 2: a difference of two cosines")
 )
 RANGES |= _at_least(
-    0, "num_layers", "num_experts", "router_std", "aux_weight", "sparsity_weight", "lora_r", "weight_decay",
+    0, "num_layers", "image_size", "visual_tokens", "num_experts", "router_std", "aux_weight", "sparsity_weight",
+    "lora_r", "weight_decay",
     "max_steps", "max_minutes", "eval_steps", "eval_points", "save_steps", "save_minutes", "num_threads",
 )
 RANGES |= _at_least(
-    1, "image_size", "visual_tokens", "max_text_tokens", "negatives_per_query", "query_variants",
+    1, "max_text_tokens", "negatives_per_query", "query_variants",
     "expert_rank", "expert_alpha", "lora_alpha", "max_nonfinite_steps",
 )
 RANGES["per_device_train_batch_size"] = (2, _LARGEST, "at least 2: the other triplets are the negatives")
@@ -201,10 +202,10 @@ class LiveConfig:
 @dataclass(init=False)
 class EncoderConfig(LiveConfig):
     "What the encoder is: saved beside its weights."
-    backbone: str = "mini"  # mini (pretrained parts), tiny (random, for tests), or a folder of a saved model
-    num_layers: int = 4  # decoder layers used, from the bottom; 0 = all
-    image_size: int = 192  # side of the square given to the vision encoder, pixels
-    visual_tokens: int = 16  # tokens per image after pooling the feature map (a square number)
+    backbone: str = "mini"  # mini (pretrained parts), tiny (random), or a multimodal model: its folder or hub id
+    num_layers: int = 0  # decoder layers used, from the bottom; 0: 4 of tiny and mini, all of another model
+    image_size: int = 0  # side of the square given to the vision encoder, pixels; 0: 192, or what suits the model
+    visual_tokens: int = 0  # tokens per image after pooling the feature map (a square number); 0: 16, or the model's own
     num_experts: int = 4  # Z, routed experts per MoE layer; 0 = plain FFN
     top_k: int = 2  # experts a token is sent to; top_k = num_experts is the dense formula as printed
     gate_scale: bool = False  # multiply a mixture by the sum of its chosen gates, as Switch does: top_k = 1 needs it
@@ -217,11 +218,22 @@ class EncoderConfig(LiveConfig):
     max_text_tokens: int = 64  # longer text is cut here, alike with and without an image
     weights_dtype: str = "float32"  # of what is not trained: float32 or bfloat16; what is trained stays float32
 
+    @property
+    def is_small(self) -> bool:
+        "Whether the backbone is made here (tiny, mini): layers, pixels and tokens of a picture are then for us to choose."
+        return self.backbone in ("tiny", "mini")
+
+    def settle(self) -> None:
+        super().settle()
+        for name, default in {"num_layers": 4, "image_size": 192, "visual_tokens": 16}.items():
+            if self.is_small and not getattr(self, name):
+                setattr(self, name, default)
+
     def check(self) -> None:
         super().check()
-        self.require(bool(self.backbone), "backbone", "mini, tiny, or a folder of a saved model")
+        self.require(bool(self.backbone), "backbone", "mini, tiny, or the folder or hub id of a multimodal model")
         self.require(
-            int(self.visual_tokens**0.5) ** 2 == self.visual_tokens, "visual_tokens",
+            not self.is_small or int(self.visual_tokens**0.5) ** 2 == self.visual_tokens, "visual_tokens",
             "a square number such as 9, 16, 25, 49",
         )
         self.require(
@@ -343,6 +355,7 @@ class TrainConfig(EncoderConfig):
 
     def settle(self) -> None:
         "Who gives a number of steps and no time gets all of them."
+        super().settle()
         if "max_steps" in self._named and self.max_steps and "max_minutes" not in self._named:
             self.max_minutes = 0.0
 

@@ -24,13 +24,12 @@ from ..data.products import Item, Product
 from ..errors import DataError, UsageError
 from ..files import atomic_path, read_json, write_json
 from ..folders import SUMS, require_checksums, write_checksums
-from .backbone import Backbone, build_backbone
-from moon2_lab.model.item_views import (
-    ItemViews, LayerGates, TokenRow, join_views, mean_by_item, pool_index, separate_rows, shared_rows,
-)
+from .backbone import Backbone
+from .certify import build_backbone
+from .item_views import ItemViews, LayerGates, join_views, mean_by_item, pool_index
 from .lora import add_lora
 from .moe import ExpertLayer, KERNELS, LayerRouting, faster_kernel, measured_once
-from .packing import Packing
+from .token_rows import TokenRow, separate_rows, shared_rows
 from .upcycling import add_experts
 from ..runtime import device_name, pick_device, pick_dtype, progress, to_device
 
@@ -48,7 +47,7 @@ class Moon2Encoder(nn.Module):
         preferences = torch.zeros(max(config.num_experts, 1), len(OBJECTIVES))
         self.alignment = nn.Parameter(preferences, requires_grad=config.num_experts > 0)  # W* (Z, M)
         # travels with the saved model
-        self.info: dict = {"trained_steps": 0, "pretrained_backbone": backbone.spec.trained}
+        self.info: dict = {"trained_steps": 0, "pretrained_backbone": backbone.pretrained}
         self.compute_dtype = torch.float32  # bfloat16: autocast; on the CPU in training only
         self.last_missing: dict[str, list[str]] = {}
         self.lora: list = []  # the LoRA wrapper, in a list: the decoder must not be registered twice
@@ -92,8 +91,8 @@ class Moon2Encoder(nn.Module):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.merged().state_dict().items()}
         with atomic_path(folder / "model.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
-        names = self.backbone.tokenizer.save(folder)
-        parts = {"encoder": self.config, "decoder": self.backbone.decoder.config.to_diff_dict(), "info": self.info}
+        names = self.backbone.save(folder)
+        parts = {"encoder": self.config, **self.backbone.describe(), "info": self.info}
         write_json(folder / "config.json", {"model_type": "moon2", "format": 1, **parts})
         write_checksums(folder, ["model.safetensors", "config.json", *names])
 
@@ -129,9 +128,7 @@ class Moon2Encoder(nn.Module):
         none."""
         try:
             config = EncoderConfig.of_saved(saved["encoder"])
-            backbone = build_backbone(
-                config, pretrained=False, decoder_fields=saved["decoder"], tokenizer_folder=folder
-            )
+            backbone = build_backbone(config, pretrained=False, saved=saved, folder=folder)
             return cls._upcycled(backbone, config)
         except DataError:
             raise
@@ -317,28 +314,40 @@ class Moon2Encoder(nn.Module):
     def rows_of(self, items: Sequence[Item], views: Sequence[str] = VIEWS, share: bool | None = None) -> list[TokenRow]:
         "The rows that give `views` of `items`, longest first (attention then pads little)."
         make = shared_rows if (self.shares_rows if share is None else share) else separate_rows
+        sizes = iter(self.backbone.picture_sizes([ref for item in items for ref in item.pictures]))
         rows = []
         for place, item in enumerate(items):
             ids = [token for text in item.texts for token in self.backbone.tokenize(text)[0]]
-            rows += make(place, self.config.visual_tokens * len(item.pictures), ids, views)
+            rows += make(place, [next(sizes) for _ in item.pictures], ids, views, self.backbone.frame)
         return sorted(rows, key=len, reverse=True)
 
     def embed_rows(self, items: Sequence[Item], rows: list[TokenRow]) -> torch.Tensor:
-        """(T, D) input vectors of the packed rows: vision tokens through the connector, word embeddings. Pictures come
-        first, then the title, then the enriched title."""
-        device, ids = self.backbone.device, [token for row in rows for token in row.ids]
-        words = self.backbone.embed_text(to_device(ids, device, torch.int64))
-        pictured, visual = sorted({row.item for row in rows if row.visual}), {}
-        if pictured:
-            refs = [ref for place in pictured for ref in items[place].pictures]
-            features = to_device(torch.from_numpy(self.backbone.vision_features(refs)), device)
-            tokens = self.backbone.vision_tokens(features).flatten(0, 1)  # (pictures * V, D)
-            lengths = [self.config.visual_tokens * len(items[place].pictures) for place in pictured]
-            visual = dict(zip(pictured, tokens.split(lengths), strict=True))
+        """(T, D') input vectors of the packed rows: vision tokens through the connector, word embeddings. Pictures come
+        first, then the title, then the enriched title, each in the backbone's frame."""
+        device = self.backbone.device
+        texts = [what for row in rows for kind, what in row.pieces() if kind == "ids" and what]
+        ids = to_device([token for text in texts for token in text], device, torch.int64)
+        words = self.backbone.embed_text(ids)
+        text_vectors = iter(words.split([len(text) for text in texts]))
+        visual = self._picture_vectors(items, sorted({row.item for row in rows if row.pictures}))
         pieces = []
-        for row, text in zip(rows, words.split([len(row.ids) for row in rows]), strict=True):
-            pieces += [visual[row.item], text] if row.visual else [text]
-        return torch.cat([piece.to(words.dtype) for piece in pieces])
+        for row in rows:
+            for kind, what in row.pieces():
+                if kind == "picture":
+                    pieces.append(visual[row.item][what].to(words.dtype))
+                elif what:
+                    pieces.append(next(text_vectors))
+        return torch.cat(pieces)
+
+    def _picture_vectors(self, items: Sequence[Item], places: Sequence[int]) -> dict[int, list[torch.Tensor]]:
+        "Place of an item -> (V, D') vectors of each of its pictures."
+        refs = [ref for place in places for ref in items[place].pictures]
+        if not refs:
+            return {}
+        features = to_device(torch.from_numpy(self.backbone.vision_features(refs)), self.backbone.device)
+        sizes = [size.tokens for size in self.backbone.picture_sizes(refs)]
+        vectors = iter(self.backbone.vision_tokens(features).split(sizes))
+        return {place: [next(vectors) for _ in items[place].pictures] for place in places}
 
     def run_rows(self, items: Sequence[Item], rows: list[TokenRow]) -> tuple[torch.Tensor, list[LayerRouting]]:
         "(T, D) last hidden states of the packed rows, and the routing of each MoE layer."
@@ -346,10 +355,7 @@ class Moon2Encoder(nn.Module):
         for block in blocks:
             block.tape = tape
         try:
-            packing = Packing(
-                [len(row) for row in rows], causal=self.config.attention == "causal", device=self.backbone.device
-            )
-            hidden = self.backbone.decode(self.embed_rows(items, rows), packing)
+            hidden = self.backbone.decode(self.embed_rows(items, rows), self.backbone.pack(rows))
         finally:
             for block in blocks:
                 block.tape = None
@@ -437,7 +443,9 @@ class Moon2Encoder(nn.Module):
 
     def vision_features(self, refs: Sequence[ImageRef]) -> np.ndarray:
         "(N, C) float32: mean frozen vision features, the trivial baseline for image search."
-        return self.backbone.vision_features(list(refs)).astype(np.float32).mean(axis=1)
+        features = self.backbone.vision_features(refs).astype(np.float32)
+        ends = np.cumsum([size.tokens for size in self.backbone.picture_sizes(refs)])
+        return np.stack([part.mean(axis=0) for part in np.split(features, ends[:-1])])
 
 
 def _as_item(product: Product | Item, view: str) -> Item:

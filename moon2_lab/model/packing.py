@@ -45,6 +45,7 @@ class Packing:
         given = None if positions is None else torch.as_tensor(positions, dtype=torch.int64).to(device)
         self.positions = self.position.unsqueeze(0) if given is None else given  # (axes, T)
         self.blocks = None if blocks is None else torch.as_tensor(blocks, dtype=torch.int64).to(device)
+        self.levels: Sequence[torch.Tensor] = ()  # (T, D) each: added to the hidden states after the first layers
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
 
     @staticmethod
