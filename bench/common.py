@@ -174,14 +174,12 @@ def give_features(encoder, refs) -> int:
     """
     store, keys = encoder.backbone.features, encoder.backbone._keys(list(refs))
     places = store.missing(keys)
-    generator = np.random.default_rng(0)
+    generator, size = np.random.default_rng(0), encoder.backbone.vision.picture_size
     for begin in range(0, len(places), 512):
         chunk = places[begin : begin + 512]
-        store.add(
-            [keys[place] for place in chunk],
-            generator.standard_normal((len(chunk), *store.shape), dtype=np.float32).astype(np.float16)
-            * np.float16(0.5),
-        )
+        shape = len(chunk) * size.tokens, store.channels
+        features = generator.standard_normal(shape, dtype=np.float32).astype(np.float16) * np.float16(0.5)
+        store.add([keys[place] for place in chunk], features, [size] * len(chunk))
     return len(places)
 
 

@@ -258,7 +258,10 @@ def test_the_masks_of_a_batch_are_computed_once(fake, monkeypatch):
 
 LEFT_BEHIND = {
     "indices": (encoder, "to_device", lambda values, device, dtype=None: torch.as_tensor(values, dtype=dtype)),
-    "packing": (encoder, "Packing", lambda lengths, causal=True, device=None: _packing(lengths, causal)),
+    "packing": (
+        backbone, "pack_rows",
+        lambda rows, placing, of_picture, causal, device: _pack(rows, placing, of_picture),
+    ),
     "keys": (step_module, "collate", lambda *a, **k: _stuck(*_collate(*a, **k))),
     "features": (
         backbone.Backbone, "vision_tokens",
@@ -269,7 +272,7 @@ LEFT_BEHIND = {
         lambda mask, size, device: torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).cpu(),
     ),
 }
-_packing, _collate = encoder.Packing, step_module.collate
+_pack, _collate = backbone.pack_rows, step_module.collate
 
 
 class Stuck(torch.Tensor):
@@ -298,8 +301,10 @@ def test_a_tensor_that_is_left_behind_is_found(fake, monkeypatch, what):
 
 def test_vision_works_where_the_weights_are(fake, monkeypatch):
     seen = []
-    plain = vision.PatchColours.__call__
-    monkeypatch.setattr(vision.PatchColours, "__call__", lambda self, *a: seen.append(plain(self, *a)) or seen[-1])
+    plain = vision.PatchColours.forward
+    monkeypatch.setattr(
+        vision.PatchColours, "forward", lambda self, images: seen.append(plain(self, images)[0]) or plain(self, images)
+    )
     there = tiny().place("auto").backbone.vision_features([picture(n) for n in range(3)])
     assert seen[0].device.type == "fake"
     without_device(monkeypatch)
@@ -318,12 +323,12 @@ def test_the_weights_of_the_vision_encoder_move(fake, monkeypatch):
             return self.fold(pixels)
 
     monkeypatch.setattr(vision.EfficientNetLite0, "_build", lambda self: Small().eval().requires_grad_(False))
-    frozen = vision.EfficientNetLite0()
+    frozen = vision.EfficientNetLite0(image_size=32, visual_tokens=4)
     images = [picture(n).load() for n in range(2)]
-    expected = frozen(images, 32, 4)
+    expected, _ = frozen(images)
     assert expected.device.type == "cpu"
-    there = frozen(images, 32, 4, fake)
-    assert there.device.type == "fake" and frozen.model.fold.weight.device.type == "fake"
+    there, _ = frozen.to(fake)(images)
+    assert there.device.type == "fake" and frozen.network.fold.weight.device.type == "fake"
     assert torch.equal(there.cpu(), expected)
 
 

@@ -74,9 +74,10 @@ def _pad_id(encoder: Moon2Encoder) -> int:
 
 @torch.no_grad()
 def _patch_vectors(encoder: Moon2Encoder, pictures: Sequence[ImageRef]) -> torch.Tensor:
-    "(N, V, D) connector outputs."
+    "(N, V, D) connector outputs of pictures of one size."
     backbone = encoder.backbone
-    return backbone.vision_tokens(torch.from_numpy(backbone.vision_features(list(pictures))).to(backbone.device))
+    features = torch.from_numpy(backbone.vision_features(pictures)).to(backbone.device)
+    return backbone.vision_tokens(features).unflatten(0, (len(pictures), -1))
 
 
 def mean_patch(

@@ -275,6 +275,8 @@ class Backbone(nn.Module):
 
     def picture_sizes(self, refs: Sequence[ImageRef]) -> list[PictureSize]:
         "How many token vectors each picture has, on which grid; encodes what is new where that depends on the picture."
+        if not refs:
+            return []
         if self.vision.picture_size is not None:
             return [self.vision.picture_size] * len(refs)
         self.cache_features(refs)

@@ -34,7 +34,7 @@ def prepare_trainable(
         )
     if config.lora_r and not encoder.lora:
         encoder.add_lora(config.lora_r, config.lora_alpha)
-    pretrained = encoder.backbone.spec.trained
+    pretrained = encoder.backbone.pretrained
     encoder.backbone.decoder.embed_tokens.requires_grad_(
         config.train_word_embeddings or not (pretrained or config.lora_r)
     )

@@ -58,7 +58,7 @@ def apart(encoder, items):
                 parts = []
                 for picture in item.pictures if view != "t" else ():
                     features = torch.from_numpy(encoder.backbone.vision_features([picture])).to(encoder.alignment)
-                    parts.append(encoder.backbone.connector(features)[0])
+                    parts.append(encoder.backbone.connector(features))
                 for text in item.texts if view != "i" else ():
                     parts.append(decoder.embed_tokens(torch.tensor(encoder.backbone.tokenize(text)[0])))
                 present.append(bool(parts) and not (view == "i" and item.image is None))
@@ -715,14 +715,12 @@ def mini(tmp_path_factory):
             encoder = Moon2Encoder.from_backbone(
                 "mini", **({"num_layers": 2, "num_experts": 4, "top_k": 2, "visual_tokens": 16} | fields)
             )
-            store = FeatureCache(
-                folder / str(encoder.config.visual_tokens),
-                (encoder.config.visual_tokens, encoder.backbone.vision.channels),
-            )
+            size = encoder.backbone.vision.picture_size
+            store = FeatureCache(folder / str(size.tokens), encoder.backbone.vision.channels)
             refs = list({item.image.key: item.image for item in items if item.image is not None}.values())
             new = encoder.backbone._keys(refs)
-            features = np.random.default_rng(0).standard_normal((len(new), *store.shape)) * 0.5
-            store.add(new, features.astype(np.float16))
+            features = np.random.default_rng(0).standard_normal((len(new) * size.tokens, store.channels)) * 0.5
+            store.add(new, features.astype(np.float16), [size] * len(new))
             encoder.backbone._features = store
             encoder.backbone.decoder.embed_tokens.requires_grad_(False)
             return encoder
