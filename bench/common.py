@@ -12,6 +12,8 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,6 +43,25 @@ def options(about: str, **defaults) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", help="also write the JSON object to this file")
     return parser
+
+
+@contextlib.contextmanager
+def noted_waits(device: torch.device) -> Iterator[Counter]:
+    """Yield a Counter of the lines at which the program waits for a CUDA device in the block, as torch notes them:
+    filled when the block ends. Of another device nothing is noted."""
+    lines: Counter = Counter()
+    if device.type != "cuda":
+        yield lines
+        return
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lines
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = (note for note in notes if "synchronizing CUDA operation" in str(note.message))
+    lines.update(f"{Path(note.filename).name}:{note.lineno}" for note in waits)
 
 
 def start(args) -> dict:

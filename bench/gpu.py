@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 import torch
-from common import TINY, catalogue, finish, give_features, options, own_cache, spread, start
+from common import TINY, catalogue, finish, give_features, noted_waits, options, own_cache, spread, start
 from moon2_lab.config import TrainConfig
 from moon2_lab.errors import UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
@@ -57,8 +57,17 @@ def take_steps(trainer: Trainer, count: int) -> list[float]:
     return seconds[2:]
 
 
+def waits_of_step(trainer: Trainer) -> dict[str, int]:
+    "The lines at which one more step of the trainer waits for the device, with how often each does."
+    with noted_waits(trainer.encoder.backbone.device) as lines:
+        for event in trainer:
+            if event.phase == "step":
+                break
+    return dict(lines.most_common())
+
+
 def training(args, catalog, device: torch.device, dtype: str) -> dict:
-    "Steps a second, tokens a second, memory and what was chosen."
+    "Steps a second, tokens a second, memory, waits of a step, and what was chosen."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer = trainer_on(args, catalog, device, dtype)
@@ -69,12 +78,17 @@ def training(args, catalog, device: torch.device, dtype: str) -> dict:
         "steps_per_second": 1 / spread(seconds)["median"],
     }
     result |= {"tokens_per_step": row["tokens"], "first_loss": trainer.history[0]["loss"]}
+    result["waits_of_step"] = waits_of_step(trainer)
     if device.type == "cuda":
         result["peak_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
     print(
         f"training, {dtype}, {result['kernel']}: {result['steps_per_second']:.2f} steps/s, "
         f"{row['tokens'] * result['steps_per_second']:,.0f} tokens/s, {result.get('peak_memory_mb', '-')} MB"
     )
+    waits = result["waits_of_step"]
+    where = ", ".join(f"{line} {count}x" for line, count in waits.items())
+    if device.type == "cuda":
+        print(f"  a step waits {sum(waits.values())} times for the device: {where}")
     return result
 
 

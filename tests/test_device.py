@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fake_device
 import numpy as np
 import pytest
 import torch
+from bench.common import noted_waits
 from fake_device import counted
 from moon2_lab import files, runtime
 from moon2_lab.cli.main import main
@@ -21,7 +24,8 @@ from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.explain import attention_recorder
 from moon2_lab.model import backbone, encoder, moe, vision
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective import contrastive
+from moon2_lab.objective import contrastive, recipes
+from moon2_lab.objective.objective import Moon2Objective, TripletViews, batch_masks
 from moon2_lab.training import step as step_module, trainer as trainer_module
 from moon2_lab.training.step import PHASES
 from moon2_lab.training.trainer import Trainer
@@ -230,30 +234,126 @@ def test_training_runs_on_the_device_and_agrees_with_the_cpu(fake, monkeypatch):
     assert np.allclose(there.table().loss, here.table().loss, rtol=1e-4)  # AdamW is fused on the CPU
 
 
-@pytest.mark.parametrize("kernel", ["loop", "grouped"])
-def test_a_step_waits_for_the_device_a_few_times(fake, kernel):
-    trainer = Trainer(tiny(), shop(40, mixed=True), settings(device="auto", filter_warmup_ratio=0.0))
-    trainer.encoder.set_expert_kernel(kernel)
+STEPS = {
+    "plain": {}, "negatives": {"negatives_per_query": 3, "intra_symmetric": True, "intra_negatives": "batch"},
+    "paper": {"preset": "paper"}, "filter on intra": {"filter_on_intra": True, "omega_routing": "shared"},
+    "lora": {"lora_r": 4, "lora_alpha": 8}, "prefixes": {"matryoshka_dims": (8, 16), "negatives_per_query": 2},
+}
+
+
+def whole_step(trainer):
+    "The waits of the trainer's second step, all it does between two steps included; and its row of the history."
     trainer.prepare_features()
+    for _ in PHASES:
+        next(trainer)
     with counted() as waits:
-        *_, last = trainer.events_of_step()
-    layers = len(trainer.encoder.moe_blocks) if kernel == "loop" else 0  # the loop has to know the size of each block
-    pairs = 2 if last.data["row"]["masked_pairs"] else 0  # and which pairs were masked is fetched where there are any
-    assert sum(waits.values()) - waits.pop("copy to device") == 3 + layers + pairs, dict(
-        waits
-    )  # which objectives have samples, the norms, the numbers of the history
+        *_, last = (next(trainer) for _ in PHASES)
+    assert last.phase == "step"
+    return waits, last.data["row"]
+
+
+@pytest.mark.parametrize("kernel", ["loop", "grouped"])
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_waits_for_the_device_once(fake, case, kernel):
+    "All numbers come in one copy. The kernel `loop` has to know the size of each expert's block, in every layer."
+    config = settings(device="auto", filter_warmup_ratio=0.0, **STEPS[case])
+    trainer = Trainer(tiny(), shop(40, mixed=True), config)
+    trainer.encoder.set_expert_kernel(kernel)
+    waits, row = whole_step(trainer)
+    layers = len(trainer.encoder.moe_blocks)
+    assert trainer.ledger.down_weighted and (trainer.ledger.masked or case == "paper")  # there was much to note
+    assert row["loss_aux"] > 0  # load balance
+    assert waits["copy to cpu"] == 1 + layers * (kernel == "loop"), waits
+    assert sum(waits.values()) < 10, waits
+    assert fake_device.calls["sort"] == layers, "only tokens are sorted there, by expert: no gates, no keys"
+
+
+@pytest.mark.parametrize("recipe", [recipes.UnalignedObjective, lambda config: recipes.DenseObjective()])
+def test_a_step_of_another_recipe_waits_once(fake, recipe):
+    config = settings(device="auto", filter_warmup_ratio=0.0)
+    trainer = Trainer(tiny(), shop(40, mixed=True), config, objective=recipe(config))
+    trainer.encoder.set_expert_kernel("grouped")
+    waits, row = whole_step(trainer)
+    assert waits["copy to cpu"] == 1 and sum(waits.values()) < 10 and np.isfinite(row["loss"]), waits
+
+
+def test_an_objective_that_reads_numbers_is_noticed(fake):
+    "The proof that the count sees what happens inside of a step."
+
+    class Curious(Moon2Objective):
+        def __call__(self, views, routing, keys):
+            self.seen = {name: x.tolist() for name, x in super().__call__(views, routing, keys).items()}
+            return super().__call__(views, routing, keys)
+
+    config = settings(device="auto")
+    trainer = Trainer(tiny(), shop(40), config, objective=Curious(config))
+    trainer.encoder.set_expert_kernel("grouped")
+    waits, _ = whole_step(trainer)
+    assert waits["copy to cpu"] > 10
+
+
+def test_numbers_come_to_the_cpu_together_and_unchanged(fake):
+    here = [
+        torch.tensor(0.1), torch.arange(3) + 2**40, torch.tensor([[True, False]]),
+        torch.tensor([0.1], dtype=torch.float64), torch.randn(5).bfloat16(), torch.empty(0),
+        torch.randn(4, 3).T, torch.ones(()).expand(2, 2),
+    ]
+    mixed = [x if n == 1 else x.to(fake) for n, x in enumerate(here)]
+    with counted() as waits:
+        fetched = step_module._to_host(mixed)
+    assert dict(waits) == {"copy to cpu": 1}
+    assert [(x.dtype, x.shape) for x in fetched] == [(x.dtype, x.shape) for x in here]
+    assert all(torch.equal(x, y) for x, y in zip(fetched, here))
 
 
 def test_the_masks_of_a_batch_are_computed_once(fake, monkeypatch):
     made = []
-    for module in (contrastive, sys.modules["moon2_lab.objective.objective"]):
+    for module in (contrastive, sys.modules["moon2_lab.objective.objective"], recipes):
         monkeypatch.setattr(
             module, "candidate_masks", lambda *a, _make=module.candidate_masks, **k: made.append(1) or _make(*a, **k)
         )
-    trainer = Trainer(tiny(), shop(40), settings(device="auto"))
-    for _, _phase in zip(PHASES[:5], trainer):
-        pass
+    trainer = Trainer(tiny(), shop(40, mixed=True), settings(device="auto", filter_warmup_ratio=0.0))
+    for _ in PHASES:
+        next(trainer)
+    assert trainer.ledger.masked
     assert len(made) == 5  # query against item; picture and title of positives and of negatives, both ways
+
+
+def test_masks_are_the_same_wherever_the_keys_are(fake):
+    "Made on the CPU and moved, without asking the device; or fetched first, where nobody knows them on the CPU."
+    trainer = Trainer(tiny(), shop(40, mixed=True), settings(device="auto"))
+    events = {event.phase: event.data for _, event in zip(PHASES, trainer)}
+    views, keys = events["views"]["views"], events["batch"]["keys"]
+    with counted() as waits:
+        known = batch_masks(keys.on_cpu(), views.on_cpu())
+        moved = known.to(fake)
+    assert not waits and moved.allowed.device.type == "fake"
+    alone = TripletViews(views.embedding, views.present)
+    for masks in (moved, batch_masks(keys, views), batch_masks(replace(keys, known=None).on_cpu(), alone.on_cpu())):
+        for name in ("allowed", "same_key", "repeated"):
+            assert torch.equal(getattr(masks, name).cpu(), getattr(known, name))
+    for role in "qpn":
+        for view in ("t", "i", "mm"):
+            assert torch.equal(views.known[role][view], views.present[role][view].cpu())
+
+
+def test_waits_on_cuda_are_noted_by_line(monkeypatch):
+    "As torch's debug mode warns of them, here without cuda; other warnings are not counted."
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with noted_waits(torch.device("cuda")) as lines:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert modes == ["warn", "default"] and list(lines.values()) == [3]
+    assert next(iter(lines)).startswith("test_device.py:")
+    with noted_waits(torch.device("cpu")) as lines:
+        pass
+    assert modes == ["warn", "default"] and not lines
 
 
 LEFT_BEHIND = {
@@ -267,10 +367,7 @@ LEFT_BEHIND = {
         backbone.Backbone, "vision_tokens",
         lambda self, features: self.connector(features.cpu().to(self.connector[1].weight.dtype)),
     ),
-    "masks": (
-        contrastive, "_or_true",
-        lambda mask, size, device: torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).cpu(),
-    ),
+    "masks": (contrastive.CandidateMasks, "to", lambda self, device: self),
 }
 _pack, _collate = backbone.pack_rows, step_module.collate
 
