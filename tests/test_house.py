@@ -347,7 +347,8 @@ def test_apps_see_the_demo_only():
 
 
 TORCH_FREE = (  # useful without a model
-    "errors", "files", "folders", "config", "runtime", "http", "augment.llm_client", "data.importers.encodings",
+    "errors", "files", "folders", "config", "runtime", "tiny_models", "http", "augment.llm_client",
+    "data.importers.encodings",
     "data.importers.records", "data.importers.json_reader", "data.importers.parquet_reader", "data.importers.readers",
     "data.importers.schemas", "data.importers.download", "data.importers.image_store", "data.importers.catalog_writer",
     "data.importers.splits", "data.importers.layouts", "data.importers.importer", "data.synthetic.materials",
