@@ -214,7 +214,7 @@ def hf_backbone(
 ) -> HFBackbone:
     """A multimodal model of transformers as backbone. `DataError` naming what is wrong with it, `LabError` when it cannot
     be had. Changes `config` where it says 0: layers, tokens a picture, pixels."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers import AutoConfig, AutoModel
 
     where = str(source or config.backbone)
     read = functools.partial(_read, where)
@@ -223,7 +223,7 @@ def hf_backbone(
     config.image_size = config.image_size or family.image_size
     _cut_layers(hf_config, config, where)
     tokenizer = FileTokenizer(where)
-    processor = read("image processor", lambda: AutoImageProcessor.from_pretrained(where, backend="pil"))
+    processor = read("image processor", lambda: pil_processor(where))
     options = {"dtype": dtype, "attn_implementation": {"text_config": register_packed_attention()}}
     with quiet_transformers():
         if pretrained:
@@ -232,6 +232,22 @@ def hf_backbone(
             base = read("config", lambda: AutoModel.from_config(hf_config, **options))
     _require_contract(base, where)
     return HFBackbone(config, base, processor, tokenizer, pretrained)
+
+
+def pil_processor(where: str):
+    "The image processor of a model that works on PIL pictures, whatever is installed. `DataError` where there is none."
+    import transformers
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    settings = ImageProcessingMixin.get_image_processor_dict(where)[0]
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
+    name = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    if not hasattr(transformers, f"{name}Pil"):
+        raise DataError(
+            f"the image processor {name or '(not named)'} needs torchvision", where=where,
+            advice="choose a model whose image processor has a form for PIL pictures",
+        )
+    return getattr(transformers, f"{name}Pil").from_pretrained(where)
 
 
 def _read(where: str, what: str, load: Callable):
@@ -246,8 +262,6 @@ def _read(where: str, what: str, load: Callable):
             advice = "give a folder, or a name that this machine can fetch from the hub (or has in its cache)"
             raise LabError(f"cannot have the {what} of {where!r} ({reason})", where=where, advice=advice) from error
         advice = "a file is missing, cut, or of another model: copy the folder again"
-        if "torchvision" in reason:
-            advice = "its image processor needs torchvision; choose a model whose processor works on PIL pictures"
         raise DataError(f"cannot read the {what} ({reason})", where=where, advice=advice) from error
 
 
