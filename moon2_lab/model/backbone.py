@@ -305,10 +305,16 @@ class Backbone(nn.Module):
         causal = self.config.attention == "causal"
         return pack_rows(rows, self.placing, self.picture_positions, causal, self.device)
 
-    def decode(self, tokens: torch.Tensor, packing: Packing) -> torch.Tensor:
+    def decode(
+        self,
+        tokens: torch.Tensor,
+        packing: Packing,
+        **more,  # arguments of the decoder
+    ) -> torch.Tensor:
         "(T, D') packed input vectors -> (T, D) last hidden states, after the final norm."
         positions = packing.positions if self.placing.axes == 1 else packing.positions.unsqueeze(1)
-        out = self.decoder(inputs_embeds=tokens.unsqueeze(0), position_ids=positions, packing=packing, use_cache=False)
+        given = {"position_ids": positions, "packing": packing, "use_cache": False}
+        out = self.decoder(inputs_embeds=tokens.unsqueeze(0), **given, **more)
         return out.last_hidden_state[0]
 
     def ffns(self) -> list[nn.Module]:

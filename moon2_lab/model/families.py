@@ -20,7 +20,7 @@ class Family:
     start: tuple[str, ...] = ()  # tokens at the beginning of a row
     before: tuple[str, ...] = ()  # tokens before a picture
     after: tuple[str, ...] = ()  # tokens behind a picture
-    blocks: str = "none"  # the patches of one picture see each other: none, all (layers), sliding (layers only)
+    blocks: str = "none"  # the patches of one picture see each other: none, or by the rule of `Packing`
     first: int = 0  # position of the first token of a row
     processor: Mapping[str, object] = field(default_factory=dict)  # options of the image processor: one view
     nested: bool = False  # the image processor wants [[picture], ...]
@@ -40,8 +40,12 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _QWEN),
     **dict.fromkeys(("smolvlm", "idefics3"), _IDEFICS),
     "gemma3": Family(
-        start=("<bos>",), before=("<start_of_image>",), after=("<end_of_image>",), blocks="all",
+        start=("<bos>",), before=("<start_of_image>",), after=("<end_of_image>",), blocks="within",
         processor={"do_pan_and_scan": False}, image_size=896, type_ids="token_type_ids",
+    ),
+    "gemma4": Family(
+        start=("<bos>",), before=("<|image>",), after=("<image|>",), blocks="sliding",
+        image_size=768, type_ids="mm_token_type_ids",
     ),
     "paligemma": Family(blocks="all", first=1, image_size=224, type_ids="token_type_ids", picture_is=0),
     "llava": _LLAVA,

@@ -129,6 +129,7 @@ class HFBackbone(Backbone):
         )
         self.family, self.picture_id = family, image_token_id(base.config)
         self.levels = vision.channels // self.width - 1  # of DeepStack
+        self.per_layer = getattr(decoder.config, "hidden_size_per_layer_input", 0) or 0  # inputs of each layer (Gemma 4)
         self._placed: dict[tuple[int, int], np.ndarray] = {}
         for layer in decoder.layers:
             for name in _STATEFUL & {child for child, _ in layer.named_children()}:
@@ -142,12 +143,21 @@ class HFBackbone(Backbone):
         return nn.Identity()
 
     def embed_text(self, ids: torch.Tensor) -> torch.Tensor:
-        "(..., T) ids -> (..., T, D * (1 + levels)): zeros behind the word's vector."
-        return F.pad(self.embedding(ids), (0, self.width * self.levels))
+        "(..., T) ids -> (..., T, D'): behind the word's vector zeros for the levels, or the word's inputs of each layer."
+        words = F.pad(self.embedding(ids), (0, self.width * self.levels))
+        if not self.per_layer:
+            return words
+        inputs = self.decoder.get_per_layer_inputs(ids.reshape(1, -1), None)[0].flatten(1)  # (T, layers * size)
+        return torch.cat([words, inputs.reshape(*ids.shape, inputs.shape[1]).to(words.dtype)], -1)
 
     def vision_tokens(self, features: torch.Tensor) -> torch.Tensor:
-        "(..., C) features -> the same as input vectors."
-        return features.to(self.embedding.weight.dtype)
+        "(..., C) features -> (..., D') input vectors: the same, and the inputs of each layer that padding has."
+        features = features.to(self.embedding.weight.dtype)
+        if not self.per_layer:
+            return features
+        padding = torch.full((1,), self.decoder.config.pad_token_id, device=features.device)
+        inputs = self.embed_text(padding)[0, self.width :]
+        return torch.cat([features, inputs.expand(*features.shape[:-1], -1)], -1)
 
     def picture_positions(self, size: PictureSize) -> np.ndarray:
         "(axes, V) positions of a picture's tokens, from 0: asked of the model, once for each grid."
@@ -164,11 +174,12 @@ class HFBackbone(Backbone):
         return self._placed[size.grid]
 
     def decode(self, tokens: torch.Tensor, packing: Packing) -> torch.Tensor:
-        "(T, D * (1 + levels)) packed input vectors -> (T, D) last hidden states, after the final norm."
-        first, *levels = tokens.split(self.width, -1)
+        "(T, D') packed input vectors -> (T, D) last hidden states, after the final norm."
+        first, rest = tokens.split([self.width, tokens.shape[1] - self.width], 1)
         packing = copy.copy(packing)
-        packing.levels = levels
-        return super().decode(first, packing)
+        packing.levels = rest.split(self.width, 1) if self.levels else ()
+        inputs = rest.unflatten(1, (-1, self.per_layer)).unsqueeze(0) if self.per_layer else None
+        return super().decode(first, packing, **({"per_layer_inputs": inputs} if self.per_layer else {}))
 
     def save(self, folder: Path) -> list[str]:
         "Write what is needed beside the weights into `folder`/backbone: config, tokenizer, processor. Names of files."

@@ -19,7 +19,7 @@ class Packing:
     """Where N rows of `lengths` lie in a packed sequence of T tokens, their positions, and which tokens see each other.
 
     `mask` says for a run of rows who sees whom: a token sees its row up to itself (all of it, if not `causal`) and the
-    tokens of its own block; a sliding window limits both."""
+    tokens of its own block. Layers with a sliding window limit the one, and by `block_rule` also the other."""
 
     def __init__(
         self,
@@ -28,9 +28,9 @@ class Packing:
         device=None,
         positions: np.ndarray | None = None,  # (axes, T) int64 for rotary embeddings; None: the place in the row
         blocks: np.ndarray | None = None,  # (T,) int64: the block of a token, counted over all rows; -1: none
-        blocks_everywhere: bool = True,  # False: only layers with a sliding window see blocks
+        block_rule: str = "all",  # layers see them: all, whole; within: all, inside their window; sliding: these only, so
     ):
-        self.causal, self.blocks_everywhere = causal, blocks_everywhere
+        self.causal, self.block_rule = causal, block_rule
         # the places are worked out on the CPU, where the lengths are, and then moved
         self.lengths = torch.as_tensor(lengths)
         ends = self.lengths.cumsum(0)
@@ -77,8 +77,8 @@ class Packing:
     ) -> torch.Tensor | None:  # None: the causal triangle is all
         "(rows or 1, 1, L, L) or (rows, 1, 1, L) bool: True where the token of a row sees another."
         _, rows, longest, slot = self.groups[group]
-        window = None if window is None or window >= longest else window
-        blocks = self.blocks if self.blocks_everywhere or window is not None else None
+        blocks = self.blocks if self.block_rule != "sliding" or window is not None else None
+        window = None if window is None or window >= longest else window  # too wide to matter
         if self.causal and window is None and blocks is None:
             return None
         if (group, window) not in self._masks:
@@ -93,14 +93,16 @@ class Packing:
         before = place[:, None] - place  # (L, L) how far the seen token lies before the seeing one
         if self.causal:
             seen = (before >= 0).expand(1, -1, -1)
-            if blocks is not None:
-                number = self.to_rows(group, blocks + 1)  # (rows, L), 0: no block, or padding
-                seen = seen | ((number[:, :, None] == number[:, None]) & (number > 0)[:, None])
         else:
             seen = (self.to_rows(group, torch.ones_like(self.row)) > 0)[:, None]  # (rows, 1, L) real tokens
-        if window is not None:
-            seen = (seen & (before < window)) | (before == 0)  # padding sees itself: no row of nothing
-        return seen[:, None]
+        near = before < (longest if window is None else window)
+        if blocks is not None:
+            number = self.to_rows(group, blocks + 1)  # (rows, L), 0: no block, or padding
+            together = (number[:, :, None] == number[:, None]) & (number > 0)[:, None]
+            seen = (seen & near) | together if self.block_rule == "all" else (seen | together) & near
+        else:
+            seen = seen & near
+        return (seen | (before == 0))[:, None]  # padding sees itself: no row of nothing
 
 # %% ../../nbs/model/305_packing.ipynb #e5257055
 _NOT_HERE = ("s_aux", "position_bias", "cache", "head_mask", "block_mask")  # what layers ask for beside softmax(q k) v

@@ -96,7 +96,7 @@ class Placing:
     "How a decoder places tokens, and which of them see each other both ways."
     axes: int = 1  # of a position
     first: int = 0  # position of the first token of a row
-    blocks: str = "none"  # the patches of one picture see each other: none, all (layers), sliding (layers only)
+    blocks: str = "none"  # the patches of one picture see each other: no, or by the rule of `Packing`: all, within, sliding
 
 
 def row_positions(
@@ -117,12 +117,15 @@ def row_positions(
 
 
 def picture_blocks(rows: Sequence[TokenRow]) -> np.ndarray:
-    "(T,) int64: for each packed token the picture, counted over all rows, whose patch it is; -1: none."
-    blocks, start, number = np.full(sum(map(len, rows)), -1), 0, 0
+    """(T,) int64: for each packed token the picture, counted over all rows, whose patch it is; -1: none. Pictures with no
+    token between them count as one, as the models do that know blocks."""
+    blocks, start, number = np.full(sum(map(len, rows)), -1), 0, -1
     for row in rows:
+        stop = None
         for span in row.patches:
+            number += span.start != stop
             blocks[start + span.start : start + span.stop] = number
-            number += 1
+            stop = span.stop
         start += len(row)
     return blocks
 
@@ -138,5 +141,4 @@ def pack_rows(
     plain = placing.axes == 1 and not placing.first  # then a position is the place in the row
     positions = None if plain else row_positions(rows, placing, of_picture)
     blocks = None if placing.blocks == "none" else picture_blocks(rows)
-    everywhere = placing.blocks != "sliding"
-    return Packing([len(row) for row in rows], causal, device, positions, blocks, everywhere)
+    return Packing([len(row) for row in rows], causal, device, positions, blocks, placing.blocks)
