@@ -72,16 +72,16 @@ def pick_device(
 
 def to_device(
     values,  # a tensor on the CPU, or (lists of) numbers
-    device,
+    device,  # None: where the values are
     dtype=None,  # of the tensor; None: as it comes
 ):
     """`values` as a tensor on `device`, without waiting for a GPU: the copy takes its turn there, from pinned memory that
     torch keeps until it is done. A tensor that is on a device already is moved as `Tensor.to` does."""
     import torch
 
-    tensor, kind = torch.as_tensor(values, dtype=dtype), torch.device(device).type
+    tensor, kind = torch.as_tensor(values, dtype=dtype), torch.device(device or "cpu").type
     if tensor.device.type != "cpu" or kind in ("cpu", "mps"):  # mps reads memory that may be free by then
-        return tensor.to(device)
+        return tensor.to(device=device)
     return (tensor.pin_memory() if kind == "cuda" else tensor).to(device, non_blocking=True)
 
 

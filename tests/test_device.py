@@ -263,8 +263,7 @@ def test_a_step_waits_for_the_device_once(fake, case, kernel):
     layers = len(trainer.encoder.moe_blocks)
     assert trainer.ledger.down_weighted and (trainer.ledger.masked or case == "paper")  # there was much to note
     assert row["loss_aux"] > 0  # load balance
-    assert waits["copy to cpu"] == 1 + layers * (kernel == "loop"), waits
-    assert sum(waits.values()) < 10, waits
+    assert dict(waits) == {"copy to cpu": 1 + layers * (kernel == "loop")}
     assert fake_device.calls["sort"] == layers, "only tokens are sorted there, by expert: no gates, no keys"
 
 
@@ -274,7 +273,7 @@ def test_a_step_of_another_recipe_waits_once(fake, recipe):
     trainer = Trainer(tiny(), shop(40, mixed=True), config, objective=recipe(config))
     trainer.encoder.set_expert_kernel("grouped")
     waits, row = whole_step(trainer)
-    assert waits["copy to cpu"] == 1 and sum(waits.values()) < 10 and np.isfinite(row["loss"]), waits
+    assert dict(waits) == {"copy to cpu": 1} and np.isfinite(row["loss"])
 
 
 def test_an_objective_that_reads_numbers_is_noticed(fake):
