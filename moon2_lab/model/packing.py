@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import UsageError
+from ..runtime import to_device
 
 # %% ../../nbs/model/305_packing.ipynb #94b31346
 class Packing:
@@ -38,13 +39,14 @@ class Packing:
         self.position = torch.arange(len(self.row)) - (ends - self.lengths)[self.row]  # (T,) place in its row
         runs = list(self._runs(lengths))
         slots = [(self.row[tokens] - first) * longest + self.position[tokens] for tokens, first, _, longest in runs]
-        slot = torch.cat(slots).to(device)
-        self.lengths, self.row, self.position = self.lengths.to(device), self.row.to(device), self.position.to(device)
+        slot = to_device(torch.cat(slots), device)
+        self.lengths, self.row = to_device(self.lengths, device), to_device(self.row, device)
+        self.position = to_device(self.position, device)
         # slot: of each token
         self.groups = [(tokens, rows, longest, slot[tokens]) for tokens, _, rows, longest in runs]
-        given = None if positions is None else torch.as_tensor(positions, dtype=torch.int64).to(device)
+        given = None if positions is None else to_device(positions, device, torch.int64)
         self.positions = self.position.unsqueeze(0) if given is None else given  # (axes, T)
-        self.blocks = None if blocks is None else torch.as_tensor(blocks, dtype=torch.int64).to(device)
+        self.blocks = None if blocks is None else to_device(blocks, device, torch.int64)
         self.levels: Sequence[torch.Tensor] = ()  # (T, D) each: added to the hidden states after the first layers
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
 
