@@ -171,13 +171,14 @@ def build_backbone(
     pretrained: bool = True,  # False: the same architecture with random weights (to be loaded, or as a baseline)
     saved: dict | None = None,  # of `Backbone.describe`, of a saved model
     folder: Path | None = None,  # of a saved model
+    device: torch.device | str = "cpu",  # where the random weights of a large model are drawn
 ) -> Backbone:
     """The backbone named in `config`: tiny, mini, a folder or hub id of a multimodal model. An unknown kind of model is
     certified first. `LabError` when its parts cannot be had, `DataError` when they are damaged or of no use."""
     if config.backbone in SMALL:
         return small_backbone(config, pretrained, saved, folder)
     source = folder / "backbone" if folder is not None else None
-    backbone = hf_backbone(config, source, pretrained)
+    backbone = hf_backbone(config, source, pretrained, getattr(torch, config.weights_dtype), device)
     if pretrained and backbone.vision.base.config.model_type not in FAMILIES:
         certify(backbone, config.backbone)
     return backbone

@@ -61,8 +61,10 @@ class Moon2Encoder(nn.Module):
     @classmethod
     def from_backbone(
         cls,
-        name: str = "mini",  # mini or tiny
+        name: str = "mini",  # mini, tiny, or the folder or hub id of a multimodal model of transformers
         seed: int = 0,
+        pretrained: bool = True,  # False: random weights of the same shape
+        device: torch.device | str = "cpu",  # where the random weights of a large model are drawn
         **fields,  # of EncoderConfig
     ) -> "Moon2Encoder":
         """A fresh encoder on backbone `name`. Raises `UsageError` for unknown fields, `LabError` when the backbone's
@@ -70,7 +72,7 @@ class Moon2Encoder(nn.Module):
         config = EncoderConfig(backbone=name, **fields)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls._upcycled(build_backbone(config), config)
+            return cls._upcycled(build_backbone(config, pretrained, device=device), config)
 
     @classmethod
     def _upcycled(cls, backbone: Backbone, config: EncoderConfig) -> "Moon2Encoder":

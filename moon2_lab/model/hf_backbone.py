@@ -43,6 +43,7 @@ class HFVision(VisionEncoder):
         super().__init__()
         self.base = base.eval().requires_grad_(False)
         self.processor, self.family, self.image_size = processor, family, image_size
+        self._place = self._place.to(next(base.parameters()).device)
         self._wanted = set(inspect.signature(base.get_image_features).parameters)
         blank = Image.new("RGB", (image_size, image_size), "white")
         features, (self._size,) = self.forward([blank])
@@ -170,7 +171,7 @@ class HFBackbone(Backbone):
             ask = self.vision.base.get_rope_index
             known = {"mm_token_type_ids": torch.ones_like(ids), "image_grid_thw": grid}
             asked = {name: value for name, value in known.items() if name in inspect.signature(ask).parameters}
-            self._placed[size.grid] = ask(ids, **asked)[0][:, 0].numpy()
+            self._placed[size.grid] = ask(ids, **asked)[0][:, 0].cpu().numpy()
         return self._placed[size.grid]
 
     def decode(self, tokens: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -222,6 +223,7 @@ def hf_backbone(
     source: Path | str | None = None,  # where to read instead, for a saved model: its folder `backbone`
     pretrained: bool = True,  # False: random weights, to be loaded
     dtype: torch.dtype = torch.float32,  # of the weights
+    device: torch.device | str = "cpu",  # where random weights are drawn: a large model takes minutes on the CPU
 ) -> HFBackbone:
     """A multimodal model of transformers as backbone. `DataError` naming what is wrong with it, `LabError` when it cannot
     be had. Changes `config` where it says 0: layers, tokens a picture, pixels."""
@@ -240,7 +242,8 @@ def hf_backbone(
         if pretrained:
             base = read("weights", lambda: AutoModel.from_pretrained(where, config=hf_config, **options))
         else:
-            base = read("config", lambda: AutoModel.from_config(hf_config, **options))
+            with torch.device(device):
+                base = read("config", lambda: AutoModel.from_config(hf_config, **options))
     _require_contract(base, where)
     return HFBackbone(config, base, processor, tokenizer, pretrained)
 
