@@ -1,5 +1,5 @@
 """One training step of published model shapes on a GPU: tokens a second, share of the measured matrix-product peak, peak
-memory beside the prediction, and how often the step waits for the device.
+memory beside the prediction, how often a step waits.
 
 The models are built from their published configs with random weights (speed and memory do not depend on the values):
 decoder frozen in bfloat16, low-rank experts in every layer, LoRA on attention, gradient checkpointing. Picture features
@@ -97,7 +97,7 @@ def timed_steps(trainer: Trainer, args, device: torch.device) -> dict:
     plan = trainer.plan()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds, begun, waits = [], time.perf_counter(), None
+    seconds, begun = [], time.perf_counter()
     for event in trainer:
         if event.phase == "step":
             synchronize(device)
