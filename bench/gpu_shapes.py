@@ -1,5 +1,5 @@
-"""One training step of published model shapes on a GPU: tokens a second, share of the measured matrix-product peak, memory
-beside the prediction, how often a step waits.
+"""One training step of published model shapes on a GPU: tokens a second, share of the measured matrix-product peak,
+memory beside the prediction, how often a step waits.
 
 The models are built from their published configs with random weights (speed and memory do not depend on the values):
 decoder frozen in bfloat16, low-rank experts in every layer, LoRA on attention, gradient checkpointing. Picture features
