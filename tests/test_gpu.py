@@ -1,5 +1,5 @@
-"""The whole path on a CUDA device: train in bfloat16, save, resume, evaluate, embed, explain; and the numbers of the CPU
-in float32 within bounds that are stated here."""
+"""The whole path on a CUDA device: train in bfloat16, save, resume, evaluate, embed, explain; and the numbers of the
+CPU in float32 within bounds that are stated here."""
 import numpy as np
 import pytest
 import torch
