@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 CPU, FOREIGN = 1, 12  # kDLCPU and kDLExtDev of DLPack
 COPIES = ("_to_copy", "copy_", "_copy_from")  # the operations that may see two devices
+INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")  # and indices may lie on the CPU: they are moved
 WAITS = {  # operations that hold the program until a GPU is done: their result, or its size, is needed by the CPU
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
     "unique_dim_consecutive", "equal", "is_nonzero", "bincount",
@@ -54,9 +55,11 @@ def _name(op) -> str:
 
 
 def _check(op, tensors: list[torch.Tensor]) -> None:
-    "One device for all, as on CUDA: only single numbers of the CPU may take part."
+    "One device for all, as on CUDA: only single numbers of the CPU may take part, and indices, which cost a wait."
     left = [t for t in tensors if not _is_fake(t) and t.dim() > 0]
-    if left and _name(op) not in COPIES and any(map(_is_fake, tensors)):
+    if left and _name(op) in INDEXED and _is_fake(tensors[0]):
+        waits["copy to device"] += 1
+    elif left and _name(op) not in COPIES and any(map(_is_fake, tensors)):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found fake:0 and {left[0].device} in {op}"
         )
@@ -145,6 +148,12 @@ def _copy(op, *args, **kwargs):
     return _relabel(out, FOREIGN) if target.type == "fake" else out
 
 
+def _convolution_backward(grad, rows, weight, *settings):
+    "The gradients of a convolution: of its input, its weight and, if asked for, its bias."
+    sizes = [weight.shape[1] * settings[5] if settings[3] else weight.shape[0]]
+    return _fallback(torch.ops.aten.convolution_backward.default, grad, rows, weight, sizes, *settings)
+
+
 def _low(op, *args, **kwargs):
     "What autocast does to matrix products."
     dtype = torch.get_autocast_dtype("fake")
@@ -200,6 +209,7 @@ def start() -> torch.device:
         makers.impl(
             "convolution_overrideable", functools.partial(_fallback, torch.ops.aten.convolution.default), "PrivateUse1"
         )
+        makers.impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
         library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
         for name in ("linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention"):
             makers.impl(name, functools.partial(_low, getattr(torch.ops.aten, name).default), "AutocastPrivateUse1")
