@@ -248,20 +248,23 @@ def hf_backbone(
     return HFBackbone(config, base, processor, tokenizer, pretrained)
 
 
-def pil_processor(where: str):
+def pil_processor(
+    where: str | Path,  # a folder or a hub id
+    revision: str | None = None,  # on the hub
+):
     "The image processor of a model that works on PIL pictures, whatever is installed. `DataError` where there is none."
     import transformers
     from transformers.image_processing_base import ImageProcessingMixin
 
-    settings = ImageProcessingMixin.get_image_processor_dict(where)[0]
+    settings = ImageProcessingMixin.get_image_processor_dict(where, revision=revision)[0]
     name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
     name = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if not hasattr(transformers, f"{name}Pil"):
         raise DataError(
-            f"the image processor {name or '(not named)'} needs torchvision", where=where,
+            f"the image processor {name or '(not named)'} needs torchvision", where=str(where),
             advice="choose a model whose image processor has a form for PIL pictures",
         )
-    return getattr(transformers, f"{name}Pil").from_pretrained(where)
+    return getattr(transformers, f"{name}Pil").from_pretrained(where, revision=revision)
 
 
 def _read(where: str, what: str, load: Callable):
