@@ -369,6 +369,10 @@ class TrainConfig(EncoderConfig):
             and len(set(self.matryoshka_dims)) == len(self.matryoshka_dims), "matryoshka_dims",
             "each at least 1, and named once",
         )
+        self.require(
+            self.dtype != "float32" or self.weights_dtype == "float32", "dtype",
+            "weights in bfloat16 cannot calculate in float32: set weights_dtype=float32, too",
+        )
         self.require(self.max_steps > 0 or self.max_minutes > 0, "max_steps", "give max_steps or max_minutes")
 
     def encoder_fields(self) -> dict:

@@ -18,6 +18,7 @@ import torch
 from ..config import TrainConfig
 from ..errors import DataError
 from ..model.encoder import Moon2Encoder
+from ..model.memory import cast_weights, require_not_reentrant
 from ..model.moe import ExpertLayer
 from ..runtime import NumericChoices, device_counts, pick_device, set_threads
 
@@ -26,18 +27,22 @@ def prepare_trainable(
     encoder: Moon2Encoder,
     config: TrainConfig,
 ) -> None:
-    """Set which parameters get gradients, in place; adds LoRA when `lora_r` is set. Warns where a router gets no
+    """Set which parameters get gradients, in which dtype, in place; adds LoRA when `lora_r` is set. `UsageError` for
+    checkpointing in the way that loses gradients. Warns where a router gets no
     gradient from the task: the renormalised weight of a single chosen expert is 1, whatever its gate."""
     if encoder.moe_blocks and encoder.config.top_k == 1 < encoder.config.num_experts and not encoder.config.gate_scale:
         warnings.warn(
             "top_k=1: the router gets no gradient from the task -> set gate_scale=true, or top_k=2", stacklevel=3
         )
     if config.lora_r and not encoder.lora:
-        encoder.add_lora(config.lora_r, config.lora_alpha)
-    pretrained = encoder.backbone.pretrained
-    encoder.backbone.decoder.embed_tokens.requires_grad_(
-        config.train_word_embeddings or not (pretrained or config.lora_r)
-    )
+        encoder.add_lora(config.lora_r, config.lora_alpha, config.lora_experts)
+    fresh = not (encoder.backbone.pretrained or config.lora_r or config.weights_dtype != "float32")
+    encoder.backbone.embedding.requires_grad_(config.train_word_embeddings or fresh)
+    if config.weights_dtype != "float32":
+        cast_weights(encoder.backbone.decoder, getattr(torch, config.weights_dtype))
+    if config.gradient_checkpointing:
+        encoder.checkpoint_gradients()
+    require_not_reentrant(encoder.backbone.decoder)
 
 # %% ../../nbs/training/550_optim.ipynb #777bbfd4
 GROUPS = ("connector", "router", "experts", "rest")
