@@ -6,9 +6,7 @@
 __all__ = ['Moon2Encoder', 'perturb_experts']
 
 # %% ../../nbs/model/360_encoder.ipynb #a3ea08a7
-import copy
 import dataclasses
-import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +24,10 @@ from ..files import atomic_path, read_json, write_json
 from ..folders import SUMS, require_checksums, write_checksums
 from .backbone import Backbone
 from .certify import build_backbone
+from .copies import full_experts_copy, merged_copy, without_training
 from .item_views import ItemViews, LayerGates, join_views, mean_by_item, pool_index
 from .lora import add_lora
+from .memory import checkpoint_gradients, freeze_base, weights_digest
 from .moe import ExpertLayer, KERNELS, LayerRouting, faster_kernel, measured_once
 from .token_rows import TokenRow, separate_rows, shared_rows
 from .upcycling import add_experts
@@ -51,6 +51,7 @@ class Moon2Encoder(nn.Module):
         self.compute_dtype = torch.float32  # bfloat16: autocast; on the CPU in training only
         self.last_missing: dict[str, list[str]] = {}
         self.lora: list = []  # the LoRA wrapper, in a list: the decoder must not be registered twice
+        self.on_pretrained = False  # True: frozen weights are those that the backbone came with
         self.shares_rows = config.attention == "causal"
         if not self.shares_rows:
             what = "image tokens see the text, so each view is encoded by a pass of its own"
@@ -72,13 +73,18 @@ class Moon2Encoder(nn.Module):
         config = EncoderConfig(backbone=name, **fields)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls._upcycled(build_backbone(config, pretrained, device=device), config)
+            encoder = cls._upcycled(build_backbone(config, pretrained, device=device), config)
+        encoder.on_pretrained = pretrained
+        return encoder
 
     @classmethod
     def _upcycled(cls, backbone: Backbone, config: EncoderConfig) -> "Moon2Encoder":
         "Turn the FFNs of the MoE layers into experts and draw W*."
         add_experts(backbone, config)
         encoder = cls(backbone, config)
+        if config.weights_dtype == "bfloat16":
+            freeze_base(backbone.decoder, torch.bfloat16)
+            encoder.compute_dtype = torch.bfloat16
         with torch.no_grad():
             encoder.alignment.normal_(std=config.router_std if config.num_experts else 0.0)
         return encoder
@@ -163,15 +169,14 @@ class Moon2Encoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         "12 hex digits that change with any weight."
-        digest = hashlib.sha256(repr(sorted(self.config.identity().items())).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:12]
+        return weights_digest(self, repr(sorted(self.config.identity().items())))
 
     def untrained(self) -> "Moon2Encoder":
-        """A fresh encoder on the same backbone and device. Plain FFN: at step 0 the mixture equals it, at half the
-        price."""
+        """A fresh encoder on the same backbone and device, sharing the frozen weights where it can. Plain FFN: at step
+        0 the mixture equals it, at half the price."""
+        shared = without_training(self)
+        if shared is not None:
+            return shared
         fields = dataclasses.asdict(self.config) | {"num_experts": 0}
         fresh = Moon2Encoder.from_backbone(fields.pop("backbone"), **fields).eval().to(self.backbone.device)
         fresh.compute_dtype = self.compute_dtype
@@ -199,19 +204,22 @@ class Moon2Encoder(nn.Module):
         widened = torch.cat([self.alignment.detach()[:, :count], drawn.to(self.alignment)], 1)
         self.alignment = nn.Parameter(widened, requires_grad=self.alignment.requires_grad)
 
-    def add_lora(self, rank: int, alpha: int) -> None:
-        """Freeze the decoder and add LoRA of `rank` to attention and feed-forward; router, connector and W* stay
-        trainable."""
-        self.lora = [add_lora(self.backbone.decoder, rank, alpha)]
+    def add_lora(self, rank: int, alpha: int, experts: str = "lora") -> None:
+        """Freeze the decoder and add LoRA of `rank`, see `lora.add_lora`; router, low-rank experts, connector and W*
+        stay trainable."""
+        self.lora = [add_lora(self.backbone.decoder, rank, alpha, experts)]
 
     def merged(self) -> "Moon2Encoder":
-        "The encoder itself, or a copy with its LoRA updates merged into the weights."
-        if not self.lora:
-            return self
-        twin = copy.deepcopy(self)
-        twin.backbone.decoder = twin.lora[0].merge_and_unload()
-        twin.lora = []
-        return twin
+        "The encoder itself, or a copy with its LoRA updates merged into the weights; it shares all other weights."
+        return merged_copy(self) if self.lora else self
+
+    def with_full_experts(self) -> "Moon2Encoder":
+        "The encoder, or a copy whose low-rank experts are full ones: equal vectors, and Z times their memory."
+        return full_experts_copy(self)
+
+    def checkpoint_gradients(self, on: bool = True) -> None:
+        "Keep one vector a layer and token for the backward pass, and calculate the rest again; in training mode only."
+        checkpoint_gradients(self.backbone.decoder, on)
 
     # ------------------------------------------------------------------------------------------ device
 
@@ -224,7 +232,8 @@ class Moon2Encoder(nn.Module):
         is not there."""
         target = device if isinstance(device, torch.device) else pick_device(device)
         self.to(target)
-        kind = self.choose_dtype(dtype) if target.type != "cpu" or dtype != "auto" else "float32"
+        measured = target.type != "cpu" or dtype != "auto" or self.config.weights_dtype != "float32"
+        kind = self.choose_dtype(dtype) if measured else "float32"
         self.compute_dtype = getattr(torch, kind)
         self.set_expert_kernel("loop" if target.type == "cpu" else self.choose_kernel(kind))
         return self
@@ -232,7 +241,8 @@ class Moon2Encoder(nn.Module):
     @property
     def encode_dtype(self) -> torch.dtype:
         "What `encode` calculates in: as training does, but float32 on the CPU, whatever training does there."
-        return torch.float32 if self.backbone.device.type == "cpu" else self.compute_dtype
+        reduced = self.config.weights_dtype == "bfloat16" or self.backbone.device.type != "cpu"
+        return self.compute_dtype if reduced else torch.float32
 
     def choose_dtype(
         self,
@@ -241,6 +251,8 @@ class Moon2Encoder(nn.Module):
         """float32 or bfloat16, measured once on the device where the encoder is; small matrices gain nothing from
         bfloat16."""
         device = self.backbone.device
+        if self.config.weights_dtype == "bfloat16":  # such weights calculate under autocast only
+            return "bfloat16"
         if wanted != "auto" or self.embedding_dim < 256:
             return "float32" if wanted == "auto" else wanted
         return measured_once(f"dtype {device_name(device)}", lambda: str(pick_dtype(device)).removeprefix("torch."))
@@ -261,7 +273,8 @@ class Moon2Encoder(nn.Module):
         "Use kernel `name` in every block of experts; `UsageError` for one that experts of this kind do not have."
         known = self.moe_blocks[0].kernels if self.moe_blocks else KERNELS
         if name not in known:
-            raise UsageError(f"unknown expert kernel {name!r}", where="expert_kernel", advice=f"one of {', '.join(known)}")
+            advice = f"one of {', '.join(known)}"
+            raise UsageError(f"unknown expert kernel {name!r}", where="expert_kernel", advice=advice)
         for block in self.moe_blocks:
             block.kernel = name
 
