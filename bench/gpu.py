@@ -78,14 +78,14 @@ def training(args, catalog, device: torch.device, dtype: str) -> dict:
         "steps_per_second": 1 / spread(seconds)["median"],
     }
     result |= {"tokens_per_step": row["tokens"], "first_loss": trainer.history[0]["loss"]}
-    result["waits_of_step"] = waits_of_step(trainer)
+    waits = waits_of_step(trainer)
     if device.type == "cuda":
+        result["waits_of_step"] = waits
         result["peak_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
     print(
         f"training, {dtype}, {result['kernel']}: {result['steps_per_second']:.2f} steps/s, "
         f"{row['tokens'] * result['steps_per_second']:,.0f} tokens/s, {result.get('peak_memory_mb', '-')} MB"
     )
-    waits = result["waits_of_step"]
     where = ", ".join(f"{line} {count}x" for line, count in waits.items())
     if device.type == "cuda":
         print(f"  a step waits {sum(waits.values())} times for the device: {where}")

@@ -72,7 +72,8 @@ def _count(op, args: list) -> None:
     put = (
         name == "_index_put_impl_" and any(t.dtype == torch.bool for t in tensors[1:-1]) and tensors[-1].numel() != 1
     )  # one value: masked_fill
-    if name in WAITS or put or name == "repeat_interleave":
+    slow = name == "_grouped_mm" and tensors[0].dtype != torch.bfloat16  # a loop, which has to know the sizes of groups
+    if name in WAITS or put or slow or name == "repeat_interleave":
         waits[name] += 1
 
 

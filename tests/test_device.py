@@ -73,16 +73,23 @@ def test_the_fake_device_is_the_cpu_under_another_name(fake):
         ("copy to cpu", lambda x: x.tolist()), ("copy to device", lambda x: torch.ones(2).to(x.device)),
         ("copy to device", lambda x: x.new_tensor(0.5)), (None, lambda x: runtime.to_device([1, 2], x.device)),
         ("bincount", lambda x: torch.bincount(x.long().flatten().abs())),
-        ("_unique2", lambda x: torch.unique(x)),
+        ("_unique2", lambda x: torch.unique(x)), ("_grouped_mm", lambda x: by_group(x)),
+        (None, lambda x: by_group(x.bfloat16())), ("copy to device", lambda x: x[torch.tensor([1, 0])]),
         ("repeat_interleave", lambda x: torch.repeat_interleave(x.long().flatten().abs())),
         (None, lambda x: torch.where(x > 0, x, 0).sum(0).cumsum(0)),
     ],
 )
 def test_what_a_gpu_is_waited_for_is_counted(fake, wait, act):
-    values = torch.randn(4, 4).to(fake)
+    values = torch.randn(4, 8).to(fake)
     with counted() as waits:
         act(values)
     assert set(waits) == ({wait} if wait else set())
+
+
+def by_group(rows):
+    "Rows times a matrix for each half of them."
+    matrices = torch.ones(2, rows.shape[1], 8, dtype=rows.dtype, device=rows.device)
+    return moe._GROUPED_MM(rows, matrices, offs=torch.arange(2, 5, 2, dtype=torch.int32, device=rows.device))
 
 
 # ---------------------------------------------------------------------------------------------- choosing
@@ -257,8 +264,10 @@ def whole_step(trainer):
 @pytest.mark.parametrize("kernel", ["loop", "grouped"])
 @pytest.mark.parametrize("case", STEPS)
 def test_a_step_waits_for_the_device_once(fake, case, kernel):
-    "All numbers come in one copy. The kernel `loop` has to know the size of each expert's block, in every layer."
-    config = settings(device="auto", filter_warmup_ratio=0.0, **STEPS[case])
+    """All numbers come in one copy. The kernel `loop` has to know the size of each expert's block, in every layer; so
+    has `grouped` in float32, which is no single product there."""
+    dtype = "float32" if kernel == "loop" else "bfloat16"
+    config = settings(device="auto", dtype=dtype, filter_warmup_ratio=0.0, **STEPS[case])
     trainer = Trainer(tiny(), shop(40, mixed=True), config)
     trainer.encoder.set_expert_kernel(kernel)
     waits, row = whole_step(trainer)
@@ -283,7 +292,7 @@ def test_a_step_waits_for_the_device_once(fake, case, kernel):
 def test_a_step_of_a_model_of_transformers_waits_once(fake, tmp_path, family, fields):
     "Positions with three axes, pictures as blocks, windows, states, levels, each kind of experts."
     encoder = Moon2Encoder.from_backbone(str(tiny_model(family, tmp_path / family)), **fields)
-    config = settings(device="auto", filter_warmup_ratio=0.0, per_device_train_batch_size=4)
+    config = settings(device="auto", dtype="bfloat16", filter_warmup_ratio=0.0, per_device_train_batch_size=4)
     trainer = Trainer(encoder, shop(20, mixed=True), config)
     trainer.encoder.set_expert_kernel("masked" if fields.get("experts") == "lowrank" else "grouped")
     waits, row = whole_step(trainer)
@@ -292,7 +301,7 @@ def test_a_step_of_a_model_of_transformers_waits_once(fake, tmp_path, family, fi
 
 @pytest.mark.parametrize("recipe", [recipes.UnalignedObjective, lambda config: recipes.DenseObjective()])
 def test_a_step_of_another_recipe_waits_once(fake, recipe):
-    config = settings(device="auto", filter_warmup_ratio=0.0)
+    config = settings(device="auto", dtype="bfloat16", filter_warmup_ratio=0.0)
     trainer = Trainer(tiny(), shop(40, mixed=True), config, objective=recipe(config))
     trainer.encoder.set_expert_kernel("grouped")
     waits, row = whole_step(trainer)
@@ -307,7 +316,7 @@ def test_an_objective_that_reads_numbers_is_noticed(fake):
             self.seen = {name: x.tolist() for name, x in super().__call__(views, routing, keys).items()}
             return super().__call__(views, routing, keys)
 
-    config = settings(device="auto")
+    config = settings(device="auto", dtype="bfloat16")
     trainer = Trainer(tiny(), shop(40), config, objective=Curious(config))
     trainer.encoder.set_expert_kernel("grouped")
     waits, _ = whole_step(trainer)
