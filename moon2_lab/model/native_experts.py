@@ -19,8 +19,8 @@ def relative_gap(
     made: nn.Module,  # what is to give the same
     weight: torch.Tensor,  # (..., D) one of its weights: for width, dtype and device
 ) -> float:  # 0: the same up to rounding
-    "Largest difference of two blocks over the largest output; 0 where there are no numbers (meta, not yet read)."
-    if weight.is_meta:
+    "Largest difference of two blocks over the largest output; 0 where there are no numbers (meta, fake, not yet read)."
+    if weight.is_meta or hasattr(weight, "fake_mode"):
         return 0.0
     width = weight.shape[-1]
     rows = torch.linspace(-1, 1, 4 * width, device=weight.device, dtype=weight.dtype).cos().view(1, 4, width) * 7 % 1

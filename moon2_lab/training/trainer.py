@@ -456,10 +456,14 @@ class Trainer:
 
     def resume(self, allow_drift: bool = False, checkpoint: tuple | None = None) -> None:
         """Go on from the newest checkpoint of the run folder, or from `checkpoint`, one that was read. Raises
-        `DriftError` when rounding would differ, `UsageError` for another catalogue and other settings."""
+        `DriftError` when rounding would differ, `UsageError` for another catalogue and other settings, `DataError` for
+        another base model."""
         checkpoint = checkpoint or newest_checkpoint(self.out)
         self._require_same_run(checkpoint)
         folder, (tensors, meta, history) = checkpoint
+        if meta.get("base") not in (None, base_digest(self.encoder)):  # None: all weights are in the checkpoint
+            advice = "resume with the backbone of the first run, in the version of then"
+            raise DataError("the checkpoint was made on another base model", where=str(folder), advice=advice)
         stored = NumericChoices(**meta["choices"])
         choices = resumed_choices(stored, self.config)
         choices.require_same(stored, str(folder), allow_drift)
@@ -468,12 +472,9 @@ class Trainer:
         self.restore((tensors, meta, history.to_dict("records")))
 
     def _require_same_run(self, checkpoint: tuple) -> None:
-        "Raise an error where a checkpoint is of another catalogue, of other settings or of another base."
+        "Raise `UsageError` where a checkpoint is of another catalogue or of other settings."
         folder, (_, meta, _) = checkpoint
         if meta["data_hash"] != self.catalog.data_hash:
             advice = "resume with the catalogue of the first run"
             raise UsageError("the checkpoint was made with another catalogue", where=str(folder), advice=advice)
         require_same_settings(meta["config"], self.config, str(folder))
-        if meta.get("base") not in (None, base_digest(self.encoder)):  # None: all weights are in the checkpoint
-            advice = "resume with the backbone of the first run, in the version of then"
-            raise DataError("the checkpoint was made on another base model", where=str(folder), advice=advice)
