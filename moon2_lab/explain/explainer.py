@@ -15,7 +15,7 @@ import numpy as np
 from ..data.products import Item
 from ..errors import UsageError
 from ..evaluation.statistics import LEVEL
-from .attention import item_in_view, side_tokens, word_attention
+from .attention import word_attention
 from moon2_lab.explain.attribution import (
     AttributionInputs, attribute_side, attribution_inputs, fitting_method, fitting_methods, pick_side,
     raise_if_cancelled, require_vision,
@@ -25,6 +25,7 @@ from moon2_lab.explain.faithfulness import (
     FEW_FEATURES, Faithfulness, correct_for_methods, measure_faithfulness, random_gains, redrawn_copy, without_own,
 )
 from .heatmap_data import Attribution, PairMaps, SideMaps
+from .side_tokens import item_in_view, side_tokens
 from ..model.encoder import Moon2Encoder
 from ..model.vision import square
 from ..runtime import progress as progress_bar
@@ -53,8 +54,7 @@ def _read_side(
     if encoder.moe_blocks:
         routing = token_routing(encoder, item)
         recorded |= {"experts": routing.experts, "expert_layers": routing.layers}
-    grid = int(side.patches**0.5)
-    return SideMaps(name, side.text, side.words, image, grid, unread=side.unread, **recorded)
+    return SideMaps(name, side.text, side.words, image, side.grid, unread=side.unread, **recorded)
 
 # %% ../../nbs/explain/650_explainer.ipynb #b5428902
 def _hashable(settings: dict) -> tuple:

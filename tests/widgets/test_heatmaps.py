@@ -16,9 +16,9 @@ from PIL import Image
 
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.faithfulness import Faithfulness
-from moon2_lab.explain.heatmap_data import Attribution, PairMaps, map_json, maps_json, _pack_shares, pair_payload
+from moon2_lab.explain.heatmap_data import Attribution, PairMaps, _pack_shares, map_json, maps_json, pair_payload
 from moon2_lab.reporting.attention_figures import layer_head_figure
-from moon2_lab.reporting.heatmap_figures import pair_map_figure, pair_map_plot, _plot_png, show_static, static_png
+from moon2_lab.reporting.heatmap_figures import _plot_png, pair_map_figure, pair_map_plot, show_static, static_png
 from moon2_lab.reporting.heatmap_page import heat_page, write_heat_page
 from moon2_lab.reporting.html import inline_json
 from moon2_lab.testing import made_up_pair, made_up_side
@@ -215,7 +215,7 @@ class Counting:
             raise self.error
         progress(1.0)
         found = self.pair.side(side)
-        return Attribution(method, np.linspace(-1, 1, len(found.words)), np.eye(found.grid)), self.faith
+        return Attribution(method, np.linspace(-1, 1, len(found.words)), np.eye(*found.grid)), self.faith
 
 
 def test_computed_on_demand_once():
