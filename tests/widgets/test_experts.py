@@ -58,6 +58,8 @@ def unusual():
         "without picture": made_up_routing("red mug", grid=0),
         "without title": made_up_routing("", grid=4),
         "one word": made_up_routing("mug"),
+        "three by seven patches": made_up_routing("red mug", grid=(3, 7)),
+        "a picture as a whole": made_up_routing("red mug", grid=(1, 1)),
         "64 words, 16 experts": made_up_routing(" ".join(["stoneware"] * 64), grid=7, layers=4, experts=16),
         "long word": made_up_routing("x" * 400 + " mug"),
         "hostile": dataclasses.replace(made_up_routing(HOSTILE), name="<b>p1</b>"),
