@@ -149,7 +149,7 @@ def refuse_more(module: nn.Module, key: torch.Tensor, mask: torch.Tensor | None,
 
 # %% ../../nbs/explain/610_attention_recorder.ipynb #953c0720
 def sees_causally(module: nn.Module, own: str, mask: torch.Tensor | None, settings: Mapping) -> bool:
-    "Whether the layer hides later tokens by rule: eager attention does so by its mask only, packed rows say all in one."
+    "Whether the layer hides later tokens by rule: eager attention does so by its mask only, as packed rows may."
     if settings.get("packing") is not None:
         return settings["packing"].causal and mask is None
     causal = settings.get("is_causal")

@@ -88,7 +88,7 @@ class EncoderScore(_RowScore):
 
 # %% ../../nbs/explain/605_pair_score.ipynb #369449a3
 def frozen_copy(encoder: Moon2Encoder) -> Moon2Encoder:
-    "A copy that shares the weights (merged, where there is LoRA) and the vision encoder, but no hooks and no gradients."
+    "A copy that shares weights (merged, where there is LoRA) and vision encoder, but no hooks and no gradients."
     encoder = encoder.merged()
     backbone = encoder.backbone
     memo = {id(shared): shared for shared in (backbone.tokenizer, backbone.vision, backbone._features)}
