@@ -13,7 +13,9 @@ from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.errors import LabError
 from moon2_lab.explain import attention_recorder
-from moon2_lab.explain.attention import attention_of, rollout, word_attention
+from moon2_lab.explain.attention import (
+    _probe_attention, attention_gradient, attention_of, rollout, word_attention,
+)
 from moon2_lab.explain.attention_recorder import attention_layers, other_layers
 from moon2_lab.explain.attribution import METHODS, attribute_side, fitting_methods
 from moon2_lab.explain.content_focus import focus_table
@@ -140,7 +142,8 @@ def test_the_score_is_that_of_the_embeddings_and_its_parts_add_up(family):
         for name in ("ig", "shapley"):
             found = attribute_side(encoder, query, item, side, name, samples=2)
             assert abs(found.delta) <= 0.01 * abs(found.values.sum() - found.delta) + 1e-3, (name, found.note)
-    assert float(vectors[0] @ vectors[1]) == pytest.approx(Explainer(encoder, query, item, trials=0).pair.score, abs=1e-6)
+    shown = Explainer(encoder, query, item, trials=0).pair.score
+    assert float(vectors[0] @ vectors[1]) == pytest.approx(shown, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -162,25 +165,23 @@ def test_every_method_gives_each_patch_and_word_a_number(family):
     np.testing.assert_allclose(routing.weights.mean((0, 1)), own, atol=1e-5)
 
 
-def test_attention_times_gradient_by_hand():
+@pytest.mark.parametrize("family", ["gemma3", "paligemma2", "qwen3_vl"])
+def test_attention_times_gradient_by_hand(family):
     "Blocks, windows, a soft cap and a frame: probes change no score, and the parts are those of autograd."
-    from moon2_lab.explain.attention import _probe_attention, attention_gradient
-
-    for family in ("gemma3", "paligemma2", "qwen3_vl"):
-        encoder, (query, item) = encoder_of(family), pair()
-        score, real, _ = score_function(encoder, item, query)
-        plain = score(*real).item()
-        probes, kept = _probe_attention(score.encoder.backbone.decoder), []
-        hooks = [probe.register_forward_hook(lambda module, args, out: kept.append(out)) for probe in probes]
-        value = score(*(part.clone().requires_grad_() for part in real))
-        gradients = torch.autograd.grad(value.sum(), kept)
-        for hook in hooks:
-            hook.remove()
-        assert value.item() == pytest.approx(plain, abs=1e-6)
-        by_hand = sum((w * g)[0].mean((0, 1)) for w, g in zip(kept, gradients, strict=True))[score.side.places]
-        found = np.concatenate(attention_gradient(score, real))
-        np.testing.assert_allclose(found, by_hand.detach().numpy(), atol=1e-7)
-        assert np.abs(found).max() > 1e-5
+    encoder, (query, item) = encoder_of(family), pair()
+    score, real, _ = score_function(encoder, item, query)
+    plain = score(*real).item()
+    probes, kept = _probe_attention(score.encoder.backbone.decoder), []
+    hooks = [probe.register_forward_hook(lambda module, args, out: kept.append(out)) for probe in probes]
+    value = score(*(part.clone().requires_grad_() for part in real))
+    gradients = torch.autograd.grad(value.sum(), kept)
+    for hook in hooks:
+        hook.remove()
+    assert value.item() == pytest.approx(plain, abs=1e-6)
+    by_hand = sum((w * g)[0].mean((0, 1)) for w, g in zip(kept, gradients, strict=True))[score.side.places]
+    found = np.concatenate(attention_gradient(score, real))
+    np.testing.assert_allclose(found, by_hand.detach().numpy(), atol=1e-7)
+    assert np.abs(found).max() > 1e-5
 
 
 def test_layers_without_attention_are_passed_over_and_named():
@@ -202,7 +203,8 @@ def test_a_picture_that_is_no_grid_has_one_number():
         found = attribute_side(encoder, query, item, method=name, samples=2, steps=8, most_steps=16)
         assert found.patches.shape == (1, 1) and len(found.words) == 5 and "one number, as a whole" in found.note
     maps = Explainer(encoder, query, item, trials=20).maps(["gradient", "attention"])
-    assert maps.item.grid == (1, 1) and maps.item.links.shape[2:] == (5, 1) and maps.item.faith["gradient"].features == 6
+    assert maps.item.grid == (1, 1) and maps.item.links.shape[2:] == (5, 1)
+    assert maps.item.faith["gradient"].features == 6
     rows = attention_of(encoder, item).weights[:, :, 0]
     np.testing.assert_allclose(maps.item.pooled[..., 0], rows[..., : side.patches].sum(-1), atol=1e-6)
 

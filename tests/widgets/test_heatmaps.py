@@ -577,8 +577,9 @@ def test_a_picture_of_more_columns_than_rows(opened, shape):
     told = page.locator("[data-side=item] .m2h-told").inner_text()
     assert f"row {row.argmax() // columns + 1}, column {row.argmax() % columns + 1}" in told
     cells.first.focus()
-    for key, name in (("ArrowDown", "row 2, column 1"), ("End", f"row {rows}, column {columns}"),
-                      ("ArrowUp", f"row {rows - 1}, column {columns}"), ("ArrowRight", f"row {rows - 1}, column {columns}")):
+    above = f"row {rows - 1}, column {columns}"
+    moves = {"ArrowDown": "row 2, column 1", "End": f"row {rows}, column {columns}", "ArrowUp": above}
+    for key, name in (moves | {"ArrowRight": above}).items():
         page.keyboard.press(key)
         assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith(name)
 
