@@ -75,8 +75,8 @@ def to_device(
     device,  # None: where the values are
     dtype=None,  # of the tensor; None: as it comes
 ):
-    """`values` as a tensor on `device`, without waiting for a GPU: the copy takes its turn there, from pinned memory that
-    torch keeps until it is done. A tensor that is on a device already is moved as `Tensor.to` does."""
+    """`values` as a tensor on `device`, without waiting for a GPU: the copy takes its turn there, from pinned memory
+    that torch keeps until it is done. A tensor that is on a device already is moved as `Tensor.to` does."""
     import torch
 
     tensor, kind = torch.as_tensor(values, dtype=dtype), torch.device(device or "cpu").type

@@ -156,8 +156,8 @@ class AlignmentObjective:
     inside_product = False  # True: with `intra_omega=False` it is added as it is, without omega
 
     def samples(self, views: TripletViews, negative_mask: Tensor) -> Tensor:
-        """(B,) or (B, K) bool: the samples that have what the objective compares, from `views.present` and the mask alone:
-        both may be on the CPU though the embeddings are not."""
+        """(B,) or (B, K) bool: the samples that have what the objective compares, from `views.present` and the mask
+        alone: both may be on the CPU though the embeddings are not."""
         raise NotImplementedError
 
     def routing(self, weights: dict[str, dict[str, Tensor]]) -> Tensor:
@@ -369,7 +369,7 @@ class Moon2Objective:
         }
 
     def batch(self, views: TripletViews, keys: TripletKeys, weight: Tensor) -> ObjectiveBatch:
-        "The batch as the alignment objectives see it; `weight` (3, B) is the filter's. Who counts is decided on the CPU."
+        "The batch as the alignment objectives see it, its masks on the CPU; `weight` (3, B) is the filter's."
         candidates = batch_masks(keys.on_cpu(), views.on_cpu(), self.config.in_batch_negatives)
         return ObjectiveBatch(views, keys, self.config, weight, candidates, self.config.matryoshka_dims)
 

@@ -125,7 +125,8 @@ class TrainingStep:
         }
         whole = torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.max_grad_norm)
         wanted = _numbers_of_step(state.terms, state.load)
-        fetched = _to_host([whole, *norms.values(), *wanted.values()])  # here a step waits for the device, and only here
+        # here a step waits for the device, and only here
+        fetched = _to_host([whole, *norms.values(), *wanted.values()])
         norm, by_group, numbers = fetched[0], fetched[1 : len(norms) + 1], fetched[len(norms) + 1 :]
         state.norms = {name: float(value) for name, value in zip(norms, by_group, strict=True)}
         state.numbers = dict(zip(wanted, numbers, strict=True))
@@ -142,7 +143,7 @@ class TrainingStep:
 
 
 def _to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    "The tensors on the CPU, those of a device copied together, byte by byte: it is waited for once, not for each of them."
+    "The tensors on the CPU, those of a device copied together, byte by byte: it is waited for once, not for each."
     found = [x.detach() for x in tensors]
     away = sorted((n for n, x in enumerate(found) if x.device.type != "cpu"), key=lambda n: -found[n].itemsize)
     if away:
