@@ -77,7 +77,7 @@ def measure(name: str, args, device: torch.device) -> dict:
         path, pixels = shape_folder(name, Path(folder), args.quick)
         fields = {
             "image_size": pixels, "num_experts": 4, "top_k": 2, "experts": "lowrank", "expert_rank": 16,
-            "weights_dtype": "bfloat16", "max_text_tokens": 64,
+            "weights_dtype": "bfloat16", "max_text_tokens": 64, "num_layers": 0,
         }
         begun = time.perf_counter()
         encoder = Moon2Encoder.from_backbone(str(path), pretrained=False, device=device, **fields)
@@ -105,6 +105,8 @@ def timed_steps(trainer: Trainer, args, device: torch.device) -> dict:
             if len(seconds) == args.repeats + 2:
                 break
             begun = time.perf_counter()
+    if args.profile:
+        profile(trainer, device)
     with noted_waits(device) as waits:
         for event in trainer:
             if event.phase == "step":
@@ -114,7 +116,8 @@ def timed_steps(trainer: Trainer, args, device: torch.device) -> dict:
     work = 6 * products_per_token(encoder) * tokens  # forward, again forward, gradients of activations: 2 each
     peak = matmul_peak(device)
     result = {
-        "tokens_per_step": tokens, "step_seconds": spread(seconds[2:]), "tokens_per_second": tokens / median,
+        "kernel": encoder.moe_blocks[0].kernel, "tokens_per_step": tokens,
+        "step_seconds": spread(seconds[2:]), "tokens_per_second": tokens / median,
         "teraflops": work / median / 1e12, "matmul_peak_teraflops": peak / 1e12, "share_of_peak": work / median / peak,
         "parameters": plan["parameters"], "parameters_trained": plan["parameters_trained"],
         "predicted_memory_mb": plan["predicted_memory_mb"], "waits_per_step": sum(waits.values()),
@@ -126,11 +129,42 @@ def timed_steps(trainer: Trainer, args, device: torch.device) -> dict:
     return result
 
 
+def profile(trainer: Trainer, device: torch.device) -> None:
+    "Print where one step spends its time: on the device by kernel, on the CPU by function."
+    import cProfile
+    import io
+    import pstats
+
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with torch_profile(activities=kinds) as kernels:
+        one_step(trainer, device)
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(kernels.key_averages().table(sort_by=key, row_limit=24, max_name_column_width=60))
+    calls = cProfile.Profile()
+    calls.enable()
+    one_step(trainer, device)
+    calls.disable()
+    text = io.StringIO()
+    pstats.Stats(calls, stream=text).sort_stats("tottime").print_stats(18)
+    print("\n".join(line[:130] for line in text.getvalue().splitlines()))
+
+
+def one_step(trainer: Trainer, device: torch.device) -> None:
+    for event in trainer:
+        if event.phase == "step":
+            synchronize(device)
+            return
+
+
 def main() -> int:
     parser = options(__doc__, repeats=6)
     parser.add_argument("--device", default="auto", help="cuda; cpu with --quick")
     parser.add_argument("--shapes", nargs="+", default=list(KINDS)[:2], choices=list(KINDS))
     parser.add_argument("--triplets", type=int, default=64, help="of a step")
+    parser.add_argument("--profile", action="store_true", help="also print where a step spends its time")
     args = parser.parse_args()
     device = pick_device(args.device)
     result = start(args) | {"benchmark": "gpu_shapes", "device": device_name(device), "shapes": []}

@@ -225,7 +225,7 @@ class EncoderConfig(LiveConfig):
 
     def settle(self) -> None:
         super().settle()
-        for name, default in {"num_layers": 4, "image_size": 192, "visual_tokens": 16}.items():
+        for name, default in FROM_MODEL.items():
             if self.is_small and not getattr(self, name):
                 setattr(self, name, default)
 
@@ -287,6 +287,8 @@ _ENCODER_CHOICES = {
 }
 _MANY = 100_000  # layers, where their number is not known before the model is read
 _LATER = ("experts", "expert_rank", "expert_alpha", "weights_dtype")  # saved models may be without them
+# 0: of tiny and mini this, of another model its own
+FROM_MODEL = {"num_layers": 4, "image_size": 192, "visual_tokens": 16}
 
 # %% ../nbs/010_config.ipynb #99829b3a
 @dataclass(init=False)

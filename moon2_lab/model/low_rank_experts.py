@@ -62,16 +62,19 @@ class LowRankExperts(ExpertLayer):
         return inner.sum(1), low.sum(1)
 
     def _masked(self, hidden, gate, up, selected, weights) -> tuple[torch.Tensor, torch.Tensor]:
-        "The same, slot by slot, through the thin matrices of all experts."
+        """The same, slot by slot, through the thin matrices of all experts. What is as wide as the block is written as
+        seldom as can be: a GPU spends its time there, not on the products."""
         experts, rank = self.gate_up_a.shape[:2]
         (a, b), (down_a, down_b) = (self._side_by_side(x, y, hidden.dtype) for x, y in self._pairs())
+        gate_b, up_b = (self.scale * b).chunk(2)  # (I, Zr) each
         thin = F.linear(hidden, a).view(-1, experts, rank)
-        mixed, low = 0.0, 0.0
+        mixed, low = torch.zeros((), dtype=gate.dtype, device=gate.device), 0.0
         for slot in range(selected.shape[1]):
             chosen = thin.new_zeros(len(thin), experts, 1).scatter(1, selected[:, slot, None, None], 1.0)
-            inner = self._inner(gate, up, F.linear((thin * chosen).flatten(1), b)) * weights[:, slot, None]
-            mixed = mixed + inner
-            low = low + F.linear(inner, down_a).view(-1, experts, rank) * chosen
+            own, weight = (thin * chosen).flatten(1), weights[:, slot, None]
+            inner = self.dense.act_fn(torch.addmm(gate, own, gate_b.t())) * torch.addmm(up, own, up_b.t())
+            mixed = torch.addcmul(mixed, inner, weight)
+            low = low + F.linear(inner, down_a).view(-1, experts, rank) * (chosen * weight.unsqueeze(-1))
         return mixed, self.scale * F.linear(low.flatten(1), down_b)
 
     def _inner(self, gate: torch.Tensor, up: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
