@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config import EncoderConfig, OBJECTIVES, TrainConfig
+from ..config import FROM_MODEL, EncoderConfig, OBJECTIVES, TrainConfig
 from ..data.catalog import Catalog
 from ..data.images import ImageRef
 from ..data.label_noise import inject_noise
@@ -52,7 +52,7 @@ def _encoder_settings(
     other = [
         f"{name}: {config.given[name]} -> {value}"
         for name, value in fields.items()
-        if config.given.get(name, value) != value
+        if config.given.get(name, value) not in (value, 0 if name in FROM_MODEL else value)
     ]
     if other:
         what = f"the encoder was made otherwise than the config says, and stays as it is ({', '.join(other)})"
