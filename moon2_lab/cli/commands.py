@@ -117,6 +117,14 @@ def augment_command(args: argparse.Namespace) -> Outcome:
     summary = augment_catalog(args.catalog, args.out, recipe, args.limit)
     return Outcome(f"{args.out}\n{summary_lines(summary)}", {"folder": str(args.out), **summary})
 
+# %% ../../nbs/cli/910_commands.ipynb #7cb02d93
+def backbone_command(args: argparse.Namespace) -> Outcome:
+    "What a multimodal model is as a backbone, and whether packed rows give what the model gives."
+    from moon2_lab.model.backbone_check import check_backbone
+
+    checked = check_backbone(args.name, chosen_device(args), **parse_assignments(args.set))
+    return Outcome("\n".join(checked.lines()), checked.facts, 0 if checked.certificate.holds else 1)
+
 # %% ../../nbs/cli/910_commands.ipynb #e51890f0
 def train_command(args: argparse.Namespace) -> Outcome:
     "Train an encoder into a run folder."

@@ -137,20 +137,31 @@ def _row_vectors(backbone: HFBackbone, row: TokenRow, pictures: Sequence[torch.T
     embed = lambda ids: backbone.embed_text(torch.tensor(ids, dtype=torch.int64, device=backbone.device))
     return torch.cat([pictures[what] if kind == "picture" else embed(what) for kind, what in row.pieces()])
 
-# %% ../../nbs/model/335_certify.ipynb #b14842ce
-def certify(
-    backbone: HFBackbone,
-    where: str = "backbone",  # folder or name, for the message
-) -> Certificate:
-    "The certificate of a backbone. `DataError` naming the views in which packed rows differ from the stock model."
+# %% ../../nbs/model/335_certify.ipynb #16ad4d70
+def try_certificate(backbone: HFBackbone, where: str = "backbone") -> Certificate:
+    "`compare_with_stock`; `DataError` for a model that cannot be compared, whatever it raises."
     try:
-        certificate = compare_with_stock(backbone)
+        return compare_with_stock(backbone)
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise DataError(
             f"{backbone.vision.base.config.model_type} cannot be compared with its own forward pass ({reason})",
             where=where, advice=_UNCERTIFIED,
         ) from error
+
+
+_UNCERTIFIED = (
+    "this kind of model mixes tokens in a way that is not known here; choose one of the kinds in "
+    "moon2_lab.model.families.FAMILIES, or add a line for it there"
+)
+
+# %% ../../nbs/model/335_certify.ipynb #b14842ce
+def certify(
+    backbone: HFBackbone,
+    where: str = "backbone",  # folder or name, for the message
+) -> Certificate:
+    "The certificate of a backbone. `DataError` naming the views in which packed rows differ from the stock model."
+    certificate = try_certificate(backbone, where)
     if not certificate.holds:
         wrong = ", ".join(f"{view} by {gap:.2g}" for view, gap in certificate.gaps.items() if gap > certificate.tolerance)
         raise DataError(
@@ -158,12 +169,6 @@ def certify(
             f"{certificate.tolerance:g})", where=where, advice=_UNCERTIFIED,
         )
     return certificate
-
-
-_UNCERTIFIED = (
-    "this kind of model mixes tokens in a way that is not known here; choose one of the kinds in "
-    "moon2_lab.model.families.FAMILIES, or add a line for it there"
-)
 
 
 def build_backbone(
