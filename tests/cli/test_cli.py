@@ -20,7 +20,8 @@ SMALL = [
     "per_device_train_batch_size=8", "num_threads=1",
 ]
 COMMANDS = (
-    ["data", "check"], ["data", "synth"], ["backbone", "check"], ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["demo"],
+    ["data", "check"], ["data", "synth"], ["backbone", "check"],
+    ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["demo"],
     ["report"], ["run"],
 )
 
