@@ -3191,6 +3191,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                      'moon2_lab/model/low_rank_experts.py')},
             'moon2_lab.model.memory': { 'moon2_lab.model.memory._bytes_of': ('model/memory.html#_bytes_of', 'moon2_lab/model/memory.py'),
                                         'moon2_lab.model.memory._digest_of': ('model/memory.html#_digest_of', 'moon2_lab/model/memory.py'),
+                                        'moon2_lab.model.memory._switch': ('model/memory.html#_switch', 'moon2_lab/model/memory.py'),
                                         'moon2_lab.model.memory.base_digest': ( 'model/memory.html#base_digest',
                                                                                 'moon2_lab/model/memory.py'),
                                         'moon2_lab.model.memory.cast_weights': ( 'model/memory.html#cast_weights',

@@ -120,10 +120,16 @@ def checkpoint_gradients(
 ) -> None:
     "Keep one vector a layer and token for the backward pass, or everything again. Counts in training mode only."
     if on:
-        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _switch(decoder, "enable", {"use_reentrant": False})
         require_not_reentrant(decoder)
     elif getattr(decoder, "is_gradient_checkpointing", False):
-        decoder.gradient_checkpointing_disable()
+        _switch(decoder, "disable")
+
+
+def _switch(decoder: nn.Module, how: str, *args) -> None:
+    "Call the method of transformers under the name of this version."
+    names = (f"activation_checkpointing_{how}", f"gradient_checkpointing_{how}")
+    next(getattr(decoder, name) for name in names if hasattr(decoder, name))(*args)
 
 
 def require_not_reentrant(decoder: nn.Module) -> None:
