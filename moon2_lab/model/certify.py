@@ -7,6 +7,7 @@ __all__ = ['Certificate', 'compare_with_stock', 'certify', 'build_backbone']
 
 # %% ../../nbs/model/335_certify.ipynb #d7965d44
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import nn
 
 from ..config import EncoderConfig, VIEWS
 from ..errors import DataError
+from ..files import plain
 from .backbone import Backbone, SMALL, small_backbone
 from .families import FAMILIES
 from .hf_backbone import HFBackbone, hf_backbone
@@ -184,6 +186,16 @@ def build_backbone(
         return small_backbone(config, pretrained, saved, folder)
     source = folder / "backbone" if folder is not None else None
     backbone = hf_backbone(config, source, pretrained, getattr(torch, config.weights_dtype), device)
+    _require_same_family(backbone, (saved or {}).get("family"), str(folder))
     if pretrained and backbone.vision.base.config.model_type not in FAMILIES:
         certify(backbone, config.backbone)
     return backbone
+
+
+def _require_same_family(backbone: HFBackbone, saved: dict | None, where: str) -> None:
+    "`DataError` for a saved model whose rows had another frame, other blocks or other pictures than they have now."
+    now = plain(dataclasses.asdict(backbone.family))
+    if odd := [name for name, value in (saved or {}).items() if now.get(name) != value]:
+        what = f"this model was saved with another {', '.join(odd)} than {backbone.vision.base.config.model_type} has now"
+        advice = "use the version of moon2_lab that saved it, or its line in moon2_lab.model.families.FAMILIES"
+        raise DataError(what, where=where, advice=advice)

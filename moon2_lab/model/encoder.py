@@ -20,7 +20,7 @@ from ..config import EncoderConfig, OBJECTIVES, VIEWS
 from ..data.images import ImageRef
 from ..data.products import Item, Product
 from ..errors import DataError, UsageError
-from ..files import atomic_path, read_json, write_json
+from ..files import read_json, write_json
 from ..folders import SUMS, require_checksums, write_checksums
 from .backbone import Backbone
 from .certify import build_backbone
@@ -29,6 +29,9 @@ from .item_views import ItemViews, LayerGates, join_views, mean_by_item, pool_in
 from .lora import add_lora
 from .memory import checkpoint_gradients, freeze_base, weights_digest
 from .moe import ExpertLayer, KERNELS, LayerRouting, faster_kernel, measured_once
+from moon2_lab.model.named_base import (
+    TRAINED, describe_base, load_trained, place_of_base, read_tensors, save_tensors, save_trained,
+)
 from .token_rows import TokenRow, separate_rows, shared_rows
 from .upcycling import add_experts
 from ..runtime import device_name, pick_device, pick_dtype, progress, to_device
@@ -89,29 +92,37 @@ class Moon2Encoder(nn.Module):
             encoder.alignment.normal_(std=config.router_std if config.num_experts else 0.0)
         return encoder
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors, the tokenizer files and their checksums; LoRA weights are merged in the
-        saved copy."""
-        from safetensors.torch import save_file
-
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        base: str = "included",  # included, or named: only what was trained, and which base it belongs to
+    ) -> None:
+        """Write config.json, the weights and their checksums. With the base: LoRA merged, the tokenizer files, and all
+        else that loading needs. Without: see `model.named_base`."""
+        if base not in ("included", "named"):
+            raise UsageError(f"unknown base {base!r}", where="base", advice="included or named")
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.merged().state_dict().items()}
-        with atomic_path(folder / "model.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        names = self.backbone.save(folder)
         parts = {"encoder": self.config, **self.backbone.describe(), "info": self.info}
+        parts |= {"base": describe_base(self)} if base == "named" else {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if base == "named":
+            save_trained(self, folder)
+            names = [TRAINED]
+        else:
+            save_tensors(self.merged().state_dict(), folder / "model.safetensors")
+            names = ["model.safetensors", *self.backbone.save(folder)]
         write_json(folder / "config.json", {"model_type": "moon2", "format": 1, **parts})
-        write_checksums(folder, ["model.safetensors", "config.json", *names])
+        write_checksums(folder, ["config.json", *names])
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,
         device="auto",  # as in `place`
+        base: str | Path | None = None,  # where a base that is only named is read; None: where it was read before
     ) -> "Moon2Encoder":
         """An encoder saved by `save_pretrained`, on the device. Raises `DataError` naming the file when something is
-        missing or cut."""
+        missing or cut, and for another base."""
         folder = Path(folder)
         saved = read_json(folder / "config.json")
         advice = "copy the model again, or use an earlier checkpoint"
@@ -125,8 +136,11 @@ class Moon2Encoder(nn.Module):
                 "not a moon2_lab model", where=str(folder / "config.json"),
                 advice="give a folder written by save_pretrained",
             )
-        encoder = cls._described(saved, folder)
-        encoder._load_weights(folder / "model.safetensors")
+        if "base" in saved:
+            encoder = cls._on_base(saved, folder, base)
+        else:
+            encoder = cls._described(saved, folder)
+            encoder._load_weights(folder / "model.safetensors")
         encoder.info = saved["info"]
         return encoder.eval().place(device)
 
@@ -148,20 +162,28 @@ class Moon2Encoder(nn.Module):
                 f"the config describes no model ({reason})", where=str(folder / "config.json"), advice=advice
             ) from error
 
+    @classmethod
+    def _on_base(cls, saved: dict, folder: Path, base: str | Path | None) -> "Moon2Encoder":
+        "The encoder of a folder that names its base: the trained part on the base's weights, LoRA merged."
+        config = EncoderConfig.of_saved(saved["encoder"])
+        name, config.backbone = config.backbone, place_of_base(saved["base"], base)
+        encoder = cls._upcycled(build_backbone(config), config)
+        config.backbone = name
+        if saved["base"]["lora"]:
+            encoder.add_lora(**saved["base"]["lora"])
+        load_trained(encoder, folder, saved["base"])
+        encoder.on_pretrained = not encoder.lora
+        return encoder.merged()
+
     def _load_weights(self, path: Path) -> None:
         """Read the weights, W* in the width in which it was saved. `DataError` for a file that is missing, cut or of
         another model."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            tensors = load_file(path)
+            tensors = read_tensors(path)
             if tensors.get("alignment", self.alignment).dim() == 2:
                 self.set_objectives(tensors.get("alignment", self.alignment).shape[1])
             self.load_state_dict(tensors)
-        except FileNotFoundError as error:
-            raise DataError("no such file", where=str(path), advice="copy the whole model folder") from error
-        except (SafetensorError, RuntimeError) as error:
+        except RuntimeError as error:
             what = f"the weights cannot be read ({str(error).splitlines()[0]})"
             advice = "the file is cut or of another model: copy it again, or use an earlier checkpoint"
             raise DataError(what, where=str(path), advice=advice) from error

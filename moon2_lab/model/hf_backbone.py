@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/model/330_hf_backbone.ipynb #6acfef0e
 import copy
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -181,6 +182,10 @@ class HFBackbone(Backbone):
         packing.levels = rest.split(self.width, 1) if self.levels else ()
         inputs = rest.unflatten(1, (-1, self.per_layer)).unsqueeze(0) if self.per_layer else None
         return super().decode(first, packing, **({"per_layer_inputs": inputs} if self.per_layer else {}))
+
+    def describe(self) -> dict:
+        "What config.json of a saved model says of the backbone; the rest is in the folder `backbone` beside it."
+        return super().describe() | {"family": dataclasses.asdict(self.family)}
 
     def save(self, folder: Path) -> list[str]:
         "Write what is needed beside the weights into `folder`/backbone: config, tokenizer, processor. Names of files."

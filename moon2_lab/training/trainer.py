@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config import FROM_MODEL, EncoderConfig, OBJECTIVES, TrainConfig
+from ..config import EncoderConfig, FROM_MODEL, OBJECTIVES, TrainConfig
 from ..data.catalog import Catalog
 from ..data.images import ImageRef
 from ..data.label_noise import inject_noise

@@ -13,14 +13,12 @@ from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.errors import LabError
 from moon2_lab.explain import attention_recorder
-from moon2_lab.explain.attention import (
-    _probe_attention, attention_gradient, attention_of, rollout, word_attention,
-)
+from moon2_lab.explain.attention import _probe_attention, attention_gradient, attention_of, rollout, word_attention
 from moon2_lab.explain.attention_recorder import attention_layers, other_layers
 from moon2_lab.explain.attribution import METHODS, attribute_side, fitting_methods
 from moon2_lab.explain.content_focus import focus_table
-from moon2_lab.explain.explainer import Explainer
 from moon2_lab.explain.expert_routing import token_routing
+from moon2_lab.explain.explainer import Explainer
 from moon2_lab.explain.faithfulness import redrawn_copy
 from moon2_lab.explain.pair_score import fix_experts, frozen_copy, score_function
 from moon2_lab.explain.side_tokens import side_tokens

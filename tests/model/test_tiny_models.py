@@ -1,7 +1,7 @@
 "The small models for tests agree with the table of families: every kind has one, with the tokens of its frame."
 import pytest
-from moon2_lab.model.families import FAMILIES, REFUSED, Family, frame_of
-from moon2_lab.tiny_models import _TINY, TINY_REFUSED, TINY_WORDS, _tokenizer
+from moon2_lab.model.families import FAMILIES, Family, REFUSED, frame_of
+from moon2_lab.tiny_models import TINY_REFUSED, TINY_WORDS, _TINY, _tokenizer
 
 
 def test_every_family_has_a_tiny_model_and_the_refused_ones_are_refused():

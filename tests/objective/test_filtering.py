@@ -15,7 +15,7 @@ from moon2_lab.config import CHOICES, OBJECTIVES, TrainConfig, VIEWS
 from moon2_lab.errors import UsageError
 from moon2_lab.files import read_json
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective.contrastive import fits_dim, inter_product_loss, loss_receipt, _truncated
+from moon2_lab.objective.contrastive import _truncated, fits_dim, inter_product_loss, loss_receipt
 from moon2_lab.objective.objective import (
     Moon2Objective, TripletKeys, TripletRouting, TripletViews, batch_masks, triplet_reliability,
 )
