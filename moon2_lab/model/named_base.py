@@ -54,6 +54,8 @@ def place_of_base(
     elsewhere: str | Path | None = None,  # a folder or hub id to take instead
 ) -> str:
     "The folder or hub id to read a base from. `LabError` when its revision cannot be fetched."
+    if not isinstance(base, dict) or not {"name", "digest", "lora"} <= base.keys():
+        raise DataError("the config describes no base", where="config.json", advice="copy the model folder again")
     name, revision = base["name"], base.get("revision")
     if elsewhere is not None:
         return str(elsewhere)
