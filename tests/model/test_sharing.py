@@ -1,4 +1,4 @@
-"""Saved models on backbones of transformers: with their base, or naming it; equal vectors; damaged and foreign parts."""
+"""Saved models on backbones of transformers, with their base or naming it: equal vectors, damage, foreign parts."""
 import shutil
 
 import numpy as np
