@@ -249,5 +249,7 @@ def attention_gradient(
     finally:
         if not probed:
             _remove_probes(decoder)
-    tokens = sum((part[0] if isinstance(part, tuple) else part)[0].mean((0, 1)) for part in answer)  # (T,)
-    return [tokens[places].detach().cpu().numpy() for places in score.slots]
+    layers = [(part[0] if isinstance(part, tuple) else part)[0].detach() for part in answer]  # (H, T, T) each
+    wide = torch.promote_types(layers[0].dtype, torch.float32)
+    tokens = sum(layer.to(wide).mean((0, 1)) for layer in layers)  # (T,)
+    return [tokens[places].cpu().numpy() for places in score.slots]

@@ -38,6 +38,7 @@ class AttributionInputs:
     item: Item | None = None  # the side itself; None where only its vectors are known
     ends: tuple[float, float] = (0.0, 0.0)  # score of the inputs and of the baselines
     delta: float | None = None  # convergence delta: sum of the numbers - rise, where the method promises 0
+    slack: float = 0.001  # what numbers that add up may miss the rise by, beside 1 % of it
     framed: float = 0.0  # share of the attention that went to tokens of the backbone's frame, and is left out
 
     def __post_init__(self):
@@ -185,12 +186,9 @@ class _Stretch(NamedTuple):
     delta: float  # sum of the tokens - rise on this stretch
 
 
-def _adds_up(
-    delta: float,
-    rise: float,  # score - score of the blank side
-) -> bool:
-    "Whether the numbers miss the rise by at most 1 % of it + 0.001."
-    return abs(delta) <= 0.01 * abs(rise) + 0.001
+def _adds_up(side: AttributionInputs, delta: float) -> bool:
+    "Whether numbers that miss the rise by `delta` add up: by at most 1 % of it and the slack."
+    return abs(delta) <= 0.01 * abs(side.rise) + side.slack
 
 
 def _integrate_stretch(side: AttributionInputs, start: float, end: float, points: int) -> _Stretch:
@@ -207,7 +205,7 @@ def _integrate_until_it_adds_up(
 ) -> tuple[list[np.ndarray], float, int]:
     "Integrated gradients of the tokens, their delta, and the number of points that was needed."
     line, half = [_integrate_stretch(side, 0.0, 1.0, steps)], max(steps // 2, 2)
-    while not _adds_up(sum(abs(part.delta) for part in line), side.rise):
+    while not _adds_up(side, sum(abs(part.delta) for part in line)):
         if sum(part.points for part in line) + 2 * half > most_steps:
             break
         line.sort(key=lambda part: abs(part.delta))
@@ -372,7 +370,8 @@ def attribution_inputs(
                        advice="install the packages of this backbone, or explain texts only") from error
     if routing == "fixed":
         fix_experts(score, real)
-    return AttributionInputs(score, real, blank, score.side.features, settings, item)
+    coarse = encoder.backbone.embedding.weight.dtype.itemsize < 4
+    return AttributionInputs(score, real, blank, score.side.features, settings, item, slack=0.005 if coarse else 0.001)
 
 # %% ../../nbs/explain/625_attribution.ipynb #a3f1213a
 def pick_side(query: Item, item: Item, side: str) -> tuple[Item, Item]:
@@ -409,7 +408,7 @@ def _sum_note(method: Method, side: AttributionInputs, routing: str) -> str:
         return _attention_note(side)
     if side.delta is None:
         return "These numbers do not add up to the score."
-    if _adds_up(side.delta, side.rise):
+    if _adds_up(side, side.delta):
         return f"The parts add up to {side.rise + side.delta:+.3f}, the rise from the blank side."
     cause = "tokens change their experts on the way" if routing == "free" else "take more steps"
     return f"The parts miss the rise of {side.rise:+.3f} by {abs(side.delta):.3f}: {cause}."

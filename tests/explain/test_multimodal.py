@@ -9,6 +9,7 @@ import tempfile
 import numpy as np
 import pytest
 import torch
+from moon2_lab.config import EncoderConfig
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.errors import LabError
@@ -24,6 +25,7 @@ from moon2_lab.explain.pair_score import fix_experts, frozen_copy, score_functio
 from moon2_lab.explain.side_tokens import side_tokens
 from moon2_lab.model.certify import stock_hidden
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.model.hf_backbone import hf_backbone
 from moon2_lab.tiny_models import pictures, tiny_model
 
 os.environ["MOON2_CACHE"] = tempfile.mkdtemp(prefix="moon2-multimodal-")
@@ -218,6 +220,31 @@ def test_the_copy_that_is_explained_shares_weights_and_tower(monkeypatch):
     again = attribute_side(redrawn, query, item, method="gradient")
     assert not np.allclose(again.values, attribute_side(encoder, query, item, method="gradient").values)
     assert {name: weight.data_ptr() for name, weight in encoder.named_parameters()} == pointers
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize("experts", ["full", "lowrank"])
+def test_weights_of_16_bits_are_explained_as_they_are(family, experts):
+    "No float32 copy; scores are float32, and the maps are those of the float32 model, nearly."
+    folder, (query, item), found = tiny_model(family, tempfile.mkdtemp()), pair(), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        size = {"num_layers": 0, "image_size": SIZES.get(family, 64), "num_experts": 4, "top_k": 2, "experts": experts}
+        config = EncoderConfig(backbone=str(folder), **size)
+        torch.manual_seed(0)
+        encoder = Moon2Encoder._upcycled(hf_backbone(config, dtype=dtype), config)
+        encoder = perturb_experts(encoder, 0.05).eval()
+        score, real, _ = score_function(encoder, item, query)
+        own = {name: weight.data_ptr() for name, weight in encoder.named_parameters()}
+        assert {name: weight.data_ptr() for name, weight in score.encoder.named_parameters()} == own
+        with torch.no_grad():
+            value = score(*real)
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(float(np.dot(*encoder.encode([query, item]))), abs=0.02)
+        found[dtype] = {name: attribute_side(encoder, query, item, method=name, samples=2) for name in METHODS}
+    for name in METHODS:
+        whole, coarse = (found[dtype][name] for dtype in (torch.float32, torch.bfloat16))
+        assert np.corrcoef(whole.values, coarse.values)[0, 1] > 0.98, name
+    assert "add up to" in found[torch.bfloat16]["ig"].note and found[torch.bfloat16]["ig"].settings["steps"] <= 256
 
 
 def test_focus_leaves_the_frame_out():
