@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from ..data.products import Item
@@ -414,11 +413,6 @@ def _sum_note(method: Method, side: AttributionInputs, routing: str) -> str:
     return f"The parts miss the rise of {side.rise:+.3f} by {abs(side.delta):.3f}: {cause}."
 
 
-def _note(method: Method, side: AttributionInputs, routing: str) -> str:
-    "What to keep in mind when reading the numbers."
-    return f"{_sum_note(method, side, routing)} {_picture_note(method, side)}".strip()
-
-
 def attribute_side(
     encoder: Moon2Encoder,
     query: Item,
@@ -452,17 +446,5 @@ def attribute_side(
     picture = patches.reshape(tokens.grid) if tokens.cells else None
     choices = {"routing": routing, "baseline": baseline} if "baseline" in chosen.needs else {}
     choices |= {name: inputs.settings[name] for name in chosen.settings}
-    note = _note(chosen, inputs, routing)
+    note = f"{_sum_note(chosen, inputs, routing)} {_picture_note(chosen, inputs)}".strip()
     return Attribution(method, words, picture, chosen.signed, note, inputs.delta, choices, chosen.title)
-
-# %% ../../nbs/explain/625_attribution.ipynb #d513491f
-def _upsample(
-    patches: np.ndarray,  # (rows, columns) over the padded square
-    size: int | tuple[int, int],  # pixels: side of the square, or (width, height)
-    how: str = "nearest",  # or bilinear
-) -> np.ndarray:  # (height, width) float32
-    "Patches enlarged to the pixels of the padded picture. `UsageError` for another way to enlarge."
-    if how not in ("nearest", "bilinear"):
-        raise UsageError(f"unknown way to enlarge {how!r}", where="how", advice="nearest or bilinear")
-    picture = Image.fromarray(np.asarray(patches, dtype=np.float32))
-    return np.asarray(picture.resize((size, size) if isinstance(size, int) else size, Image.Resampling[how.upper()]))

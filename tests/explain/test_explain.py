@@ -21,7 +21,7 @@ from moon2_lab.data.products import Item
 from moon2_lab.data.synthetic.generator import draw_product
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attribution import (
-    AttributionInputs, Cancelled, METHODS, _upsample, attribute_side, attribution_inputs, fitting_methods, run_method,
+    AttributionInputs, Cancelled, METHODS, attribute_side, attribution_inputs, fitting_methods, run_method,
 )
 from moon2_lab.explain.explainer import Explainer, ExplainerCache, _read_side
 from moon2_lab.explain.faithfulness import measure_faithfulness
@@ -127,15 +127,6 @@ def test_attention_of_a_layer_and_head():
     assert whole[0] == 0, "the first cell, where attention is parked, is left out"
     with pytest.raises(UsageError, match="no layer 7"):
         attribute_side(encoder, query, item, method="attention", layer=7)
-
-
-def test_upsampled_cells_keep_their_places():
-    cells = np.arange(4.0).reshape(2, 2)
-    assert (_upsample(cells, 4) == np.repeat(np.repeat(cells, 2, 0), 2, 1)).all() and _upsample(
-        cells, (6, 4)
-    ).shape == (4, 6)
-    with pytest.raises(UsageError, match="nearest or bilinear"):
-        _upsample(cells, 4, "cubic")
 
 
 # ---------------------------------------------------------------------------------------------- other backbones
