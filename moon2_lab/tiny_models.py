@@ -172,7 +172,7 @@ _GEMMA4_VISION = {
 }
 _GLM_VISION = {
     "depth": 2, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 48, "patch_size": 14,
-    "image_size": 56,
+    "image_size": 56, "initializer_range": 0.1,
 }
 
 

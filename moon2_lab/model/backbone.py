@@ -76,6 +76,11 @@ class FileTokenizer:
             raise DataError(
                 what, where=str(folder), advice="a file is cut or missing: copy the folder again"
             ) from error
+        if not self.inner.get_vocab().keys() - self.inner.get_added_vocab().keys():  # transformers made it up
+            raise DataError(
+                "there is no tokenizer: what is found has no word", where=str(folder),
+                advice="a file is missing: copy the folder again",
+            )
 
     def __call__(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         "Ids and (start, end) of each token in `text`."

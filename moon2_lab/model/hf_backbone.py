@@ -27,7 +27,7 @@ from ..errors import DataError, LabError
 from .backbone import Backbone, FileTokenizer, quiet_transformers
 from .families import Family, family_of, frame_of
 from .packing import Packing, mix_by_rows, register_packed_attention
-from .token_rows import PictureSize, Placing
+from .token_rows import Frame, PictureSize, Placing
 from .vision import VisionEncoder, square
 
 # %% ../../nbs/model/330_hf_backbone.ipynb #5b491937
@@ -121,6 +121,7 @@ class HFBackbone(Backbone):
     ):
         family = family_of(base.config.model_type, config.backbone)
         frame = frame_of(family, tokenizer.inner, config.backbone)
+        _require_words(tokenizer.inner, frame, base, config.backbone)
         axes = 3 if hasattr(base, "get_rope_index") else 1
         part = next(name for name in _DECODERS if hasattr(base, name))
         decoder = getattr(base, part)
@@ -212,6 +213,18 @@ def _add_level(number: int, layer, args, settings: dict, output):
     return output + levels[number]
 
 
+def _require_words(tokenizer, frame: Frame, base: nn.Module, where: str) -> None:
+    "`DataError` for a tokenizer that has words or tokens of the frame beyond the word embedding."
+    vocabulary, rows = tokenizer.get_vocab(), base.get_input_embeddings().weight.shape[0]
+    words = (vocabulary[word] for word in vocabulary.keys() - tokenizer.get_added_vocab().keys())
+    largest = max((*frame.start, *frame.before, *frame.after, *words), default=0)
+    if largest >= rows:
+        raise DataError(
+            f"the tokenizer gives ids up to {largest}, the word embedding has {rows} rows", where=where,
+            advice="its files are of another model: take tokenizer and weights from one place",
+        )
+
+
 def image_token_id(config) -> int:
     "The id that stands for a picture's tokens in text. `DataError` for a config that names none."
     for name in ("image_token_id", "image_token_index"):
@@ -238,6 +251,7 @@ def hf_backbone(
     read = functools.partial(_read, where)
     hf_config = read("config", lambda: AutoConfig.from_pretrained(where))
     family = family_of(hf_config.model_type, where)
+    _require_pictures(hf_config, where)
     config.image_size = config.image_size or family.image_size
     _cut_layers(hf_config, config, where)
     tokenizer = FileTokenizer(where)
@@ -245,7 +259,7 @@ def hf_backbone(
     options = {"dtype": dtype, "attn_implementation": {"text_config": register_packed_attention()}}
     with quiet_transformers():
         if pretrained:
-            base = read("weights", lambda: AutoModel.from_pretrained(where, config=hf_config, **options))
+            base = read("weights", lambda: _read_weights(where, config=hf_config, **options))
         else:
             with torch.device(device):
                 base = read("config", lambda: AutoModel.from_config(hf_config, **options))
@@ -300,6 +314,32 @@ def _cut_layers(hf_config, config: EncoderConfig, where: str) -> None:
         text.layer_types = text.layer_types[:wanted]  # uncut, the saved config could not be read again
 
 
+def _read_weights(where: str, **options) -> nn.Module:
+    "The model with the weights that lie there. `DataError` where some are missing: transformers would draw them."
+    from transformers import AutoModel
+
+    how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    base, found = AutoModel.from_pretrained(where, **how, **options)
+    wrong = [*sorted(found["missing_keys"]), *sorted(str(name) for name, *_ in found["mismatched_keys"])]
+    if wrong:
+        raise DataError(
+            f"the weights are of another model: {len(wrong)} tensors of this one are missing or of another size, such "
+            f"as {wrong[0]}", where=where, advice="take config.json and weights from one place",
+        )
+    return base
+
+
+def _require_pictures(hf_config, where: str) -> None:
+    "`DataError` for the config of a model of text alone."
+    if not hasattr(hf_config, "vision_config") and hf_config.get_text_config() is hf_config:
+        raise DataError(
+            f"{hf_config.model_type} cannot be a backbone: it reads no pictures", where=where, advice=_MULTIMODAL
+        )
+
+
+_MULTIMODAL = "choose a multimodal model of the image-text-to-text kind"
+
+
 def _require_contract(base: nn.Module, where: str) -> None:
     "`DataError` for a model that has no image features, or no decoder with layers."
     decoder = next((getattr(base, name) for name in _DECODERS if hasattr(base, name)), None)
@@ -308,5 +348,5 @@ def _require_contract(base: nn.Module, where: str) -> None:
     if lacking:
         raise DataError(
             f"{base.config.model_type} cannot be a backbone: it has no {lacking[0]}", where=where,
-            advice="choose a multimodal model of the image-text-to-text kind",
+            advice=_MULTIMODAL,
         )
