@@ -195,12 +195,12 @@ def give_features(encoder, refs) -> int:
     """
     store, keys = encoder.backbone.features, encoder.backbone._keys(list(refs))
     places = store.missing(keys)
-    generator, size = np.random.default_rng(0), encoder.backbone.vision.picture_size
-    for begin in range(0, len(places), 512):
-        chunk = places[begin : begin + 512]
-        shape = len(chunk) * size.tokens, store.channels
-        features = generator.standard_normal(shape, dtype=np.float32).astype(np.float16) * np.float16(0.5)
-        store.add([keys[place] for place in chunk], features, [size] * len(chunk))
+    size, together = encoder.backbone.vision.picture_size, 128
+    shape = min(len(places), together) * size.tokens, store.channels  # drawn once: gigabytes for a large model
+    features = np.random.default_rng(0).standard_normal(shape, dtype=np.float32).astype(np.float16) * np.float16(0.5)
+    for begin in range(0, len(places), together):
+        chunk = places[begin : begin + together]
+        store.add([keys[place] for place in chunk], features[: len(chunk) * size.tokens], [size] * len(chunk))
     return len(places)
 
 

@@ -34,7 +34,7 @@ def synchronize(device: torch.device) -> None:
 def trainer_on(args, catalog, device: torch.device, dtype: str) -> Trainer:
     "A trainer whose vision features are there already."
     fields = TINY if args.backbone == "tiny" else {}
-    encoder = Moon2Encoder.from_backbone(args.backbone, **fields)
+    encoder = Moon2Encoder.from_backbone(args.backbone, pretrained=not args.random_weights, **fields)
     config = TrainConfig(
         backbone=args.backbone, device=str(device), dtype=dtype, max_steps=1_000,
         per_device_train_batch_size=args.triplets, num_threads=args.threads, filter_warmup_ratio=0.0,
@@ -95,7 +95,8 @@ def training(args, catalog, device: torch.device, dtype: str) -> dict:
 def embedding(args, catalog, device: torch.device) -> dict:
     "Items a second by dtype, and the agreement of each with float32 on the CPU."
     fields = TINY if args.backbone == "tiny" else {}
-    model = perturb_experts(Moon2Encoder.from_backbone(args.backbone, **fields), 0.02).eval().place("cpu")
+    model = Moon2Encoder.from_backbone(args.backbone, pretrained=not args.random_weights, **fields)
+    model = perturb_experts(model, 0.02).eval().place("cpu")
     items = [product.item("mm") for product in list(catalog)[: args.items]]
     give_features(model, {item.image.key: item.image for item in items if item.image is not None}.values())
     few = items[: min(len(items), 256)]
@@ -131,6 +132,7 @@ def agreement(args, catalog, losses: dict[str, float]) -> dict:
 def main() -> int:
     parser = options(__doc__, repeats=30, dtype=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto", help="cuda, mps; auto: the fastest there is")
+    parser.add_argument("--random-weights", action="store_true", help="the backbone's shape; only its config is read")
     parser.add_argument("--triplets", type=int, default=64, help="of a step")
     parser.add_argument("--items", type=int, default=4_000, help="to embed")
     args = parser.parse_args()

@@ -87,7 +87,7 @@ def measure(name: str, args, device: torch.device) -> dict:
             per_device_train_batch_size=args.triplets, lora_r=16, gradient_checkpointing=True, filter_warmup_ratio=0.0,
             **fields,
         )
-        trainer = Trainer(encoder, catalogue(args, products=max(200, 8 * args.triplets)), config)
+        trainer = Trainer(encoder, catalogue(args, products=max(100, 3 * args.triplets)), config)
         give_features(encoder, {ref.key: ref for ref in trainer.needed_images()}.values())
         return {"shape": name, "build_seconds": round(built, 1)} | timed_steps(trainer, args, device)
 

@@ -66,7 +66,7 @@ class Packing:
         "(T, ...) packed values -> (rows, longest, ...) of the rows of a run, zeros behind the end of a row."
         place, rows, longest, slot = self.groups[group]
         tokens = tokens[place]
-        return tokens.new_zeros(rows * longest, *tokens.shape[1:]).index_copy(0, slot, tokens).unflatten(0, (rows, -1))
+        return tokens.new_zeros(rows * longest, *tokens.shape[1:]).index_copy_(0, slot, tokens).unflatten(0, (rows, -1))
 
     def from_rows(self, padded: Sequence[torch.Tensor]) -> torch.Tensor:
         "(rows, longest, ...) of each run -> (T, ...) packed values."
