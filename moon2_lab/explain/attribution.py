@@ -287,8 +287,8 @@ def _attention(side: AttributionInputs) -> np.ndarray:
     layers, heads = ([number] if number is not None else None for number in map(side.settings.get, ("layer", "head")))
     rows = attention_of(side.score.encoder, side.item, layers=layers, heads=heads)
     side.framed = float(1 - rows.weights.sum(-1).mean())
-    weights = (rows.without_first() if _sink_is_a_patch(side) else rows).weights.astype(float)
-    return rows.side.merge(weights[:, :, 0].mean((0, 1)))
+    shares = rows.weights.astype(float)
+    return rows.side.merge((without_first(shares) if _sink_is_a_patch(side) else shares)[:, :, 0].mean((0, 1)))
 
 
 def _rollout(side: AttributionInputs) -> np.ndarray:

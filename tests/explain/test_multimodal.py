@@ -4,6 +4,7 @@ soft caps, layers without attention, pictures that are no grid. Small models of 
 
 import functools
 import os
+import re
 import tempfile
 
 import numpy as np
@@ -220,6 +221,35 @@ def test_the_copy_that_is_explained_shares_weights_and_tower(monkeypatch):
     again = attribute_side(redrawn, query, item, method="gradient")
     assert not np.allclose(again.values, attribute_side(encoder, query, item, method="gradient").values)
     assert {name: weight.data_ptr() for name, weight in encoder.named_parameters()} == pointers
+
+
+def test_a_grid_of_more_columns_than_rows(monkeypatch, tmp_path):
+    "From an encoder whose 16 patches lie in 2 rows to maps, focus, routing, figures and the page."
+    from moon2_lab.data.catalog import Catalog
+    from moon2_lab.model.token_rows import PictureSize
+    from moon2_lab.model.vision import PatchColours
+    from moon2_lab.reporting.heatmap_figures import pair_map_figure, pair_map_plot, static_png
+    from moon2_lab.reporting.heatmap_page import write_heat_page
+    from moon2_lab.reporting.routing_figures import expert_map_figure, routing_png
+    from moon2_lab.reporting.routing_maps import routing_maps, routing_payload
+    from small import product
+
+    monkeypatch.setattr(PatchColours, "picture_size", property(lambda self: PictureSize(16, (2, 8))))
+    encoder = perturb_experts(Moon2Encoder.from_backbone("tiny", num_layers=2), 0.1).eval()
+    query, item = pair()
+    maps = Explainer(encoder, query, item, trials=20).maps(["gradient", "attention"])
+    assert maps.item.grid == (2, 8) and maps.item.maps["gradient"].patches.shape == (2, 8)
+    page = write_heat_page(maps, tmp_path).read_text()
+    assert re.search(r'"grid":\s*\[\s*2,\s*8\s*\]', page)
+    figure = pair_map_figure(maps, "gradient")
+    assert np.shape(figure.data[0].z) == (2, 8) and figure.layout.yaxis.scaleratio == 4
+    assert pair_map_plot(maps, "attention") is not None and static_png(maps)
+    routing = routing_maps(token_routing(encoder, item))
+    assert routing_payload(routing)[0]["side"]["grid"] == [2, 8] and routing_png(routing)
+    drawn = expert_map_figure(routing)
+    assert np.shape(drawn.data[0].z) == (2, 8) and drawn.layout.yaxis.scaleratio == 4
+    table = focus_table(encoder, Catalog.from_products([product(1)]), split="all")
+    assert table[(table.part == "cells") & (table.layer == "mean")].left_out.tolist() == [""]
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
