@@ -276,9 +276,12 @@ class EncoderConfig(LiveConfig):
         return cls(**{f.name: f.default for f in dataclasses.fields(cls) if f.name in _LATER} | fields)
 
     def identity(self) -> dict[str, Any]:
-        "The fields that a model's fingerprint covers: of those that came later, what is not at its default."
+        """The fields that a model's fingerprint covers: of those that came later, what is not at its default; of a
+        backbone's folder its name."""
         fields = {f.name: f.default for f in dataclasses.fields(EncoderConfig)}
-        return {n: getattr(self, n) for n, v in fields.items() if n not in _LATER or getattr(self, n) != v}
+        values = {n: getattr(self, n) for n, v in fields.items() if n not in _LATER or getattr(self, n) != v}
+        backbone = Path(self.backbone)
+        return values | ({"backbone": backbone.name} if backbone.is_absolute() else {})
 
 # %% ../nbs/010_config.ipynb #64f7571d
 _ENCODER_CHOICES = {
