@@ -393,3 +393,16 @@ def demo_command(args: argparse.Namespace) -> Outcome:
     page = prepare(args.model, args.model_b, args.catalog, args.split, device=chosen_device(args), **stored)
     address = serve(page, args.host, args.port, args.share)
     return Outcome(f"{address} was stopped", {"address": address})
+
+# %% ../../nbs/cli/910_commands.ipynb #144183c3
+def push_command(args: argparse.Namespace) -> Outcome:
+    "Publish a model with its card on the Hugging Face hub; or only write what would be published."
+    from moon2_lab.folders import require_new
+    from moon2_lab.reporting.hub import publishable, push_to_hub
+
+    if args.card_only:
+        require_new(args.card_only, "give another --card-only")
+        folder = publishable(args.run_folder, args.card_only, args.repo)
+        return Outcome(f"{folder / 'README.md'}: nothing was published", {"folder": str(folder), "address": None})
+    address = push_to_hub(args.run_folder, args.repo, private=not args.public)
+    return Outcome(f"{address}: published", {"folder": None, "address": address})

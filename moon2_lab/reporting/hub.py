@@ -111,18 +111,22 @@ _ADVICE = {
 @contextlib.contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
     "Inside it what goes wrong with the hub becomes a `LabError` about `repo`, a wrong name a `UsageError`."
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+    network = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # of httpx or httpx2
     try:
         yield
+    except LabError:
+        raise
+    except LocalTokenNotFoundError as error:
+        raise LabError("no token for the hub", where=repo, advice=_ADVICE[401]) from error
     except HFValidationError as error:
         raise UsageError("no name of a repository", where=repo, advice="write it as owner/name") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         advice = _ADVICE.get(status, "run the same command again; if it stays, look at the hub's status page")
         raise LabError(f"the hub says no (HTTP {status})", where=repo, advice=advice) from error
-    except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
+    except (network, OSError) as error:
         what = f"no connection to the hub, or it was cut ({type(error).__name__})"
         raise LabError(what, where=repo, advice="run the same command again: nothing was published") from error
 

@@ -22,7 +22,7 @@ SMALL = [
 COMMANDS = (
     ["data", "check"], ["data", "synth"], ["backbone", "check"],
     ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["demo"],
-    ["report"], ["run"],
+    ["report"], ["push"], ["run"],
 )
 
 
