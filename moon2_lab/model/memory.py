@@ -122,7 +122,7 @@ def checkpoint_gradients(
     if on:
         _switch(decoder, "enable", {"use_reentrant": False})
         require_not_reentrant(decoder)
-    elif getattr(decoder, "is_gradient_checkpointing", False):
+    elif is_checkpointed(decoder):
         _switch(decoder, "disable")
 
 
@@ -130,6 +130,11 @@ def _switch(decoder: nn.Module, how: str, *args) -> None:
     "Call the method of transformers under the name of this version."
     names = (f"activation_checkpointing_{how}", f"gradient_checkpointing_{how}")
     next(getattr(decoder, name) for name in names if hasattr(decoder, name))(*args)
+
+
+def is_checkpointed(decoder: nn.Module) -> bool:
+    "Whether gradients of any layer are checkpointed."
+    return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
 
 
 def require_not_reentrant(decoder: nn.Module) -> None:

@@ -6,6 +6,7 @@
 __all__ = ['flops_per_token']
 
 # %% ../../nbs/training/562_cost.ipynb #be3e859c
+import copy
 import dataclasses
 import math
 import time
@@ -20,6 +21,7 @@ from ..data.triplets import Triplet, image_refs
 from ..model.encoder import Moon2Encoder
 from ..runtime import NumericChoices
 from .collate import collate
+from .memory_plan import plan_memory
 
 # %% ../../nbs/training/562_cost.ipynb #cd668913
 def flops_per_token(encoder: Moon2Encoder) -> float:
@@ -56,13 +58,22 @@ def _predict_cost(
     choices: NumericChoices,
     tokens: int,  # of one step
     images: int = 0,  # whose features the run reads: their pages count as its memory
+    config: TrainConfig | None = None,  # of the run
+    row: int = 40,  # tokens of a row, about
 ) -> dict:
     "Parameters, predicted peak memory (MB) and seconds of a step."
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     all_of_them = sum(p.numel() for p in encoder.parameters())
     dtype = getattr(torch, choices.dtype)
-    memory = 4 * (all_of_them + 3 * trained) + 1.6 * _activation_bytes(encoder, tokens, dtype) + _BASE_BYTES
-    memory += 2.0 * images * encoder.config.visual_tokens * encoder.backbone.vision.channels
+    memory = sum(p.numel() * p.element_size() for p in encoder.parameters()) + 12 * trained  # gradients and moments
+    base = getattr(encoder.backbone.vision, "base", None)  # a model of transformers
+    if config is None or base is None:
+        memory += 1.6 * _activation_bytes(encoder, tokens, dtype)
+    else:
+        plan = plan_memory(config, copy.deepcopy(base.config), tokens, row, dtype)
+        memory += plan.activations + plan.layer
+    if torch.device(choices.device).type == "cpu" or base is None:  # else the memory of the device is meant
+        memory += _BASE_BYTES + 2.0 * images * encoder.config.visual_tokens * encoder.backbone.vision.channels
     speed = _EFFICIENCY.get(choices.dtype, 0.5) * _matmul_speed(torch.device(choices.device), dtype)
     seconds = 0.03 + 3 * flops_per_token(encoder) * tokens / speed + trained * 28 / 1.5e10
     return {
@@ -107,7 +118,8 @@ def run_plan(
     unique = list({item.content: item for item in items}.values())
     count, backbone = config.per_device_train_batch_size, encoder.backbone
     refs = image_refs(triplets, config.expanded_images != "none")
-    cost = _predict_cost(encoder, choices, sum(len(row) for row in encoder.rows_of(unique)), len(refs))
+    lengths = [len(row) for row in encoder.rows_of(unique)]
+    cost = _predict_cost(encoder, choices, sum(lengths), len(refs), config, max(1, sum(lengths) // len(lengths)))
     texts = [text for triplet in triplets for item in (triplet.query, triplet.positive.item()) for text in item.texts]
     in_batch = (count - 1) * (1 + keys.negative.shape[1]) if config.in_batch_negatives else 0
     fits = max(1, int(60 * config.max_minutes / cost["predicted_seconds_per_step"]))
