@@ -53,7 +53,8 @@ class HFVision(VisionEncoder):
     @functools.cached_property
     def identity(self) -> str:
         "Kind of model, and a hash of the weights and settings that features depend on."
-        settings = {"processor": self.processor.to_dict(), "options": dict(self.family.processor), "px": self.image_size}
+        options = dict(self.family.processor)
+        settings = {"processor": self.processor.to_dict(), "options": options, "px": self.image_size}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.base.state_dict().items()):
             digest.update(name.encode())
@@ -132,7 +133,7 @@ class HFBackbone(Backbone):
         )
         self.family, self.picture_id = family, image_token_id(base.config)
         self.levels = vision.channels // self.width - 1  # of DeepStack
-        self.per_layer = getattr(decoder.config, "hidden_size_per_layer_input", 0) or 0  # inputs of each layer (Gemma 4)
+        self.per_layer = getattr(decoder.config, "hidden_size_per_layer_input", 0) or 0  # Gemma 4
         self._placed: dict[tuple[int, int], np.ndarray] = {}
         for layer in decoder.layers:
             for name in _STATEFUL & {child for child, _ in layer.named_children()}:
@@ -146,7 +147,7 @@ class HFBackbone(Backbone):
         return nn.Identity()
 
     def embed_text(self, ids: torch.Tensor) -> torch.Tensor:
-        "(..., T) ids -> (..., T, D'): behind the word's vector zeros for the levels, or the word's inputs of each layer."
+        "(..., T) ids -> (..., T, D'): behind a word's vector zeros for the levels, or its inputs of each layer."
         words = F.pad(self.embedding(ids), (0, self.width * self.levels))
         if not self.per_layer:
             return words
@@ -243,8 +244,8 @@ def hf_backbone(
     dtype: torch.dtype = torch.float32,  # of the weights
     device: torch.device | str = "cpu",  # where random weights are drawn: a large model takes minutes on the CPU
 ) -> HFBackbone:
-    """A multimodal model of transformers as backbone. `DataError` naming what is wrong with it, `LabError` when it cannot
-    be had. Changes `config` where it says 0: layers, tokens a picture, pixels."""
+    """A multimodal model of transformers as backbone. `DataError` naming what is wrong with it, `LabError` when it
+    cannot be had. Changes `config` where it says 0: layers, tokens a picture, pixels."""
     from transformers import AutoConfig, AutoModel
 
     where = str(source or config.backbone)
