@@ -202,6 +202,14 @@ def _pack_shares(
     place = {"at": at, "shape": list(values.shape[:2]), "stride": flat.shape[-1], "scales": _short(scales)}
     return place | {"averaged": over}, np.round(255 * scaled).astype(np.uint8).tobytes()
 
+
+def _outside(
+    pooled: np.ndarray,  # (layers, heads, patches + words)
+) -> list[float]:  # of each layer and head; empty where there is next to none
+    "Shares of the attention that went to tokens of a frame, which are in no map."
+    missing = 1 - _averaged(pooled, _LIMITS["pooled"])[0].sum(-1)
+    return _short(missing.clip(0)) if missing.max(initial=0.0) > 1e-3 else []
+
 # %% ../../nbs/explain/600_heatmap_data.ipynb #1cbb5982
 def small_jpeg(
     image: Image.Image,
@@ -251,6 +259,8 @@ def side_json(
         facts[key] = None
         if values is not None and values.size:
             facts[key], more = _pack_shares(values, at + len(data), _LIMITS[key])
+            if key == "pooled" and (outside := _outside(values)):
+                facts[key]["outside"] = outside
             data += more
     if facts["experts"]:
         facts["experts"]["experts"] = int(side.experts.shape[-1])

@@ -12,11 +12,16 @@ function written(value, signed, most) {
   return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
 }
 
+// Places in a block of the chosen layers and heads (null: all of them).
+function placesOf(block, layer, head) {
+  const [layers, heads] = block.shape;
+  const chosen = (place, all) => (place === null || all === 1 ? range(all) : [place]);
+  return chosen(layer, layers).flatMap((l) => chosen(head, heads).map((h) => l * heads + h));
+}
+
 // Every step-th number of a block from start on, averaged over the chosen layers and heads (null: all of them).
 function numbers(bytes, block, layer, head, start, step, count) {
-  const [layers, heads] = block.shape, stride = block.stride, found = new Float64Array(count);
-  const chosen = (place, all) => (place === null || all === 1 ? range(all) : [place]);
-  const over = chosen(layer, layers).flatMap((l) => chosen(head, heads).map((h) => l * heads + h));
+  const stride = block.stride, found = new Float64Array(count), over = placesOf(block, layer, head);
   for (const place of over) {
     const from = block.at + place * stride + start, unit = block.scales[place] / 255 / over.length;
     for (let k = 0; k < count; k++) found[k] += bytes[from + k * step] * unit;
@@ -29,6 +34,13 @@ function placeWords(block, part, layer, head) {
   const [layers, heads] = block.shape;
   const layerWords = layer === null || layers === 1 ? (layers === 1 && !block.averaged ? part.layer_names[0] : "all layers") : part.layer_names[layer] ?? `layer ${layer}`;
   return `${layerWords}, ${head === null || heads === 1 ? (heads === 1 && !block.averaged ? "its one head" : "all heads") : `head ${head}`}`;
+}
+
+// What share of the attention of the chosen layers and heads went to tokens of a frame, in words; empty where there is none.
+function outsideWords(block, layer, head) {
+  if (!block.outside) return "";
+  const over = placesOf(block, layer, head), share = over.reduce((sum, place) => sum + block.outside[place], 0) / over.length;
+  return `${(100 * share).toFixed(0)} % of it went to the frame of the row, which is in no map.`;
 }
 
 // The map to be drawn on one side: { cells, words, signed, most, title, faith } or null where there is none.
@@ -44,7 +56,7 @@ function chosenMap(model, side) {
   }
   const method = get("method"), whole = get("layer") === null && get("head") === null, map = (get("found")[side] ?? {})[method];
   if (method === "attention" && part.pooled && (!whole || !map)) {
-    return cut(numbers(bytes, part.pooled, get("layer"), get("head"), 0, 1, count), { title: `attention, ${placeWords(part.pooled, part, get("layer"), get("head"))}`, single: true });
+    return cut(numbers(bytes, part.pooled, get("layer"), get("head"), 0, 1, count), { title: `attention, ${placeWords(part.pooled, part, get("layer"), get("head"))}`, single: true, note: outsideWords(part.pooled, get("layer"), get("head")) });
   }
   if (!map) return null;
   const all = [...(map.cells ?? []), ...map.words];

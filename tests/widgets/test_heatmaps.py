@@ -584,6 +584,19 @@ def test_a_picture_of_more_columns_than_rows(opened, shape):
         assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith(name)
 
 
+def test_attention_on_a_frame_is_told_layer_by_layer(opened):
+    pair = made_up_pair()
+    layers = np.array([0.5, 0.8, 0.99])[:, None, None]
+    framed = dataclasses.replace(pair.item, pooled=pair.item.pooled * layers)
+    page = opened(dataclasses.replace(pair, item=framed), method="attention")
+    trust = page.locator("[data-side=item] .m2h-trust")
+    for keys, share in (("ArrowRight", 50), ("ArrowRight", 20), ("ArrowRight", 1)):
+        slide(page, "layer", keys)
+        settle(page)
+        assert f"{share} % of it went to the frame of the row" in trust.inner_text()
+    assert "frame" not in page.locator("[data-side=query] .m2h-trust").inner_text()
+
+
 def rgb(text):
     return np.array([float(part) for part in re.findall(r"[\d.]+", text)[:3]])
 
