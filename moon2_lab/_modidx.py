@@ -2698,6 +2698,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'moon2_lab/explain/heatmap_data.py'),
                                                 'moon2_lab.explain.heatmap_data._averaged': ( 'explain/heatmap_data.html#_averaged',
                                                                                               'moon2_lab/explain/heatmap_data.py'),
+                                                'moon2_lab.explain.heatmap_data._outside': ( 'explain/heatmap_data.html#_outside',
+                                                                                             'moon2_lab/explain/heatmap_data.py'),
                                                 'moon2_lab.explain.heatmap_data._pack_shares': ( 'explain/heatmap_data.html#_pack_shares',
                                                                                                  'moon2_lab/explain/heatmap_data.py'),
                                                 'moon2_lab.explain.heatmap_data._remarks': ( 'explain/heatmap_data.html#_remarks',
