@@ -90,7 +90,7 @@ def test_nbdev_reads_the_project_as_meant():
 
 def test_lab_section_is_the_dataclass_defaults(monkeypatch):
     "[lab] lists every field of TrainConfig, in its order, with its default: the file is documentation that works."
-    from moon2_lab.config import TrainConfig, parse_value
+    from moon2_lab.config import FROM_MODEL, TrainConfig, parse_value
 
     monkeypatch.delenv("MOON2_SETTINGS", raising=False)
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -100,7 +100,8 @@ def test_lab_section_is_the_dataclass_defaults(monkeypatch):
     )
     different = [f"{n} = {f.default}" for n, f in fields.items() if parse_value(n, section[n], f.type) != f.default]
     assert not different, "settings.ini [lab] should say:\n" + "\n".join(different)
-    assert dataclasses.asdict(TrainConfig()) == {name: field.default for name, field in fields.items()}
+    defaults = {name: field.default for name, field in fields.items()}
+    assert dataclasses.asdict(TrainConfig()) == defaults | FROM_MODEL  # 0 there: the backbone's own
 
 
 def test_constraints_name_a_tested_version_of_every_requirement():

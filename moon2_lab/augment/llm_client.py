@@ -233,7 +233,7 @@ def load_processor(
     model: str,  # id on the hub, or a folder
     revision: str | None = None,  # on the hub
 ):
-    "The processor of a multimodal model, for texts and PIL pictures; `ImportError` where it needs what is not installed."
+    "The processor of a multimodal model, for texts and PIL pictures; `ImportError` where it needs what is not here."
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.models.smolvlm import processing_smolvlm

@@ -96,7 +96,7 @@ class Placing:
     "How a decoder places tokens, and which of them see each other both ways."
     axes: int = 1  # of a position
     first: int = 0  # position of the first token of a row
-    blocks: str = "none"  # the patches of one picture see each other: no, or by the rule of `Packing`: all, within, sliding
+    blocks: str = "none"  # patches of one picture see each other: none, or by the rule of `Packing`
 
 
 def row_positions(
@@ -117,8 +117,8 @@ def row_positions(
 
 
 def picture_blocks(rows: Sequence[TokenRow]) -> np.ndarray:
-    """(T,) int64: for each packed token the picture, counted over all rows, whose patch it is; -1: none. Pictures with no
-    token between them count as one, as the models do that know blocks."""
+    """(T,) int64: for each packed token the picture, counted over all rows, whose patch it is; -1: none. Pictures with
+    no token between them count as one, as the models do that know blocks."""
     blocks, start, number = np.full(sum(map(len, rows)), -1), 0, -1
     for row in rows:
         stop = None
