@@ -205,7 +205,7 @@ class EncoderConfig(LiveConfig):
     backbone: str = "mini"  # mini (pretrained parts), tiny (random), or a multimodal model: its folder or hub id
     num_layers: int = 0  # decoder layers used, from the bottom; 0: 4 of tiny and mini, all of another model
     image_size: int = 0  # side of the square given to the vision encoder, pixels; 0: 192, or what suits the model
-    visual_tokens: int = 0  # tokens per image after pooling the feature map (a square number); 0: 16, or the model's own
+    visual_tokens: int = 0  # tokens per image after pooling (a square number); 0: 16, or the model's own
     num_experts: int = 4  # Z, routed experts per MoE layer; 0 = plain FFN
     top_k: int = 2  # experts a token is sent to; top_k = num_experts is the dense formula as printed
     gate_scale: bool = False  # multiply a mixture by the sum of its chosen gates, as Switch does: top_k = 1 needs it
@@ -220,7 +220,7 @@ class EncoderConfig(LiveConfig):
 
     @property
     def is_small(self) -> bool:
-        "Whether the backbone is made here (tiny, mini): layers, pixels and tokens of a picture are then for us to choose."
+        "Whether the backbone is made here (tiny, mini): layers, pixels and tokens of a picture are for us to choose."
         return self.backbone in ("tiny", "mini")
 
     def settle(self) -> None:
