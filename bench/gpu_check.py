@@ -1,5 +1,5 @@
-"""All that is to be seen on a GPU, in one go: the tests marked `gpu`, the steps of small and of published shapes. Writes
-bench/results/gpu-<card>.json and a page beside it.
+"""All that is to be seen on a GPU, in one go: the tests marked `gpu`, the steps of small and of published shapes.
+Writes bench/results/gpu-<card>.json and a page beside it.
 
     make gpu-check                    # with the Python that has a CUDA build of torch: make gpu-check PYTHON=python3
     python bench/gpu_check.py --shapes Qwen3-VL-2B
