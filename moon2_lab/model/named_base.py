@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import DataError, LabError, UsageError
 from ..files import atomic_path
 from .lora import lora_options
-from .memory import base_digest, own_tensors
+from .memory import base_digest, cast_weights, own_tensors
 
 # %% ../../nbs/model/357_named_base.ipynb #e3864542
 TRAINED = "trained.safetensors"
@@ -95,6 +95,10 @@ def load_trained(
         encoder.set_objectives(tensors.get("alignment", encoder.alignment).shape[1])
     state = encoder.state_dict()
     odd = [name for name, tensor in tensors.items() if name not in state or state[name].shape != tensor.shape]
+    if not odd:
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_(name in tensors)
+        cast_weights(encoder.backbone.decoder, getattr(torch, encoder.config.weights_dtype))
     if odd or base_digest(encoder, tensors) != base["digest"]:
         why = f"{odd[0]} does not fit" if odd else "its weights are others"
         revision = f" in revision {base['revision']}" if base.get("revision") else ""
@@ -102,5 +106,3 @@ def load_trained(
         advice = f"give the base that it was trained on: {base['name']}{revision}"
         raise DataError(what, where=str(folder), advice=advice)
     encoder.load_state_dict(tensors, strict=False)
-    for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(name in tensors)

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from families import ITEMS, folder_of
+from moon2_lab.config import TrainConfig
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.model.memory import freeze_base
 from moon2_lab.tiny_models import spoil_model, tiny_model
+from moon2_lab.training.optim import prepare_trainable
 
 PIXELS = {"qwen3_vl": 128, "qwen3_vl_moe": 128, "gemma3": 64, "smolvlm": 64}
 
@@ -40,6 +42,18 @@ def test_with_its_base_or_naming_it_the_vectors_are_the_same(tmp_path, name, lor
     assert not (tmp_path / "named" / "model.safetensors").exists()
     sizes = [(tmp_path / where).stat().st_size for where in ("named/trained.safetensors", "included/model.safetensors")]
     assert sizes[0] < sizes[1] / 2
+
+
+@pytest.mark.parametrize("experts", ["full", "lowrank"])
+def test_in_bfloat16(tmp_path, experts):
+    "What is frozen in two bytes has the digest that it had when it was trained, with LoRA on full experts too."
+    how = {"experts": experts, "expert_rank": 2, "num_experts": 2, "weights_dtype": "bfloat16"}
+    config = TrainConfig(backbone=str(folder_of("smolvlm")), image_size=64, lora_r=2, **how)
+    encoder = Moon2Encoder.from_backbone(config.backbone, image_size=64, **how)
+    prepare_trainable(encoder, config)
+    encoder.eval().save_pretrained(tmp_path, "named")
+    loaded = Moon2Encoder.from_pretrained(tmp_path, "cpu")
+    assert (1 - (loaded.encode(ITEMS) * encoder.encode(ITEMS)).sum(1)).max() < 1e-3
 
 
 def test_a_named_model_can_be_named_again(tmp_path):
