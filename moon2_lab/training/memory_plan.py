@@ -223,7 +223,7 @@ def _run(
     decoder: nn.Module, layers: list, packing: Packing, axes: int, reduced: bool, numbers: list[int],
     backward: bool = True,
 ) -> tuple[int, int]:
-    "Bytes kept after the forward pass through layers of these numbers, and the peak of forward and backward; no gradients of weights."
+    "Bytes kept after a forward pass through layers of these numbers, and the peak with backward, without gradients."
     decoder.layers, decoder.config.num_hidden_layers = nn.ModuleList([layers[n] for n in numbers]), len(numbers)
     width, count = decoder.config.hidden_size, len(packing.position)
     positions = packing.position.expand(axes, 1, -1) if axes > 1 else packing.position[None]
