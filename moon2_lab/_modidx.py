@@ -647,6 +647,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'moon2_lab.cli.commands._run_names': ('cli/commands.html#_run_names', 'moon2_lab/cli/commands.py'),
                                         'moon2_lab.cli.commands._title_tokens': ( 'cli/commands.html#_title_tokens',
                                                                                   'moon2_lab/cli/commands.py'),
+                                        'moon2_lab.cli.commands._training_memory': ( 'cli/commands.html#_training_memory',
+                                                                                     'moon2_lab/cli/commands.py'),
                                         'moon2_lab.cli.commands._what_next': ('cli/commands.html#_what_next', 'moon2_lab/cli/commands.py'),
                                         'moon2_lab.cli.commands.augment_command': ( 'cli/commands.html#augment_command',
                                                                                     'moon2_lab/cli/commands.py'),

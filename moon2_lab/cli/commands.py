@@ -123,7 +123,30 @@ def backbone_command(args: argparse.Namespace) -> Outcome:
     from moon2_lab.model.backbone_check import check_backbone
 
     checked = check_backbone(args.name, chosen_device(args), **parse_assignments(args.set))
-    return Outcome("\n".join(checked.lines()), checked.facts, 0 if checked.certificate.holds else 1)
+    facts = checked.facts | {"training": _training_memory(checked)}
+    *lines, verdict = checked.lines()
+    if plan := facts["training"]:
+        how = f"{plan['experts']} experts, LoRA of rank {plan['lora_r']}, bfloat16, gradient checkpointing"
+        lines.append(f"  training: about {plan['mb']:,} MB for a step of {plan['tokens']:,} tokens ({how})")
+    return Outcome("\n".join([*lines, verdict]), facts, 0 if checked.certificate.holds else 1)
+
+
+def _training_memory(checked) -> dict | None:  # BackboneCheck
+    "Predicted memory of a step in the form that needs least; None for a model whose layers cannot be counted so."
+    from moon2_lab.config import TrainConfig
+    from moon2_lab.training.memory_plan import plan_memory
+    from transformers import AutoConfig
+
+    fitting = [kind for kind in ("lowrank", "native") if checked.experts[kind]["layers"]]
+    if not fitting:
+        return None
+    how = {"experts": fitting[0], "lora_r": 16, "weights_dtype": "bfloat16", "gradient_checkpointing": True}
+    config, tokens, row = TrainConfig(backbone=checked.name, **how), 8192, checked.certificate.picture_tokens + 32
+    try:
+        plan = plan_memory(config, AutoConfig.from_pretrained(checked.name), tokens, row)
+    except RuntimeError:  # layers that look at numbers, of which there are none
+        return None
+    return {"experts": fitting[0], "lora_r": 16, "tokens": tokens, "mb": round(plan.total / 2**20)}
 
 # %% ../../nbs/cli/910_commands.ipynb #e51890f0
 def train_command(args: argparse.Namespace) -> Outcome:
