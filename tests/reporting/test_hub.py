@@ -41,7 +41,8 @@ class _Hub(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        return self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": f"{hub.address}/{REPO}/commit/1111111"})
+        address = f"{hub.address}/{REPO}/commit/1111111"
+        return self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": address})
 
     def do_GET(self):
         self.answer({"id": REPO, "siblings": []}, self.server.refuse or 200)
@@ -99,7 +100,9 @@ def test_what_was_pushed_loads_again(hub, run, tmp_path, moon2):
     assert not [name for name, content in hub.files.items() if b"/srv/someone" in content or b"hf_xxx" in content]
 
 
-@pytest.mark.parametrize(("status", "advice"), [(401, "hf auth login"), (403, "write access"), (404, "check the owner")])
+@pytest.mark.parametrize(
+    ("status", "advice"), [(401, "hf auth login"), (403, "write access"), (404, "check the owner")]
+)
 def test_refusals_are_one_sentence(hub, run, moon2, status, advice):
     hub.refuse = status
     code, out, err = moon2("push", run, REPO)
