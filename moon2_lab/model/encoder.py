@@ -20,18 +20,14 @@ from ..config import EncoderConfig, OBJECTIVES, VIEWS
 from ..data.images import ImageRef
 from ..data.products import Item, Product
 from ..errors import DataError, UsageError
-from ..files import read_json, write_json
-from ..folders import SUMS, require_checksums, write_checksums
 from .backbone import Backbone
 from .certify import build_backbone
 from .copies import full_experts_copy, merged_copy, without_training
+from .encoder_folder import load_encoder, save_encoder
 from .item_views import ItemViews, LayerGates, join_views, mean_by_item, pool_index
 from .lora import add_lora
 from .memory import checkpoint_gradients, freeze_base, weights_digest
 from .moe import ExpertLayer, KERNELS, LayerRouting, faster_kernel, measured_once
-from moon2_lab.model.named_base import (
-    TRAINED, describe_base, load_trained, place_of_base, read_tensors, save_tensors, save_trained,
-)
 from .token_rows import TokenRow, separate_rows, shared_rows
 from .upcycling import add_experts
 from ..runtime import device_name, pick_device, pick_dtype, progress, to_device
@@ -99,20 +95,7 @@ class Moon2Encoder(nn.Module):
     ) -> None:
         """Write config.json, the weights and their checksums. With the base: LoRA merged, the tokenizer files, and all
         else that loading needs. Without: see `model.named_base`."""
-        if base not in ("included", "named"):
-            raise UsageError(f"unknown base {base!r}", where="base", advice="included or named")
-        folder = Path(folder)
-        parts = {"encoder": self.config, **self.backbone.describe(), "info": self.info}
-        parts |= {"base": describe_base(self)} if base == "named" else {}
-        folder.mkdir(parents=True, exist_ok=True)
-        if base == "named":
-            save_trained(self, folder)
-            names = [TRAINED]
-        else:
-            save_tensors(self.merged().state_dict(), folder / "model.safetensors")
-            names = ["model.safetensors", *self.backbone.save(folder)]
-        write_json(folder / "config.json", {"model_type": "moon2", "format": 1, **parts})
-        write_checksums(folder, ["config.json", *names])
+        save_encoder(self, Path(folder), base)
 
     @classmethod
     def from_pretrained(
@@ -123,70 +106,7 @@ class Moon2Encoder(nn.Module):
     ) -> "Moon2Encoder":
         """An encoder saved by `save_pretrained`, on the device. Raises `DataError` naming the file when something is
         missing or cut, and for another base."""
-        folder = Path(folder)
-        saved = read_json(folder / "config.json")
-        advice = "copy the model again, or use an earlier checkpoint"
-        require_checksums(folder, f"{advice} (if you changed the file on purpose, delete {SUMS})")
-        if (
-            not isinstance(saved, dict)
-            or saved.get("model_type") != "moon2"
-            or not {"encoder", "decoder", "info"} <= saved.keys()
-        ):
-            raise DataError(
-                "not a moon2_lab model", where=str(folder / "config.json"),
-                advice="give a folder written by save_pretrained",
-            )
-        if "base" in saved:
-            encoder = cls._on_base(saved, folder, base)
-        else:
-            encoder = cls._described(saved, folder)
-            encoder._load_weights(folder / "model.safetensors")
-        encoder.info = saved["info"]
-        return encoder.eval().place(device)
-
-    @classmethod
-    def _described(cls, saved: dict, folder: Path) -> "Moon2Encoder":
-        """The encoder that config.json describes, its weights still random. `DataError` for a config that describes
-        none."""
-        try:
-            config = EncoderConfig.of_saved(saved["encoder"])
-            backbone = build_backbone(config, pretrained=False, saved=saved, folder=folder)
-            return cls._upcycled(backbone, config)
-        except DataError:
-            raise
-        # whatever a library says to a field that is missing, of another type or out of range
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            advice = "it is damaged: copy the model folder again"
-            raise DataError(
-                f"the config describes no model ({reason})", where=str(folder / "config.json"), advice=advice
-            ) from error
-
-    @classmethod
-    def _on_base(cls, saved: dict, folder: Path, base: str | Path | None) -> "Moon2Encoder":
-        "The encoder of a folder that names its base: the trained part on the base's weights, LoRA merged."
-        config = EncoderConfig.of_saved(saved["encoder"])
-        name, config.backbone = config.backbone, place_of_base(saved["base"], base)
-        encoder = cls._upcycled(build_backbone(config), config)
-        config.backbone = name
-        if saved["base"]["lora"]:
-            encoder.add_lora(**saved["base"]["lora"])
-        load_trained(encoder, folder, saved["base"])
-        encoder.on_pretrained = not encoder.lora
-        return encoder.merged()
-
-    def _load_weights(self, path: Path) -> None:
-        """Read the weights, W* in the width in which it was saved. `DataError` for a file that is missing, cut or of
-        another model."""
-        try:
-            tensors = read_tensors(path)
-            if tensors.get("alignment", self.alignment).dim() == 2:
-                self.set_objectives(tensors.get("alignment", self.alignment).shape[1])
-            self.load_state_dict(tensors)
-        except RuntimeError as error:
-            what = f"the weights cannot be read ({str(error).splitlines()[0]})"
-            advice = "the file is cut or of another model: copy it again, or use an earlier checkpoint"
-            raise DataError(what, where=str(path), advice=advice) from error
+        return load_encoder(cls._upcycled, Path(folder), base).eval().place(device)
 
     @property
     def fingerprint(self) -> str:

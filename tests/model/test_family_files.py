@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from families import ITEMS, PIXELS, REFS, encoder_of, folder_of, keep_exact, stock
-from moon2_lab.config import VIEWS, EncoderConfig
+from moon2_lab.config import EncoderConfig, VIEWS
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, LabError
