@@ -3476,6 +3476,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                   'moon2_lab/objective/objective.py'),
                                                'moon2_lab.objective.objective.Moon2Objective.batch': ( 'objective/objective.html#moon2objective.batch',
                                                                                                        'moon2_lab/objective/objective.py'),
+                                               'moon2_lab.objective.objective.Moon2Objective.extra_weights': ( 'objective/objective.html#moon2objective.extra_weights',
+                                                                                                               'moon2_lab/objective/objective.py'),
                                                'moon2_lab.objective.objective.Moon2Objective.filter_terms': ( 'objective/objective.html#moon2objective.filter_terms',
                                                                                                               'moon2_lab/objective/objective.py'),
                                                'moon2_lab.objective.objective.Moon2Objective.matryoshka_dims': ( 'objective/objective.html#moon2objective.matryoshka_dims',

@@ -348,8 +348,7 @@ class Moon2Objective:
             terms |= losses | self.weight_terms(views, routing, keys, list(losses), relative)
             terms |= _receipt_terms(batch.candidates)
             weighted = [terms["omega"][m] * losses[name] for m, name in enumerate(self.alignment) if name in losses]
-            extra = {"aux": self.config.aux_weight, "sparsity": self.config.sparsity_weight, "balance": 1.0}
-            weighted += [weight * terms[name] for name, weight in extra.items() if name in terms]
+            weighted += [weight * terms[name] for name, weight in self.extra_weights().items() if name in terms]
             # a batch without any sample still has a gradient
             nothing = 0.0 * torch.nan_to_num(views.embedding["q"]["mm"]).sum()
             return terms | {"loss": sum(weighted, nothing)}
@@ -367,6 +366,10 @@ class Moon2Objective:
         return {
             "phi": phi, "filter_weight": weight, "margin": phi.new_full((), margin), "share_down_weighted": share,
         }
+
+    def extra_weights(self) -> dict[str, float]:
+        "Weights in the loss of the terms that are no alignment objective; terms that are not computed have no part."
+        return {"aux": self.config.aux_weight, "sparsity": self.config.sparsity_weight, "balance": 1.0}
 
     def batch(self, views: TripletViews, keys: TripletKeys, weight: Tensor) -> ObjectiveBatch:
         "The batch as the alignment objectives see it, its masks on the CPU; `weight` (3, B) is the filter's."
