@@ -210,7 +210,8 @@ _OTHERS = {
 }
 _NO_BACKBONE = {
     "aria": _Tiny(
-        "aria", {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}, _siglip(8, "idefics3_vision"),
+        "aria", {"model_type": "aria_text", "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        _siglip(8, "idefics3_vision"),
         {"image_processor_type": "AriaImageProcessor"}, {"image_token_index": "<|img|>"},
         {"projector_patch_to_query_dict": {64: 16}},
     ),

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -279,12 +280,17 @@ def pil_processor(
     settings = ImageProcessingMixin.get_image_processor_dict(where, revision=revision)[0]
     name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
     name = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
-    if not hasattr(transformers, f"{name}Pil"):
+    named = getattr(transformers, f"{name}Pil", None)
+    try:  # from its own module: transformers 5.17 guards some that need no torchvision
+        kind = named and getattr(importlib.import_module(named.__module__), named.__name__)
+    except ImportError:
+        kind = None
+    if kind is None:
         raise DataError(
             f"the image processor {name or '(not named)'} needs torchvision", where=str(where),
             advice="choose a model whose image processor has a form for PIL pictures",
         )
-    return getattr(transformers, f"{name}Pil").from_pretrained(where, revision=revision)
+    return kind.from_pretrained(where, revision=revision)
 
 
 def _read(where: str, what: str, load: Callable):
