@@ -2,10 +2,12 @@
 hold special tokens; and whatever cannot be a backbone says why.
 """
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import ITEMS, PIXELS, REFS, encoder_of, folder_of, keep_exact, stock
 from moon2_lab.config import EncoderConfig, VIEWS
 from moon2_lab.data.images import ImageRef
@@ -15,7 +17,7 @@ from moon2_lab.files import read_json, write_json
 from moon2_lab.model.certify import build_backbone
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.model.families import FAMILIES, REFUSED, family_of
-from moon2_lab.model.hf_backbone import hf_backbone
+from moon2_lab.model.hf_backbone import hf_backbone, pil_processor
 from moon2_lab.tiny_models import TINY_FAMILIES, TINY_REFUSED, spoil_model, tiny_model
 from PIL import Image
 from safetensors import safe_open
@@ -242,6 +244,19 @@ def test_a_processor_that_needs_torchvision(tmp_path):
     write_json(path, read_json(path) | {"image_processor_type": "Cohere2VisionImageProcessorFast"})
     with pytest.raises(DataError, match="needs torchvision"):
         load("llava", folder)
+
+
+def test_a_guard_is_no_need(monkeypatch):
+    "transformers 5.17 asks for torchvision where the class does not: its own module decides."
+    module = "transformers.models.smolvlm.image_processing_pil_smolvlm"
+    wanted = pil_processor(folder_of("smolvlm"))
+    guard = type("SmolVLMImageProcessorPil", (), {"__module__": module})  # cannot read a folder
+    monkeypatch.setattr(transformers, guard.__name__, guard)
+    found = pil_processor(folder_of("smolvlm"))
+    assert type(found) is type(wanted) and found.to_dict() == wanted.to_dict()
+    monkeypatch.setitem(sys.modules, module, None)  # where it does need what is not there
+    with pytest.raises(DataError, match="SmolVLMImageProcessor needs torchvision"):
+        load("smolvlm")
 
 
 @pytest.mark.parametrize("fault", ["tokenizer", "processor", "weights", "cut"])
