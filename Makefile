@@ -8,6 +8,7 @@
 #   make app                           the retrieval demo in a browser, 127.0.0.1:7860
 #   make app VECTORS=file              the same on the vectors of moon2 embed;  URI=store: of moon2 index
 #   make bench                         head-to-heads, in an environment of their own
+#   make gpu-check PYTHON=python3      tests and figures on a GPU, with the Python that has a CUDA build of torch
 #   make clean                         remove environments and caches (runs/ stays)
 
 CATALOG  ?=
@@ -27,7 +28,7 @@ PYTEST  := $(BIN)/python -m pytest --nbmake --nbmake-timeout=1200
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup system demo test test-all check lab app bench clean
+.PHONY: help setup system demo test test-all check lab app bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -73,6 +74,10 @@ app: $(READY)
 bench:
 	@$(MAKE) --no-print-directory VENV=.venv-bench EXTRAS=bench setup
 	.venv-bench/bin/python bench/run.py $(ARGS)
+
+# Not in the environment of set-up, whose torch knows no GPU.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) bench/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

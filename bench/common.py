@@ -12,6 +12,8 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,6 +43,25 @@ def options(about: str, **defaults) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", help="also write the JSON object to this file")
     return parser
+
+
+@contextlib.contextmanager
+def noted_waits(device: torch.device) -> Iterator[Counter]:
+    """Yield a Counter of the lines at which the program waits for a CUDA device in the block, as torch notes them:
+    filled when the block ends. Of another device nothing is noted."""
+    lines: Counter = Counter()
+    if device.type != "cuda":
+        yield lines
+        return
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lines
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = (note for note in notes if "synchronizing CUDA operation" in str(note.message))
+    lines.update(f"{Path(note.filename).name}:{note.lineno}" for note in waits)
 
 
 def start(args) -> dict:
@@ -174,14 +195,12 @@ def give_features(encoder, refs) -> int:
     """
     store, keys = encoder.backbone.features, encoder.backbone._keys(list(refs))
     places = store.missing(keys)
-    generator = np.random.default_rng(0)
-    for begin in range(0, len(places), 512):
-        chunk = places[begin : begin + 512]
-        store.add(
-            [keys[place] for place in chunk],
-            generator.standard_normal((len(chunk), *store.shape), dtype=np.float32).astype(np.float16)
-            * np.float16(0.5),
-        )
+    size, together = encoder.backbone.vision.picture_size, 128
+    shape = min(len(places), together) * size.tokens, store.channels  # drawn once: gigabytes for a large model
+    features = np.random.default_rng(0).standard_normal(shape, dtype=np.float32).astype(np.float16) * np.float16(0.5)
+    for begin in range(0, len(places), together):
+        chunk = places[begin : begin + together]
+        store.add([keys[place] for place in chunk], features[: len(chunk) * size.tokens], [size] * len(chunk))
     return len(places)
 
 

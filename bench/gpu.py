@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 import torch
-from common import TINY, catalogue, finish, give_features, options, own_cache, spread, start
+from common import TINY, catalogue, finish, give_features, noted_waits, options, own_cache, spread, start
 from moon2_lab.config import TrainConfig
 from moon2_lab.errors import UsageError
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
@@ -34,7 +34,7 @@ def synchronize(device: torch.device) -> None:
 def trainer_on(args, catalog, device: torch.device, dtype: str) -> Trainer:
     "A trainer whose vision features are there already."
     fields = TINY if args.backbone == "tiny" else {}
-    encoder = Moon2Encoder.from_backbone(args.backbone, **fields)
+    encoder = Moon2Encoder.from_backbone(args.backbone, pretrained=not args.random_weights, **fields)
     config = TrainConfig(
         backbone=args.backbone, device=str(device), dtype=dtype, max_steps=1_000,
         per_device_train_batch_size=args.triplets, num_threads=args.threads, filter_warmup_ratio=0.0,
@@ -57,8 +57,17 @@ def take_steps(trainer: Trainer, count: int) -> list[float]:
     return seconds[2:]
 
 
+def waits_of_step(trainer: Trainer) -> dict[str, int]:
+    "The lines at which one more step of the trainer waits for the device, with how often each does."
+    with noted_waits(trainer.encoder.backbone.device) as lines:
+        for event in trainer:
+            if event.phase == "step":
+                break
+    return dict(lines.most_common())
+
+
 def training(args, catalog, device: torch.device, dtype: str) -> dict:
-    "Steps a second, tokens a second, memory and what was chosen."
+    "Steps a second, tokens a second, memory, waits of a step, and what was chosen."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer = trainer_on(args, catalog, device, dtype)
@@ -69,19 +78,25 @@ def training(args, catalog, device: torch.device, dtype: str) -> dict:
         "steps_per_second": 1 / spread(seconds)["median"],
     }
     result |= {"tokens_per_step": row["tokens"], "first_loss": trainer.history[0]["loss"]}
+    waits = waits_of_step(trainer)
     if device.type == "cuda":
+        result["waits_of_step"] = waits
         result["peak_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
     print(
         f"training, {dtype}, {result['kernel']}: {result['steps_per_second']:.2f} steps/s, "
         f"{row['tokens'] * result['steps_per_second']:,.0f} tokens/s, {result.get('peak_memory_mb', '-')} MB"
     )
+    where = ", ".join(f"{line} {count}x" for line, count in waits.items())
+    if device.type == "cuda":
+        print(f"  a step waits {sum(waits.values())} times for the device: {where}")
     return result
 
 
 def embedding(args, catalog, device: torch.device) -> dict:
     "Items a second by dtype, and the agreement of each with float32 on the CPU."
     fields = TINY if args.backbone == "tiny" else {}
-    model = perturb_experts(Moon2Encoder.from_backbone(args.backbone, **fields), 0.02).eval().place("cpu")
+    model = Moon2Encoder.from_backbone(args.backbone, pretrained=not args.random_weights, **fields)
+    model = perturb_experts(model, 0.02).eval().place("cpu")
     items = [product.item("mm") for product in list(catalog)[: args.items]]
     give_features(model, {item.image.key: item.image for item in items if item.image is not None}.values())
     few = items[: min(len(items), 256)]
@@ -117,6 +132,7 @@ def agreement(args, catalog, losses: dict[str, float]) -> dict:
 def main() -> int:
     parser = options(__doc__, repeats=30, dtype=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto", help="cuda, mps; auto: the fastest there is")
+    parser.add_argument("--random-weights", action="store_true", help="the backbone's shape; only its config is read")
     parser.add_argument("--triplets", type=int, default=64, help="of a step")
     parser.add_argument("--items", type=int, default=4_000, help="to embed")
     args = parser.parse_args()

@@ -26,6 +26,7 @@ _HOMES = {  # module -> its public names
     "retrieval.search": "Searcher open_searcher",
     "retrieval.vectors": "VectorFile",
     "reporting.comparison": "compare_encoders",
+    "reporting.hub": "push_to_hub",
     "widgets.heatmap": "heatmap compare_heatmaps",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}

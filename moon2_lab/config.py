@@ -89,6 +89,7 @@ def parse_value(
 # %% ../nbs/010_config.ipynb #8025152a
 PAPER = {  # every field of the method, as printed in the sources; what they leave open as in moon2_lab's defaults
     "num_experts": 4, "top_k": 2, "gate_scale": False, "moe_layers": "all", "router_std": 0.02, "attention": "causal",
+    "experts": "full",
     "omega_mode": "faithful", "omega_routing": "per_view", "omega_floor": 0.5, "omega_times_m": False,
     "intra_omega": True, "intra_negatives": "other_polarity", "intra_symmetric": False, "temperature": 0.05,
     "intra_temperature": 0.05, "aux_weight": 0.01, "sparsity_weight": 0.01, "balance_temperature": 0.5,
@@ -126,12 +127,13 @@ RANGES |= dict.fromkeys(
     ("filter_margin_start", "filter_margin_end"), (-2, 2, "between -2 and 2: a difference of two cosines")
 )
 RANGES |= _at_least(
-    0, "num_experts", "router_std", "aux_weight", "sparsity_weight", "lora_r", "weight_decay", "max_steps",
-    "max_minutes", "eval_steps", "eval_points", "save_steps", "save_minutes", "num_threads",
+    0, "num_layers", "image_size", "visual_tokens", "num_experts", "router_std", "aux_weight", "sparsity_weight",
+    "lora_r", "weight_decay",
+    "max_steps", "max_minutes", "eval_steps", "eval_points", "save_steps", "save_minutes", "num_threads",
 )
 RANGES |= _at_least(
-    1, "num_layers", "image_size", "visual_tokens", "max_text_tokens", "negatives_per_query", "query_variants",
-    "lora_alpha", "max_nonfinite_steps",
+    1, "max_text_tokens", "negatives_per_query", "query_variants",
+    "expert_rank", "expert_alpha", "lora_alpha", "max_nonfinite_steps",
 )
 RANGES["per_device_train_batch_size"] = (2, _LARGEST, "at least 2: the other triplets are the negatives")
 RANGES["seed"] = (0, 2**63 - 1, "0 to 2**63 - 1")
@@ -200,41 +202,96 @@ class LiveConfig:
 @dataclass(init=False)
 class EncoderConfig(LiveConfig):
     "What the encoder is: saved beside its weights."
-    backbone: str = "mini"  # mini (pretrained parts), tiny (random, for tests), or a folder of a saved model
-    num_layers: int = 4  # decoder layers used, from the bottom
-    image_size: int = 192  # side of the square given to the vision encoder, pixels
-    visual_tokens: int = 16  # tokens per image after pooling the feature map (a square number)
+    backbone: str = "mini"  # mini (pretrained parts), tiny (random), or a multimodal model: its folder or hub id
+    num_layers: int = 0  # decoder layers used, from the bottom; 0: 4 of tiny and mini, all of another model
+    image_size: int = 0  # side of the square given to the vision encoder, pixels; 0: 192, or what suits the model
+    visual_tokens: int = 0  # tokens per image after pooling (a square number); 0: 16, or the model's own
     num_experts: int = 4  # Z, routed experts per MoE layer; 0 = plain FFN
     top_k: int = 2  # experts a token is sent to; top_k = num_experts is the dense formula as printed
     gate_scale: bool = False  # multiply a mixture by the sum of its chosen gates, as Switch does: top_k = 1 needs it
-    moe_layers: str = "all"  # 'all', 'none', or comma-separated layer ids
+    moe_layers: str = "all"  # all, none, half (every second), every:N, last:N, or layer ids with commas between
+    experts: str = "full"  # full (copies of the FFN), lowrank (differences on a frozen FFN), native (a sparse model's)
+    expert_rank: int = 16  # lowrank: rank of each expert's differences
+    expert_alpha: int = 32  # lowrank: the differences are multiplied by expert_alpha / expert_rank
     router_std: float = 0.02  # standard deviation of the initial router and W*
     attention: str = "causal"  # causal (one pass gives image and multimodal) or bidirectional (separate passes)
     max_text_tokens: int = 64  # longer text is cut here, alike with and without an image
+    weights_dtype: str = "float32"  # of what is not trained: float32 or bfloat16; what is trained stays float32
+
+    @property
+    def is_small(self) -> bool:
+        "Whether the backbone is made here (tiny, mini): layers, pixels and tokens of a picture are for us to choose."
+        return self.backbone in ("tiny", "mini")
+
+    def settle(self) -> None:
+        super().settle()
+        for name, default in FROM_MODEL.items():
+            if self.is_small and not getattr(self, name):
+                setattr(self, name, default)
 
     def check(self) -> None:
         super().check()
-        self.require(bool(self.backbone), "backbone", "mini, tiny, or a folder of a saved model")
+        self.require(bool(self.backbone), "backbone", "mini, tiny, or the folder or hub id of a multimodal model")
         self.require(
-            int(self.visual_tokens**0.5) ** 2 == self.visual_tokens, "visual_tokens",
+            not self.is_small or int(self.visual_tokens**0.5) ** 2 == self.visual_tokens, "visual_tokens",
             "a square number such as 9, 16, 25, 49",
         )
         self.require(
             self.num_experts == 0 or 1 <= self.top_k <= self.num_experts, "top_k",
             f"1 to num_experts={self.num_experts}",
         )
-        self.require(self.attention in ("causal", "bidirectional"), "attention", "causal or bidirectional")
+        for name, allowed in _ENCODER_CHOICES.items():
+            self.require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
         self.moe_layer_ids()
 
-    def moe_layer_ids(self) -> list[int]:
-        "The decoder layers whose FFN becomes a mixture of experts."
-        if self.moe_layers == "none" or self.num_experts == 0:
+    def moe_layer_ids(
+        self,
+        layers: int = 0,  # how many the decoder has; 0: num_layers
+    ) -> list[int]:
+        "The decoder layers whose FFN becomes a mixture of experts, in order; `UsageError` for layers not there."
+        count = layers or self.num_layers or _MANY
+        kind, _, number = self.moe_layers.partition(":")
+        if kind == "none" or self.num_experts == 0:
             return []
-        if self.moe_layers == "all":
-            return list(range(self.num_layers))
+        if kind in ("all", "half"):
+            return list(range(count)) if kind == "all" else self._every(2, count)
+        if kind in ("every", "last"):
+            size = parse_value("moe_layers", number, int)
+            few = "of this many layers" if count == _MANY else f"of {count} layers"
+            self.require(1 <= size <= count, "moe_layers", f"{kind}:N takes N from 1 to the number {few}")
+            return self._every(size, count) if kind == "every" else list(range(count - size, count))
+        self.require(self.moe_layers[:1].isdigit(), "moe_layers", "all, none, half, every:N, last:N, or ids: 0,2")
         ids = sorted({parse_value("moe_layers", part, int) for part in self.moe_layers.split(",")})
-        self.require(all(0 <= i < self.num_layers for i in ids), "moe_layers", f"layer ids 0 to {self.num_layers - 1}")
+        self.require(ids[-1] < count, "moe_layers", f"layer ids 0 to {count - 1}")
         return ids
+
+    def _every(self, step: int, count: int) -> list[int]:
+        "The last of each `step` layers."
+        self.require(step <= count, "moe_layers", f"there are fewer than {step} layers")
+        return list(range(step - 1, count, step))
+
+    @classmethod
+    def of_saved(cls, fields: dict[str, Any]) -> "EncoderConfig":
+        "The config that a model was saved with; what is not in it yet has its default, whatever settings.ini says."
+        return cls(**{f.name: f.default for f in dataclasses.fields(cls) if f.name in _LATER} | fields)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that a model's fingerprint covers: of those that came later, what is not at its default; of a
+        backbone's folder its name."""
+        fields = {f.name: f.default for f in dataclasses.fields(EncoderConfig)}
+        values = {n: getattr(self, n) for n, v in fields.items() if n not in _LATER or getattr(self, n) != v}
+        backbone = Path(self.backbone)
+        return values | ({"backbone": backbone.name} if backbone.is_absolute() else {})
+
+# %% ../nbs/010_config.ipynb #64f7571d
+_ENCODER_CHOICES = {
+    "attention": ("causal", "bidirectional"), "experts": ("full", "lowrank", "native"),
+    "weights_dtype": ("float32", "bfloat16"),
+}
+_MANY = 100_000  # layers, where their number is not known before the model is read
+_LATER = ("experts", "expert_rank", "expert_alpha", "weights_dtype")  # saved models may be without them
+# 0: of tiny and mini this, of another model its own
+FROM_MODEL = {"num_layers": 4, "image_size": 192, "visual_tokens": 16}
 
 # %% ../nbs/010_config.ipynb #99829b3a
 @dataclass(init=False)
@@ -274,8 +331,10 @@ class TrainConfig(EncoderConfig):
     expanded_images: str = "one"  # of their expanded pictures: one a step, all, or none
     noise: float = 0.0  # share of the training triplets that is spoilt on purpose, to see what the filter finds
     # loop
-    lora_r: int = 0  # 0 = train the decoder itself; r > 0 = LoRA of rank r on attention and experts
+    lora_r: int = 0  # 0 = train the decoder itself; r > 0 = LoRA of rank r on attention and experts (see lora_experts)
     lora_alpha: int = 16  # LoRA scaling numerator
+    lora_experts: str = "lora"  # with lora_r, full and native experts: lora, train (in full) or frozen
+    gradient_checkpointing: bool = False  # keep one vector a layer and token for backward, and compute the rest again
     train_word_embeddings: bool = False  # the 28 M word embeddings of mini stay as they are
     per_device_train_batch_size: int = 64  # triplets a step
     learning_rate: float = 1e-4  # attention and norms, and the experts
@@ -301,6 +360,7 @@ class TrainConfig(EncoderConfig):
 
     def settle(self) -> None:
         "Who gives a number of steps and no time gets all of them."
+        super().settle()
         if "max_steps" in self._named and self.max_steps and "max_minutes" not in self._named:
             self.max_minutes = 0.0
 
@@ -313,6 +373,10 @@ class TrainConfig(EncoderConfig):
             all(dim >= 1 for dim in self.matryoshka_dims)
             and len(set(self.matryoshka_dims)) == len(self.matryoshka_dims), "matryoshka_dims",
             "each at least 1, and named once",
+        )
+        self.require(
+            self.dtype != "float32" or self.weights_dtype == "float32", "dtype",
+            "weights in bfloat16 cannot calculate in float32: set weights_dtype=float32, too",
         )
         self.require(self.max_steps > 0 or self.max_minutes > 0, "max_steps", "give max_steps or max_minutes")
 
@@ -328,7 +392,7 @@ CHOICES = {
     "expanded_images": ("one", "all", "none"), "omega_mode": ("balanced", "faithful", "detached", "floored"),
     "omega_routing": ("per_view", "shared"), "intra_negatives": ("batch", "other_polarity"),
     "dtype": ("auto", "float32", "bfloat16"), "lr_scheduler_type": ("cosine", "linear", "constant"),
-    "report_to": ("none", "tensorboard", "trackio", "wandb"),
+    "lora_experts": ("lora", "train", "frozen"), "report_to": ("none", "tensorboard", "trackio", "wandb"),
 }
 
 # %% ../nbs/010_config.ipynb #f9f9bca9

@@ -260,13 +260,12 @@ def file_sha256(path: Path) -> str:
 
 def write_checksums(
     folder: str | Path,
-    names: list[str] | None = None,  # None: all its files
+    names: list[str] | None = None,  # None: all its files, those in folders below it too
 ) -> None:
     "Write `SHA256SUMS` for files of the folder: the last step of writing it."
     folder = Path(folder)
-    names = names or [
-        path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".") and path.name != SUMS
-    ]
+    inside = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    names = names or [path.relative_to(folder).as_posix() for path in inside if path.name != SUMS]
     with atomic_path(folder / SUMS) as temporary:
         temporary.write_text(
             "".join(f"{file_sha256(folder / name)}  {name}\n" for name in sorted(names)), encoding="utf-8"

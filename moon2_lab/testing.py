@@ -21,7 +21,7 @@ from .config import DIRECTIONS, OBJECTIVES, VIEWS
 def made_up_side(
     side: str,  # query or item
     text: str,
-    grid: int,  # patches to a side of the picture; 0: no picture
+    grid: int | tuple[int, int],  # patches to a side of the picture, or (rows, columns); 0: no picture
     rng,  # numpy Generator
     layers: int = 3,
     heads: int = 2,
@@ -32,27 +32,28 @@ def made_up_side(
     from moon2_lab.explain.heatmap_data import Attribution, SideMaps
 
     words = [(match[0], *match.span()) for match in re.finditer("[^ ]+", text)]
-    patches, count = grid**2, len(words)
-    image = Image.new("RGB", (96, 96), "white") if grid else None
+    shape = (grid, grid) if isinstance(grid, int) else grid
+    patches, count = shape[0] * shape[1], len(words)
+    image = Image.new("RGB", (96, 96), "white") if patches else None
     if image is not None:
         image.paste((190, 60, 40), (24, 20, 72, 80))
     pooled = rng.dirichlet(np.ones(patches + count), (layers, heads))
-    share, shape = pooled.mean((0, 1)), (grid, grid)
-    parts = share[patches:], share[:patches].reshape(shape) if grid else None
+    share = pooled.mean((0, 1))
+    parts = share[patches:], share[:patches].reshape(shape) if patches else None
     attention = Attribution("attention", *parts, signed=False)
-    words_first = rng.normal(size=count), rng.normal(size=shape) if grid else None
+    words_first = rng.normal(size=count), rng.normal(size=shape) if patches else None
     title = "gradient x activation"
     gradient = Attribution("gradient", *words_first, note="Invented numbers.", title=title)
-    links = rng.dirichlet(np.ones(patches), (layers, heads, count)) if grid and count else None
+    links = rng.dirichlet(np.ones(patches), (layers, heads, count)) if patches and count else None
     curves = {"deletion": np.linspace(0.6, 0, 9), "insertion": np.linspace(0, 0.6, 9)}
     faith = {"gradient": Faithfulness(0.2, 0.5, rng.normal(0, 0.1, 99), curves=curves)}
     routing = rng.dirichlet(np.ones(experts), (layers, patches + count))
     maps = {"attention": attention, "gradient": gradient}
     names = [f"layer {number}" for number in range(layers)]
-    return SideMaps(side, text, words, image, grid, maps, faith, links, pooled, routing, names, list(range(layers)))
+    return SideMaps(side, text, words, image, shape, maps, faith, links, pooled, routing, names, list(range(layers)))
 
 
-def made_up_pair(seed: int = 0, grid: int = 4):
+def made_up_pair(seed: int = 0, grid: int | tuple[int, int] = 4):
     "A `PairMaps` with invented numbers, for figures and widgets without a model."
     from moon2_lab.explain.heatmap_data import PairMaps
 
@@ -272,7 +273,7 @@ def made_up_shop(
 # %% ../nbs/016_testing.ipynb #9a4b08ce
 def made_up_routing(
     text: str = "finest quality red stoneware mug with handle",
-    grid: int = 4,  # 0: without picture
+    grid: int | tuple[int, int] = 4,  # 0: without picture
     layers: int = 3,
     experts: int = 4,
     top_k: int = 2,

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 CPU, FOREIGN = 1, 12  # kDLCPU and kDLExtDev of DLPack
 COPIES = ("_to_copy", "copy_", "_copy_from")  # the operations that may see two devices
+INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")  # and indices may lie on the CPU: they are moved
 WAITS = {  # operations that hold the program until a GPU is done: their result, or its size, is needed by the CPU
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
     "unique_dim_consecutive", "equal", "is_nonzero", "bincount",
@@ -54,9 +55,11 @@ def _name(op) -> str:
 
 
 def _check(op, tensors: list[torch.Tensor]) -> None:
-    "One device for all, as on CUDA: only single numbers of the CPU may take part."
+    "One device for all, as on CUDA: only single numbers of the CPU may take part, and indices, which cost a wait."
     left = [t for t in tensors if not _is_fake(t) and t.dim() > 0]
-    if left and _name(op) not in COPIES and any(map(_is_fake, tensors)):
+    if left and _name(op) in INDEXED and _is_fake(tensors[0]):
+        waits["copy to device"] += 1
+    elif left and _name(op) not in COPIES and any(map(_is_fake, tensors)):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found fake:0 and {left[0].device} in {op}"
         )
@@ -69,7 +72,8 @@ def _count(op, args: list) -> None:
     put = (
         name == "_index_put_impl_" and any(t.dtype == torch.bool for t in tensors[1:-1]) and tensors[-1].numel() != 1
     )  # one value: masked_fill
-    if name in WAITS or put or name == "repeat_interleave":
+    slow = name == "_grouped_mm" and tensors[0].dtype != torch.bfloat16  # a loop, which has to know the sizes of groups
+    if name in WAITS or put or slow or name == "repeat_interleave":
         waits[name] += 1
 
 
@@ -81,6 +85,9 @@ def _fallback(op, *args, **kwargs):
     target = kwargs.get("device")
     if _name(op) in COPIES:
         return _copy(op, *args, **kwargs)
+    if op is torch.ops.aten.set_.source_Tensor:  # how parametrizations (LoRA of the experts) put a tensor in place
+        args[0].data = args[1]
+        return args[0]
     _count(op, values)
     raw = [
         _relabel(v, CPU) if _is_fake(v) else torch.device("cpu") if isinstance(v, torch.device) else v for v in values
@@ -116,12 +123,20 @@ def _fallback(op, *args, **kwargs):
     return tree_map(back, out)
 
 
+def _count_copy(from_fake: bool, to_fake: bool, blocking: bool) -> None:
+    "A copy to the CPU waits; one to the device does, too, unless it is asked not to (`non_blocking`)."
+    if from_fake and not to_fake:
+        waits["copy to cpu"] += 1
+    if to_fake and not from_fake and blocking:
+        waits["copy to device"] += 1
+
+
 def _copy(op, *args, **kwargs):
-    "Between the devices; one from the fake one to the CPU waits."
+    "Between the devices."
     if _name(op) != "_to_copy":
         target, source = args[:2] if _name(op) == "copy_" else args[1::-1]
-        if _is_fake(source) and not _is_fake(target):
-            waits["copy to cpu"] += 1
+        blocking = not (kwargs.get("non_blocking") or True in args[2:])
+        _count_copy(_is_fake(source), _is_fake(target), blocking)
         (_relabel(target, CPU) if _is_fake(target) else target).copy_(
             _relabel(source, CPU) if _is_fake(source) else source
         )
@@ -129,10 +144,15 @@ def _copy(op, *args, **kwargs):
     source, target = args[0], kwargs.pop("device", None)
     target = source.device if target is None else torch.device(target)
     calls["_to_copy"] += 1
-    if _is_fake(source) and target.type == "cpu":
-        waits["copy to cpu"] += 1
+    _count_copy(_is_fake(source), target.type == "fake", not kwargs.get("non_blocking"))
     out = op(_relabel(source, CPU) if _is_fake(source) else source, **kwargs | {"device": torch.device("cpu")})
     return _relabel(out, FOREIGN) if target.type == "fake" else out
+
+
+def _convolution_backward(grad, rows, weight, *settings):
+    "The gradients of a convolution: of its input, its weight and, if asked for, its bias."
+    sizes = [weight.shape[1] * settings[5] if settings[3] else weight.shape[0]]
+    return _fallback(torch.ops.aten.convolution_backward.default, grad, rows, weight, sizes, *settings)
 
 
 def _low(op, *args, **kwargs):
@@ -190,6 +210,7 @@ def start() -> torch.device:
         makers.impl(
             "convolution_overrideable", functools.partial(_fallback, torch.ops.aten.convolution.default), "PrivateUse1"
         )
+        makers.impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
         library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
         for name in ("linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention"):
             makers.impl(name, functools.partial(_low, getattr(torch.ops.aten, name).default), "AutocastPrivateUse1")

@@ -20,6 +20,7 @@ from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.files import write_json, write_parquet
 from moon2_lab.model import feature_cache, vision
 from moon2_lab.model.feature_cache import FeatureCache
+from moon2_lab.model.token_rows import PictureSize
 from moon2_lab.training.trainer import Trainer
 from PIL import Image
 from small import picture, pretrained, product, settings, shop, tiny
@@ -129,16 +130,16 @@ def test_a_picture_that_vanishes_is_named(tmp_path):
 
 def store_of(folder, count, shape=(4, 6)):
     keys = [bytes([number]) * 32 for number in range(count)]
-    features = np.arange(count * np.prod(shape), dtype=np.float16).reshape(count, *shape)
-    FeatureCache(folder, shape).add(keys, features)
+    features = np.arange(count * np.prod(shape), dtype=np.float16).reshape(-1, shape[1])
+    FeatureCache(folder, shape[1]).add(keys, features, [PictureSize(shape[0], (2, 2))] * count)
     return keys, features
 
 
-@pytest.mark.parametrize("fails_at", [0, 1], ids=["features", "keys"])
+@pytest.mark.parametrize("fails_at", [0, 1], ids=["features", "index"])
 def test_a_full_disk_while_features_are_stored(tmp_path, monkeypatch, fails_at):
     "What was stored is read as before; half a record is cut away by the next writer."
     keys, features = store_of(tmp_path, 5)
-    store, calls, real = FeatureCache(tmp_path, (4, 6)), [], feature_cache._write_at
+    store, calls, real = FeatureCache(tmp_path, 6), [], feature_cache._write_at
 
     def half(path, offset, data):
         calls.append(path)
@@ -147,40 +148,40 @@ def test_a_full_disk_while_features_are_stored(tmp_path, monkeypatch, fails_at):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, offset, data)
 
-    new, more = [b"\xff" * 32, b"\xfe" * 32], np.ones((2, 4, 6), np.float16)
+    new, more = [b"\xff" * 32, b"\xfe" * 32], np.ones((2 * 4, 6), np.float16)
     with monkeypatch.context() as patch:
         patch.setattr(feature_cache, "_write_at", half)
         with pytest.raises(LabError, match=r"cannot write vision features.*MOON2_CACHE"):
-            store.add(new, more)
-    for reader in (store, FeatureCache(tmp_path, (4, 6))):
+            store.add(new, more, [PictureSize(4, (2, 2))] * 2)
+    for reader in (store, FeatureCache(tmp_path, 6)):
         np.testing.assert_array_equal(reader.get(keys), features)
         assert reader.missing(new) == [0, 1]
-    store.add(new, more)
+    store.add(new, more, [PictureSize(4, (2, 2))] * 2)
     np.testing.assert_array_equal(store.get(new + keys), np.concatenate([more, features]))
-    again = FeatureCache(tmp_path, (4, 6))
+    again = FeatureCache(tmp_path, 6)
     np.testing.assert_array_equal(again.get(new + keys), np.concatenate([more, features]))
 
 
-@pytest.mark.parametrize("name", ["features.f16", "keys.bin"])
+@pytest.mark.parametrize("name", ["features.f16", "index.bin"])
 def test_a_cut_feature_file_costs_the_cut_features_only(tmp_path, name):
     keys, features = store_of(tmp_path, 5)
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-10])
-    store = FeatureCache(tmp_path, (4, 6))
+    store = FeatureCache(tmp_path, 6)
     assert store.missing(keys) == [4]
-    np.testing.assert_array_equal(store.get(keys[:4]), features[:4])
-    store.add(keys[4:], features[4:])
-    np.testing.assert_array_equal(FeatureCache(tmp_path, (4, 6)).get(keys), features)
+    np.testing.assert_array_equal(store.get(keys[:4]), features[: 4 * 4])
+    store.add(keys[4:], features[4 * 4 :], [PictureSize(4, (2, 2))])
+    np.testing.assert_array_equal(FeatureCache(tmp_path, 6).get(keys), features)
 
 
 def test_two_processes_may_write_features(tmp_path):
     "Each sees what the other has added, and nothing is stored twice."
-    one, two = FeatureCache(tmp_path, (1, 2)), FeatureCache(tmp_path, (1, 2))
-    one.add([b"a" * 32, b"b" * 32], np.ones((2, 1, 2)))
-    two.add([b"b" * 32, b"c" * 32], np.full((2, 1, 2), 2))
+    one, two, sizes = FeatureCache(tmp_path, 2), FeatureCache(tmp_path, 2), [PictureSize(1, (1, 1))] * 2
+    one.add([b"a" * 32, b"b" * 32], np.ones((2, 2)), sizes)
+    two.add([b"b" * 32, b"c" * 32], np.full((2, 2), 2), sizes)
     one.refresh()
-    np.testing.assert_array_equal(one.get([b"a" * 32, b"b" * 32, b"c" * 32])[:, 0, 0], [1, 1, 2])
-    assert (tmp_path / "keys.bin").stat().st_size == 3 * 32
+    np.testing.assert_array_equal(one.get([b"a" * 32, b"b" * 32, b"c" * 32])[:, 0], [1, 1, 2])
+    assert (tmp_path / "index.bin").stat().st_size == 3 * 44
 
 
 def test_a_picture_is_encoded_once_in_its_life(monkeypatch):
@@ -188,7 +189,7 @@ def test_a_picture_is_encoded_once_in_its_life(monkeypatch):
     encoder, other = tiny(), tiny(image_size=16)
     item = Item(None, ImageRef.from_pil(Image.new("RGB", (30, 20), "teal")))
     first = encoder.encode([item])
-    monkeypatch.setattr(vision.PatchColours, "__call__", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(vision.PatchColours, "forward", lambda *_: pytest.fail("encoded again"))
     np.testing.assert_array_equal(tiny().encode([item]), first)
     with pytest.raises(pytest.fail.Exception, match="encoded again"):
         other.encode([item])

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fake_device
 import numpy as np
 import pytest
 import torch
+from bench.common import noted_waits
 from fake_device import counted
 from moon2_lab import files, runtime
 from moon2_lab.cli.main import main
@@ -21,7 +24,9 @@ from moon2_lab.evaluation.evaluate import evaluate
 from moon2_lab.explain import attention_recorder
 from moon2_lab.model import backbone, encoder, moe, vision
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective import contrastive
+from moon2_lab.objective import contrastive, recipes
+from moon2_lab.objective.objective import Moon2Objective, TripletViews, batch_masks
+from moon2_lab.tiny_models import tiny_model
 from moon2_lab.training import step as step_module, trainer as trainer_module
 from moon2_lab.training.step import PHASES
 from moon2_lab.training.trainer import Trainer
@@ -34,6 +39,8 @@ METHODS = ("ig", "shapley", "occlusion", "attention_gradient", "rollout", "atten
 def fake(monkeypatch, tmp_path):
     "The fake device as the fastest there is, and a cache of one's own: vision features are made anew."
     monkeypatch.setenv("MOON2_CACHE", str(tmp_path / "cache"))
+    if not hasattr(torch._C, "_acc"):
+        pytest.skip(f"torch {torch.__version__} takes no device that is written in Python")
     device = fake_device.start()
     monkeypatch.setattr(runtime, "device_counts", lambda: {"fake": 1, "cpu": 1})
     return device
@@ -65,17 +72,26 @@ def test_the_fake_device_is_the_cpu_under_another_name(fake):
     ("wait", "act"),
     [
         ("_local_scalar_dense", lambda x: x.sum().item()), ("nonzero", lambda x: x[x > 0]),
-        ("copy to cpu", lambda x: x.tolist()), ("bincount", lambda x: torch.bincount(x.long().flatten().abs())),
-        ("_unique2", lambda x: torch.unique(x)),
+        ("copy to cpu", lambda x: x.tolist()), ("copy to device", lambda x: torch.ones(2).to(x.device)),
+        ("copy to device", lambda x: x.new_tensor(0.5)), (None, lambda x: runtime.to_device([1, 2], x.device)),
+        ("bincount", lambda x: torch.bincount(x.long().flatten().abs())),
+        ("_unique2", lambda x: torch.unique(x)), ("_grouped_mm", lambda x: by_group(x)),
+        (None, lambda x: by_group(x.bfloat16())), ("copy to device", lambda x: x[torch.tensor([1, 0])]),
         ("repeat_interleave", lambda x: torch.repeat_interleave(x.long().flatten().abs())),
         (None, lambda x: torch.where(x > 0, x, 0).sum(0).cumsum(0)),
     ],
 )
 def test_what_a_gpu_is_waited_for_is_counted(fake, wait, act):
-    values = torch.randn(4, 4).to(fake)
+    values = torch.randn(4, 8).to(fake)
     with counted() as waits:
         act(values)
     assert set(waits) == ({wait} if wait else set())
+
+
+def by_group(rows):
+    "Rows times a matrix for each half of them."
+    matrices = torch.ones(2, rows.shape[1], 8, dtype=rows.dtype, device=rows.device)
+    return moe._GROUPED_MM(rows, matrices, offs=torch.arange(2, 5, 2, dtype=torch.int32, device=rows.device))
 
 
 # ---------------------------------------------------------------------------------------------- choosing
@@ -140,7 +156,7 @@ def test_kernel_and_dtype_are_measured_after_moving_and_kept_under_the_devices_n
     assert (choices.device, choices.dtype, choices.expert_kernel) == ("fake", "bfloat16", "grouped")
     assert seen == [("dtype", "fake"), ("kernel", "fake", torch.bfloat16)]
     known = files.read_json(files.cache_dir("probes") / "answers.json")
-    assert sorted(key.split(" torch-")[1].split(" ", 1)[1].split(" 4x")[0] for key in known) == [
+    assert sorted(key.split(" torch-")[1].split(" ", 1)[1].split(" MoE")[0] for key in known) == [
         "dtype fake", "experts fake bfloat16",
     ]
     placed = tiny().place("auto")  # a model that is loaded is asked about in the same way
@@ -153,11 +169,11 @@ def test_a_busy_machine_does_not_choose_the_kernel(monkeypatch):
     clock, turns = SimpleNamespace(now=0.0), {"loop": 0, "grouped": 0}
     plain = moe.mix_experts
 
-    def slow(hidden, routing, gate_up, down, act, kernel):
+    def slow(hidden, routing, gate_up, down, act, kernel, gate_scale):
         turns[kernel] += 1
         busy = kernel == "grouped" and turns[kernel] < 8
         clock.now += (0.013 if kernel == "loop" else 0.010) * (1.5 if busy else 1.0)
-        return plain(hidden, routing, gate_up, down, act, kernel)
+        return plain(hidden, routing, gate_up, down, act, kernel, gate_scale)
 
     monkeypatch.setattr(moe, "mix_experts", slow)
     monkeypatch.setattr(moe, "time", SimpleNamespace(perf_counter=lambda: clock.now))
@@ -228,46 +244,165 @@ def test_training_runs_on_the_device_and_agrees_with_the_cpu(fake, monkeypatch):
     assert np.allclose(there.table().loss, here.table().loss, rtol=1e-4)  # AdamW is fused on the CPU
 
 
-@pytest.mark.parametrize("kernel", ["loop", "grouped"])
-def test_a_step_waits_for_the_device_a_few_times(fake, kernel):
-    trainer = Trainer(tiny(), shop(40, mixed=True), settings(device="auto", filter_warmup_ratio=0.0))
-    trainer.encoder.set_expert_kernel(kernel)
+STEPS = {
+    "plain": {}, "negatives": {"negatives_per_query": 3, "intra_symmetric": True, "intra_negatives": "batch"},
+    "paper": {"preset": "paper"}, "filter on intra": {"filter_on_intra": True, "omega_routing": "shared"},
+    "lora": {"lora_r": 4, "lora_alpha": 8}, "checkpointing": {"gradient_checkpointing": True},
+    "prefixes": {"matryoshka_dims": (8, 16), "negatives_per_query": 2},
+}
+
+
+def whole_step(trainer):
+    "The waits of the trainer's second step, all it does between two steps included; and its row of the history."
     trainer.prepare_features()
+    for _ in PHASES:
+        next(trainer)
     with counted() as waits:
-        *_, last = trainer.events_of_step()
-    layers = len(trainer.encoder.moe_blocks) if kernel == "loop" else 0  # the loop has to know the size of each block
-    pairs = 2 if last.data["row"]["masked_pairs"] else 0  # and which pairs were masked is fetched where there are any
-    assert sum(waits.values()) == 3 + layers + pairs, dict(
-        waits
-    )  # which objectives have samples, the norms, the numbers of the history
+        *_, last = (next(trainer) for _ in PHASES)
+    assert last.phase == "step"
+    return waits, last.data["row"]
+
+
+@pytest.mark.parametrize("kernel", ["loop", "grouped"])
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_waits_for_the_device_once(fake, case, kernel):
+    """All numbers come in one copy. The kernel `loop` has to know the size of each expert's block, in every layer; so
+    has `grouped` in float32, which is no single product there."""
+    dtype = "float32" if kernel == "loop" else "bfloat16"
+    config = settings(device="auto", dtype=dtype, filter_warmup_ratio=0.0, **STEPS[case])
+    trainer = Trainer(tiny(), shop(40, mixed=True), config)
+    trainer.encoder.set_expert_kernel(kernel)
+    waits, row = whole_step(trainer)
+    layers = len(trainer.encoder.moe_blocks)
+    most = 2 * layers if config.gradient_checkpointing else layers  # layers may be run again
+    assert trainer.ledger.down_weighted and (trainer.ledger.masked or case == "paper")  # there was much to note
+    assert row["loss_aux"] > 0  # load balance
+    assert list(waits) == ["copy to cpu"]
+    assert waits["copy to cpu"] == 1 if kernel == "grouped" else layers < waits["copy to cpu"] <= 1 + most
+    assert layers <= fake_device.calls["sort"] <= most, "only tokens are sorted there, by expert: no gates, no keys"
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("qwen3_vl", {}), ("gemma3", {}), ("qwen3_5", {}), ("qwen3_vl", {"experts": "lowrank"}),
+        ("qwen3_vl_moe", {"experts": "native"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.get("experts", "full"),
+)
+@pytest.mark.filterwarnings("ignore:the encoder was made otherwise")
+def test_a_step_of_a_model_of_transformers_waits_once(fake, tmp_path, family, fields):
+    "Positions with three axes, pictures as blocks, windows, states, levels, each kind of experts."
+    encoder = Moon2Encoder.from_backbone(str(tiny_model(family, tmp_path / family)), **fields)
+    config = settings(device="auto", dtype="bfloat16", filter_warmup_ratio=0.0, per_device_train_batch_size=4)
+    trainer = Trainer(encoder, shop(20, mixed=True), config)
+    trainer.encoder.set_expert_kernel("masked" if fields.get("experts") == "lowrank" else "grouped")
+    waits, row = whole_step(trainer)
+    assert len(encoder.moe_blocks) == 4 and dict(waits) == {"copy to cpu": 1} and np.isfinite(row["loss"])
+
+
+@pytest.mark.parametrize("recipe", [recipes.UnalignedObjective, lambda config: recipes.DenseObjective()])
+def test_a_step_of_another_recipe_waits_once(fake, recipe):
+    config = settings(device="auto", dtype="bfloat16", filter_warmup_ratio=0.0)
+    trainer = Trainer(tiny(), shop(40, mixed=True), config, objective=recipe(config))
+    trainer.encoder.set_expert_kernel("grouped")
+    waits, row = whole_step(trainer)
+    assert dict(waits) == {"copy to cpu": 1} and np.isfinite(row["loss"])
+
+
+def test_an_objective_that_reads_numbers_is_noticed(fake):
+    "The proof that the count sees what happens inside of a step."
+
+    class Curious(Moon2Objective):
+        def __call__(self, views, routing, keys):
+            self.seen = {name: x.tolist() for name, x in super().__call__(views, routing, keys).items()}
+            return super().__call__(views, routing, keys)
+
+    config = settings(device="auto", dtype="bfloat16")
+    trainer = Trainer(tiny(), shop(40), config, objective=Curious(config))
+    trainer.encoder.set_expert_kernel("grouped")
+    waits, _ = whole_step(trainer)
+    assert waits["copy to cpu"] > 10
+
+
+def test_numbers_come_to_the_cpu_together_and_unchanged(fake):
+    here = [
+        torch.tensor(0.1), torch.arange(3) + 2**40, torch.tensor([[True, False]]),
+        torch.tensor([0.1], dtype=torch.float64), torch.randn(5).bfloat16(), torch.empty(0),
+        torch.randn(4, 3).T, torch.ones(()).expand(2, 2),
+    ]
+    mixed = [x if n == 1 else x.to(fake) for n, x in enumerate(here)]
+    with counted() as waits:
+        fetched = step_module._to_host(mixed)
+    assert dict(waits) == {"copy to cpu": 1}
+    assert [(x.dtype, x.shape) for x in fetched] == [(x.dtype, x.shape) for x in here]
+    assert all(torch.equal(x, y) for x, y in zip(fetched, here))
 
 
 def test_the_masks_of_a_batch_are_computed_once(fake, monkeypatch):
     made = []
-    for module in (contrastive, sys.modules["moon2_lab.objective.objective"]):
+    for module in (contrastive, sys.modules["moon2_lab.objective.objective"], recipes):
         monkeypatch.setattr(
             module, "candidate_masks", lambda *a, _make=module.candidate_masks, **k: made.append(1) or _make(*a, **k)
         )
-    trainer = Trainer(tiny(), shop(40), settings(device="auto"))
-    for _, _phase in zip(PHASES[:5], trainer):
-        pass
+    trainer = Trainer(tiny(), shop(40, mixed=True), settings(device="auto", filter_warmup_ratio=0.0))
+    for _ in PHASES:
+        next(trainer)
+    assert trainer.ledger.masked
     assert len(made) == 5  # query against item; picture and title of positives and of negatives, both ways
 
 
+def test_masks_are_the_same_wherever_the_keys_are(fake):
+    "Made on the CPU and moved, without asking the device; or fetched first, where nobody knows them on the CPU."
+    trainer = Trainer(tiny(), shop(40, mixed=True), settings(device="auto"))
+    events = {event.phase: event.data for _, event in zip(PHASES, trainer)}
+    views, keys = events["views"]["views"], events["batch"]["keys"]
+    with counted() as waits:
+        known = batch_masks(keys.on_cpu(), views.on_cpu())
+        moved = known.to(fake)
+    assert not waits and moved.allowed.device.type == "fake"
+    alone = TripletViews(views.embedding, views.present)
+    for masks in (moved, batch_masks(keys, views), batch_masks(replace(keys, known=None).on_cpu(), alone.on_cpu())):
+        for name in ("allowed", "same_key", "repeated"):
+            assert torch.equal(getattr(masks, name).cpu(), getattr(known, name))
+    for role in "qpn":
+        for view in ("t", "i", "mm"):
+            assert torch.equal(views.known[role][view], views.present[role][view].cpu())
+
+
+def test_waits_on_cuda_are_noted_by_line(monkeypatch):
+    "As torch's debug mode warns of them, here without cuda; other warnings are not counted."
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with noted_waits(torch.device("cuda")) as lines:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert modes == ["warn", "default"] and list(lines.values()) == [3]
+    assert next(iter(lines)).startswith("test_device.py:")
+    with noted_waits(torch.device("cpu")) as lines:
+        pass
+    assert modes == ["warn", "default"] and not lines
+
+
 LEFT_BEHIND = {
-    "pooling": (encoder, "pool_index", lambda rows, view, device=None: _pool_index(rows, view)),
-    "packing": (encoder, "Packing", lambda lengths, causal=True, device=None: _packing(lengths, causal)),
+    "indices": (encoder, "to_device", lambda values, device, dtype=None: torch.as_tensor(values, dtype=dtype)),
+    "packing": (
+        backbone, "pack_rows",
+        lambda rows, placing, of_picture, causal, device: _pack(rows, placing, of_picture),
+    ),
     "keys": (step_module, "collate", lambda *a, **k: _stuck(*_collate(*a, **k))),
     "features": (
         backbone.Backbone, "vision_tokens",
         lambda self, features: self.connector(features.cpu().to(self.connector[1].weight.dtype)),
     ),
-    "masks": (
-        contrastive, "_or_true",
-        lambda mask, size, device: torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).cpu(),
-    ),
+    "masks": (contrastive.CandidateMasks, "to", lambda self, device: self),
 }
-_pool_index, _packing, _collate = encoder.pool_index, encoder.Packing, step_module.collate
+_pack, _collate = backbone.pack_rows, step_module.collate
 
 
 class Stuck(torch.Tensor):
@@ -296,8 +431,10 @@ def test_a_tensor_that_is_left_behind_is_found(fake, monkeypatch, what):
 
 def test_vision_works_where_the_weights_are(fake, monkeypatch):
     seen = []
-    plain = vision.PatchColours.__call__
-    monkeypatch.setattr(vision.PatchColours, "__call__", lambda self, *a: seen.append(plain(self, *a)) or seen[-1])
+    plain = vision.PatchColours.forward
+    monkeypatch.setattr(
+        vision.PatchColours, "forward", lambda self, images: seen.append(plain(self, images)[0]) or plain(self, images)
+    )
     there = tiny().place("auto").backbone.vision_features([picture(n) for n in range(3)])
     assert seen[0].device.type == "fake"
     without_device(monkeypatch)
@@ -316,12 +453,12 @@ def test_the_weights_of_the_vision_encoder_move(fake, monkeypatch):
             return self.fold(pixels)
 
     monkeypatch.setattr(vision.EfficientNetLite0, "_build", lambda self: Small().eval().requires_grad_(False))
-    frozen = vision.EfficientNetLite0()
+    frozen = vision.EfficientNetLite0(image_size=32, visual_tokens=4)
     images = [picture(n).load() for n in range(2)]
-    expected = frozen(images, 32, 4)
+    expected, _ = frozen(images)
     assert expected.device.type == "cpu"
-    there = frozen(images, 32, 4, fake)
-    assert there.device.type == "fake" and frozen.model.fold.weight.device.type == "fake"
+    there, _ = frozen.to(fake)(images)
+    assert there.device.type == "fake" and frozen.network.fold.weight.device.type == "fake"
     assert torch.equal(there.cpu(), expected)
 
 

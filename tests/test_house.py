@@ -90,7 +90,7 @@ def test_nbdev_reads_the_project_as_meant():
 
 def test_lab_section_is_the_dataclass_defaults(monkeypatch):
     "[lab] lists every field of TrainConfig, in its order, with its default: the file is documentation that works."
-    from moon2_lab.config import TrainConfig, parse_value
+    from moon2_lab.config import FROM_MODEL, TrainConfig, parse_value
 
     monkeypatch.delenv("MOON2_SETTINGS", raising=False)
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -100,7 +100,8 @@ def test_lab_section_is_the_dataclass_defaults(monkeypatch):
     )
     different = [f"{n} = {f.default}" for n, f in fields.items() if parse_value(n, section[n], f.type) != f.default]
     assert not different, "settings.ini [lab] should say:\n" + "\n".join(different)
-    assert dataclasses.asdict(TrainConfig()) == {name: field.default for name, field in fields.items()}
+    defaults = {name: field.default for name, field in fields.items()}
+    assert dataclasses.asdict(TrainConfig()) == defaults | FROM_MODEL  # 0 there: the backbone's own
 
 
 def test_constraints_name_a_tested_version_of_every_requirement():
@@ -274,11 +275,12 @@ def test_no_two_notebooks_export_one_module():
 
 NUMBER = {module_of(path): int(path.stem.split("_", 1)[0]) for path in MODULE_NOTEBOOKS}
 SEES_ONLY = {  # tighter than the order of the numbers: what sees arrays must not learn about models
-    "objective.contrastive": {"errors", "config"}, "objective.omega_alarm": {"config"},
+    "objective.contrastive": {"errors", "config", "runtime"}, "objective.omega_alarm": {"config"},
     "objective.objective_weights": {"errors", "config", "objective.contrastive"},
     "objective.sample_filter": {"config", "objective.contrastive"},
     "objective.objective": {
-        "errors", "config", "objective.contrastive", "objective.objective_weights", "objective.sample_filter",
+        "errors", "config", "runtime", "objective.contrastive", "objective.objective_weights",
+        "objective.sample_filter",
     },
     "evaluation.statistics": {"errors", "config"}, "evaluation.ranking": {"errors", "config", "evaluation.statistics"},
     "reporting.tables": {"errors", "config", "evaluation.statistics", "objective.omega_alarm"},
@@ -347,7 +349,8 @@ def test_apps_see_the_demo_only():
 
 
 TORCH_FREE = (  # useful without a model
-    "errors", "files", "folders", "config", "runtime", "http", "augment.llm_client", "data.importers.encodings",
+    "errors", "files", "folders", "config", "runtime", "tiny_models", "http", "augment.llm_client",
+    "data.importers.encodings",
     "data.importers.records", "data.importers.json_reader", "data.importers.parquet_reader", "data.importers.readers",
     "data.importers.schemas", "data.importers.download", "data.importers.image_store", "data.importers.catalog_writer",
     "data.importers.splits", "data.importers.layouts", "data.importers.importer", "data.synthetic.materials",

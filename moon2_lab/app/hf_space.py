@@ -14,8 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path, PureWindowsPath
-from typing import Any
+from pathlib import Path
 
 import pandas as pd
 
@@ -27,6 +26,7 @@ from ..errors import LabError, UsageError
 from ..files import read_json, sha256_hex, static_text, write_json, write_parquet
 from ..folders import model_name, whole_folder, write_checksums
 from ..model.encoder import Moon2Encoder
+from ..reporting.hub import without_folders
 from ..runtime import progress
 
 # %% ../../nbs/app/875_hf_space.ipynb #a4c8aa53
@@ -70,22 +70,6 @@ def _write_shown(
     return sum(row["image_paths"] != "[]" for row in rows)
 
 # %% ../../nbs/app/875_hf_space.ipynb #f136d3c4
-_FOLDERS = re.compile(r"(?<![\w.:/])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/\"',]+[\\/])+")  # of a path inside a text
-
-
-def _without_folders(
-    value: Any,  # of JSON
-) -> Any:
-    "The same, with each absolute path cut down to its last name."
-    if isinstance(value, dict):
-        return {name: _without_folders(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(inner) for inner in value]
-    if isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:\\)", value):
-        return PureWindowsPath(value).name  # reads both kinds of slash
-    return _FOLDERS.sub("", value) if isinstance(value, str) else value
-
-
 def _write_model(
     encoder: Moon2Encoder,
     folder: Path,
@@ -94,10 +78,9 @@ def _write_model(
     "Weights, config, tokenizer, and scores where they are known; no folders of this machine."
     encoder.save_pretrained(folder)
     if scores:
-        write_json(folder / "metrics.json", _without_folders(scores))
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            write_json(folder / name, _without_folders(read_json(folder / name)))
+        write_json(folder / "metrics.json", without_folders(scores))
+    for path in (*folder.glob("*config.json"), *folder.glob("backbone/*config.json")):
+        write_json(path, without_folders(read_json(path)))
     write_checksums(folder)
 
 # %% ../../nbs/app/875_hf_space.ipynb #ad309761

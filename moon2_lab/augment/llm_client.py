@@ -20,7 +20,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
-from ..errors import LabError, UsageError
+from ..errors import DataError, LabError, UsageError
 from ..http import Busy, Refused, check_server, post, with_retries
 from ..runtime import pick_device, pick_dtype
 
@@ -223,6 +223,43 @@ class ChatClient:
                 advice = "see that the server runs, then run the same command again: what is done is kept"
                 self.stopped = LabError(what, where=self.url, advice=advice)
 
+# %% ../../nbs/augment/455_llm_client.ipynb #a60bc30c
+class _NoMedia(dict):
+    "In the place of a processor for videos or sounds, which no prompt has."
+    num_frames = fps = merge_size = None
+
+
+def load_processor(
+    model: str,  # id on the hub, or a folder
+    revision: str | None = None,  # on the hub
+):
+    "The processor of a multimodal model, for texts and PIL pictures; `ImportError` where it needs what is not here."
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+    from transformers.models.smolvlm import processing_smolvlm
+
+    from moon2_lab.model.hf_backbone import pil_processor
+
+    try:
+        pictures = pil_processor(model, revision)
+        kind = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(model, revision=revision))]
+    except (DataError, KeyError):
+        return AutoProcessor.from_pretrained(model, revision=revision)
+    if kind is processing_smolvlm.SmolVLMProcessor:  # it counts the frames of videos in words
+        processing_smolvlm.num2words = processing_smolvlm.num2words or str
+    parts = {"image_processor": pictures, "tokenizer": AutoTokenizer.from_pretrained(model, revision=revision)}
+    given = [parts[name] if name in parts else _NoMedia() for name in kind.get_attributes()]
+    settings = kind.get_processor_dict(model, revision=revision)[0]
+    return _for_prompts(kind).from_args_and_dict(given, settings)
+
+
+def _for_prompts(kind: type) -> type:
+    "A processor's class that takes `_NoMedia` for what its model does not get."
+    def check(self, name: str, part):
+        return _NoMedia if isinstance(part, _NoMedia) else kind.check_argument_for_proper_class(self, name, part)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
+
 # %% ../../nbs/augment/455_llm_client.ipynb #7b25d8af
 @dataclass
 class LocalModel:
@@ -260,11 +297,11 @@ class LocalModel:
 
     def _from_pretrained(self):
         "(processor, model) as transformers loads them, on the device."
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         device = pick_device(self.device)
         dtype = pick_dtype(device) if self.dtype == "auto" else self.dtype
-        processor = AutoProcessor.from_pretrained(self.model, revision=self.revision)
+        processor = load_processor(self.model, self.revision)
         model = AutoModelForImageTextToText.from_pretrained(self.model, revision=self.revision, dtype=dtype)
         processor.tokenizer.padding_side = "left"  # the answer follows the prompt
         return processor, model.to(device).eval()

@@ -117,6 +117,37 @@ def augment_command(args: argparse.Namespace) -> Outcome:
     summary = augment_catalog(args.catalog, args.out, recipe, args.limit)
     return Outcome(f"{args.out}\n{summary_lines(summary)}", {"folder": str(args.out), **summary})
 
+# %% ../../nbs/cli/910_commands.ipynb #7cb02d93
+def backbone_command(args: argparse.Namespace) -> Outcome:
+    "What a multimodal model is as a backbone, and whether packed rows give what the model gives."
+    from moon2_lab.model.backbone_check import check_backbone
+
+    checked = check_backbone(args.name, chosen_device(args), **parse_assignments(args.set))
+    facts = checked.facts | {"training": _training_memory(checked)}
+    *lines, verdict = checked.lines()
+    if plan := facts["training"]:
+        how = f"{plan['experts']} experts, LoRA of rank {plan['lora_r']}, bfloat16, gradient checkpointing"
+        lines.append(f"  training: about {plan['mb']:,} MB for a step of {plan['tokens']:,} tokens ({how})")
+    return Outcome("\n".join([*lines, verdict]), facts, 0 if checked.certificate.holds else 1)
+
+
+def _training_memory(checked) -> dict | None:  # BackboneCheck
+    "Predicted memory of a step in the form that needs least; None for a model whose layers cannot be counted so."
+    from moon2_lab.config import TrainConfig
+    from moon2_lab.training.memory_plan import plan_memory
+    from transformers import AutoConfig
+
+    fitting = [kind for kind in ("lowrank", "native") if checked.experts[kind]["layers"]]
+    if not fitting:
+        return None
+    how = {"experts": fitting[0], "lora_r": 16, "weights_dtype": "bfloat16", "gradient_checkpointing": True}
+    config, tokens, row = TrainConfig(backbone=checked.name, **how), 8192, checked.certificate.picture_tokens + 32
+    try:
+        plan = plan_memory(config, AutoConfig.from_pretrained(checked.name), tokens, row)
+    except RuntimeError:  # layers that look at numbers, of which there are none
+        return None
+    return {"experts": fitting[0], "lora_r": 16, "tokens": tokens, "mb": round(plan.total / 2**20)}
+
 # %% ../../nbs/cli/910_commands.ipynb #e51890f0
 def train_command(args: argparse.Namespace) -> Outcome:
     "Train an encoder into a run folder."
@@ -385,3 +416,16 @@ def demo_command(args: argparse.Namespace) -> Outcome:
     page = prepare(args.model, args.model_b, args.catalog, args.split, device=chosen_device(args), **stored)
     address = serve(page, args.host, args.port, args.share)
     return Outcome(f"{address} was stopped", {"address": address})
+
+# %% ../../nbs/cli/910_commands.ipynb #144183c3
+def push_command(args: argparse.Namespace) -> Outcome:
+    "Publish a model with its card on the Hugging Face hub; or only write what would be published."
+    from moon2_lab.folders import require_new
+    from moon2_lab.reporting.hub import publishable, push_to_hub
+
+    if args.card_only:
+        require_new(args.card_only, "give another --card-only")
+        folder = publishable(args.run_folder, args.card_only, args.repo)
+        return Outcome(f"{folder / 'README.md'}: nothing was published", {"folder": str(folder), "address": None})
+    address = push_to_hub(args.run_folder, args.repo, private=not args.public)
+    return Outcome(f"{address}: published", {"folder": None, "address": address})

@@ -145,12 +145,11 @@ def build_parser(
     parser.add_argument("--version", action="version", version=f"moon2_lab {__version__}")
     groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
     table = tomllib.loads(files("moon2_lab").joinpath("static/commands.toml").read_text(encoding="utf-8"))
-    shared = table.pop("shared")
+    shared, about = table.pop("shared"), table.pop("groups")
     for name, command in table.items():
         group, _, word = name.rpartition(" ")
         if group not in groups:
-            what = "check, draw, import or augment a catalogue"
-            groups[group] = groups[""].add_parser(group, help=what, allow_abbrev=False).add_subparsers(
+            groups[group] = groups[""].add_parser(group, help=about[group], allow_abbrev=False).add_subparsers(
                 metavar="COMMAND", required=True
             )
         _add_command(groups[group], word, command, getattr(commands, command["run"]), shared, how)

@@ -15,15 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from ..data.products import Item
 from ..errors import DataError, LabError, UsageError
 from .attention import attention_gradient, attention_of, rollout, without_first
-from .attention_recorder import attention_layers
+from .attention_recorder import attention_layers, other_layers
 from .heatmap_data import Attribution
-from .pair_score import features_of_tokens, fix_experts, score_function
+from .pair_score import fix_experts, score_function
 from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/explain/625_attribution.ipynb #5ad8e10b
@@ -33,11 +32,13 @@ class AttributionInputs:
     score: nn.Module  # EncoderScore or DecoderScore: rows of token vectors -> scores
     inputs: tuple[torch.Tensor, ...]  # each (1, L, D)
     baselines: tuple[torch.Tensor, ...]  # the same of the blank side
-    features: list[np.ndarray]  # each (L,), of features_of_tokens
+    features: list[np.ndarray]  # each (L,), the feature of each token, patches first, numbered from 0
     settings: dict = field(default_factory=dict)  # of the methods: steps, samples, layer, ...
     item: Item | None = None  # the side itself; None where only its vectors are known
     ends: tuple[float, float] = (0.0, 0.0)  # score of the inputs and of the baselines
     delta: float | None = None  # convergence delta: sum of the numbers - rise, where the method promises 0
+    slack: float = 0.001  # what numbers that add up may miss the rise by, beside 1 % of it
+    framed: float = 0.0  # share of the attention that went to tokens of the backbone's frame, and is left out
 
     def __post_init__(self):
         with torch.no_grad():
@@ -184,12 +185,9 @@ class _Stretch(NamedTuple):
     delta: float  # sum of the tokens - rise on this stretch
 
 
-def _adds_up(
-    delta: float,
-    rise: float,  # score - score of the blank side
-) -> bool:
-    "Whether the numbers miss the rise by at most 1 % of it + 0.001."
-    return abs(delta) <= 0.01 * abs(rise) + 0.001
+def _adds_up(side: AttributionInputs, delta: float) -> bool:
+    "Whether numbers that miss the rise by `delta` add up: by at most 1 % of it and the slack."
+    return abs(delta) <= 0.01 * abs(side.rise) + side.slack
 
 
 def _integrate_stretch(side: AttributionInputs, start: float, end: float, points: int) -> _Stretch:
@@ -206,7 +204,7 @@ def _integrate_until_it_adds_up(
 ) -> tuple[list[np.ndarray], float, int]:
     "Integrated gradients of the tokens, their delta, and the number of points that was needed."
     line, half = [_integrate_stretch(side, 0.0, 1.0, steps)], max(steps // 2, 2)
-    while not _adds_up(sum(abs(part.delta) for part in line), side.rise):
+    while not _adds_up(side, sum(abs(part.delta) for part in line)):
         if sum(part.points for part in line) + 2 * half > most_steps:
             break
         line.sort(key=lambda part: abs(part.delta))
@@ -281,23 +279,22 @@ add_method(Method(
 # %% ../../nbs/explain/625_attribution.ipynb #308d9710
 def _sink_is_a_patch(side: AttributionInputs) -> bool:
     "Whether the first position of a causal row, where attention is parked, is a patch of the picture."
-    return side.score.encoder.config.attention == "causal" and "patches" in side.score.parts
-
-
-def _without_sink(side: AttributionInputs, shares: np.ndarray) -> np.ndarray:
-    "Attention without the first position where that is a patch."
-    return without_first(shares) if _sink_is_a_patch(side) else shares
+    tokens = side.score.side
+    return side.score.encoder.config.attention == "causal" and bool(tokens.patches) and tokens.places[0] == 0
 
 
 def _attention(side: AttributionInputs) -> np.ndarray:
     layers, heads = ([number] if number is not None else None for number in map(side.settings.get, ("layer", "head")))
     rows = attention_of(side.score.encoder, side.item, layers=layers, heads=heads)
-    return rows.side.merge(_without_sink(side, rows.weights.astype(float))[:, :, 0].mean((0, 1)))
+    side.framed = float(1 - rows.weights.sum(-1).mean())
+    shares = rows.weights.astype(float)
+    return rows.side.merge((without_first(shares) if _sink_is_a_patch(side) else shares)[:, :, 0].mean((0, 1)))
 
 
 def _rollout(side: AttributionInputs) -> np.ndarray:
     tokens, shares = rollout(side.score.encoder, side.item)
-    return tokens.merge(_without_sink(side, shares))
+    side.framed = float(1 - shares.sum())
+    return tokens.merge(without_first(shares) if _sink_is_a_patch(side) else shares)
 
 
 def _attention_gradient(side: AttributionInputs) -> np.ndarray:
@@ -372,9 +369,8 @@ def attribution_inputs(
                        advice="install the packages of this backbone, or explain texts only") from error
     if routing == "fixed":
         fix_experts(score, real)
-    patches = encoder.config.visual_tokens if "patches" in score.parts else 0
-    spans = encoder.backbone.tokenize(item.text)[1] if "words" in score.parts else []
-    return AttributionInputs(score, real, blank, features_of_tokens(patches, item.text, spans), settings, item)
+    coarse = encoder.backbone.embedding.weight.dtype.itemsize < 4
+    return AttributionInputs(score, real, blank, score.side.features, settings, item, slack=0.005 if coarse else 0.001)
 
 # %% ../../nbs/explain/625_attribution.ipynb #a3f1213a
 def pick_side(query: Item, item: Item, side: str) -> tuple[Item, Item]:
@@ -384,15 +380,34 @@ def pick_side(query: Item, item: Item, side: str) -> tuple[Item, Item]:
     return (item, query) if side == "item" else (query, item)
 
 # %% ../../nbs/explain/625_attribution.ipynb #41f10cc3
-def _note(method: Method, side: AttributionInputs, routing: str) -> str:
-    "What to keep in mind when reading the numbers."
-    if not method.signed:
+def _attention_note(side: AttributionInputs) -> str:
+    "What a map of shares of attention leaves out."
+    if side.score.side.places[0] > 0:
+        sink = f", here a token of the frame: {side.framed:.0%} of it went to the frame, which is in no map."
+    else:
         sink = "; that cell is left out." if _sink_is_a_patch(side) else "."
-        return ("Shares of attention: they have no sign and do not add up to the score. "
-                f"Causal decoders park attention on the first position{sink}")
+    return ("Shares of attention: they have no sign and do not add up to the score. "
+            f"Causal decoders park attention on the first position{sink}")
+
+
+def _picture_note(method: Method, side: AttributionInputs) -> str:
+    "What numbers of an unusual backbone are about; empty for the usual ones."
+    lines = []
+    if side.score.side.whole:
+        lines.append("The tokens of this picture are no one grid: it has one number, as a whole.")
+    passed_over = other_layers(side.score.encoder.backbone.decoder) if "attention" in method.needs else []
+    if passed_over:
+        lines.append(f"Layers that mix tokens without attention are passed over: {', '.join(map(str, passed_over))}.")
+    return " ".join(lines)
+
+
+def _sum_note(method: Method, side: AttributionInputs, routing: str) -> str:
+    "Whether the numbers add up, and to what."
+    if not method.signed:
+        return _attention_note(side)
     if side.delta is None:
         return "These numbers do not add up to the score."
-    if _adds_up(side.delta, side.rise):
+    if _adds_up(side, side.delta):
         return f"The parts add up to {side.rise + side.delta:+.3f}, the rise from the blank side."
     cause = "tokens change their experts on the way" if routing == "free" else "take more steps"
     return f"The parts miss the rise of {side.rise:+.3f} by {abs(side.delta):.3f}: {cause}."
@@ -426,22 +441,10 @@ def attribute_side(
     raise_if_cancelled(cancelled)
     inputs = attribution_inputs(encoder, explained, other, routing, baseline, mean, **settings)
     values = run_method(inputs, chosen, progress, cancelled)
-    visual, parts = encoder.config.visual_tokens, inputs.score.parts
-    patches, words = np.split(values, [visual if "patches" in parts else 0])
-    picture = patches.reshape([int(visual**0.5)] * 2) if "patches" in parts else None
+    tokens = inputs.score.side
+    patches, words = np.split(values, [tokens.cells])
+    picture = patches.reshape(tokens.grid) if tokens.cells else None
     choices = {"routing": routing, "baseline": baseline} if "baseline" in chosen.needs else {}
     choices |= {name: inputs.settings[name] for name in chosen.settings}
-    note = _note(chosen, inputs, routing)
+    note = f"{_sum_note(chosen, inputs, routing)} {_picture_note(chosen, inputs)}".strip()
     return Attribution(method, words, picture, chosen.signed, note, inputs.delta, choices, chosen.title)
-
-# %% ../../nbs/explain/625_attribution.ipynb #d513491f
-def _upsample(
-    patches: np.ndarray,  # (g, g) over the padded square
-    size: int | tuple[int, int],  # pixels: side of the square, or (width, height)
-    how: str = "nearest",  # or bilinear
-) -> np.ndarray:  # (height, width) float32
-    "Patches enlarged to the pixels of the padded picture. `UsageError` for another way to enlarge."
-    if how not in ("nearest", "bilinear"):
-        raise UsageError(f"unknown way to enlarge {how!r}", where="how", advice="nearest or bilinear")
-    picture = Image.fromarray(np.asarray(patches, dtype=np.float32))
-    return np.asarray(picture.resize((size, size) if isinstance(size, int) else size, Image.Resampling[how.upper()]))

@@ -22,9 +22,9 @@ from ..data.queries import WORD, fold, own_words
 from ..errors import DataError, UsageError
 from ..evaluation.protocol import pick_products
 from ..evaluation.statistics import bootstrap_ci, paired_test
-from .attention import AttentionRows, SideTokens, attention_of
+from .attention import AttentionRows, attention_of
 from .attribution import require_vision
-from .pair_score import first_letter
+from .side_tokens import SideTokens, first_letter
 from ..model.encoder import Moon2Encoder
 from ..model.vision import square
 from ..runtime import progress
@@ -60,14 +60,16 @@ def _subject_pixels(
 
 def _subject_patches(
     picture: Image.Image,  # RGB
-    grid: int,  # g: the model reads g x g patches of the padded square
+    grid: tuple[int, int],  # rows and columns of patches of the padded square
     least: float = 0.25,  # share of the patch
     fine: int = 16,  # pixels to a side of a patch when its share is measured
-) -> np.ndarray:  # (g * g,) bool, row by row
+) -> np.ndarray:  # (rows * columns,) bool, row by row
     "Patches of which at least a share shows the subject."
     dark = Image.fromarray(np.where(_subject_pixels(picture), 0, 255).astype(np.uint8)).convert("RGB")
-    white = np.asarray(square(dark, grid * fine).convert("L"), dtype=float) / 255
-    return 1 - white.reshape(grid, fine, grid, fine).mean((1, 3)).ravel() >= least
+    rows, columns = grid
+    padded = square(dark, max(grid) * fine).resize((columns * fine, rows * fine), Image.Resampling.BOX)
+    white = np.asarray(padded.convert("L"), dtype=float) / 255
+    return 1 - white.reshape(rows, fine, columns, fine).mean((1, 3)).ravel() >= least
 
 # %% ../../nbs/explain/640_content_focus.ipynb #440c2da4
 _MISSING = {  # part -> why it cannot be measured: nothing counts, or everything does
@@ -80,15 +82,15 @@ _MISSING = {  # part -> why it cannot be measured: nothing counts, or everything
 def _parts_of_side(
     side: SideTokens,
     own: set[str],  # folded words that count
-    subject: np.ndarray,  # (C,) of subject_patches
+    subject: np.ndarray | None,  # (C,) of _subject_patches; None: no picture, or one that is no grid
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # part -> (what counts, among what), each (T,) bool
-    "What counts on each part of a side, without the first position."
-    place = np.arange(len(side))
-    title, behind = place >= side.patches, place > 0
+    "What counts on each part of a side, without the first position of the row."
+    title, behind = np.arange(len(side)) >= side.patches, side.places > 0
     content = np.concatenate([np.zeros(side.patches, bool), _content_tokens(side.text, side.spans, own)])
     parts = {"words": (content, title)}
-    if side.patches:
+    if subject is not None:
         parts["cells"] = np.concatenate([subject, np.zeros(len(side.spans), bool)]), ~title
+    if side.patches:
         parts["split"] = title, title | True
     return {part: (counts & behind, among & behind) for part, (counts, among) in parts.items()}
 
@@ -101,13 +103,6 @@ def _why_left_out(part: str, counts: np.ndarray, among: np.ndarray) -> str:
     return nothing if not counts.any() else everything if (counts == among).all() else ""
 
 # %% ../../nbs/explain/640_content_focus.ipynb #d21c8249
-def _even_attention(length: int, causal: bool) -> np.ndarray:
-    "(length,) attention, averaged over the rows, of a model that looks evenly at all it sees."
-    if not causal:
-        return np.full(length, 1 / length)
-    return np.cumsum(1 / np.arange(length, 0, -1))[::-1] / length
-
-
 def _attention_share(
     weights: np.ndarray,  # (..., T)
     counts: np.ndarray,  # (T,) bool
@@ -135,22 +130,24 @@ def _product_rows(
     rows: AttentionRows,  # pooled rows
     product: Product,
     view: str,
-    causal: bool,
 ) -> Iterator[dict]:
     "Rows of the table for one product in one view."
     side = rows.side
     layers = rows.without_first().weights[:, :, 0].astype(float).mean(1)  # (layers, T)
-    weights = np.concatenate([layers.mean(0, keepdims=True), layers, _even_attention(len(side), causal)[None]])
-    subject = _subject_patches(side.item.image.load(), int(side.patches**0.5)) if side.patches else None
+    weights = np.concatenate([layers.mean(0, keepdims=True), layers])
+    even = np.concatenate([rows.even.mean(0, keepdims=True), rows.even])  # the same, of a model that looks evenly
+    subject = _subject_patches(side.item.image.load(), side.grid) if side.patches and not side.whole else None
+    if side.whole:
+        yield _left_out_row(product, view, "cells", "no grid of patches")
     for part, (counts, among) in _parts_of_side(side, own_words(product), subject).items():
         reason = _why_left_out(part, counts, among)
         if reason:
             yield _left_out_row(product, view, part, reason)
             continue
-        *shares, even = _attention_share(weights, counts, among)
-        tokens = counts.sum() / among.sum()
-        for layer, share in zip(["mean", *map(str, rows.layers)], shares, strict=True):
-            numbers = dict(zip(_NUMBERS, (share / tokens, share, tokens, even / tokens)))
+        tokens, names = counts.sum() / among.sum(), ["mean", *map(str, rows.layers)]
+        measured = zip(names, *(_attention_share(each, counts, among) for each in (weights, even)), strict=True)
+        for layer, share, flat in measured:
+            numbers = dict(zip(_NUMBERS, (share / tokens, share, tokens, flat / tokens)))
             reason = "" if np.isfinite(share) else "no attention there"
             yield _place(product, view, part, layer) | numbers | {"left_out": reason}
 
@@ -177,7 +174,7 @@ def focus_table(
     if not views or set(views) - {"t", "mm"} or batch_size < 1:
         raise UsageError(f"views={tuple(views)}, batch_size={batch_size}", where="focus_table",
                          advice="views of t and mm, at least one; batch_size at least 1")
-    products, table, causal = pick_products(catalog, split, limit), [], encoder.config.attention == "causal"
+    products, table = pick_products(catalog, split, limit), []
     for view in dict.fromkeys(views):
         able = []
         for product in products:
@@ -190,7 +187,7 @@ def focus_table(
             batch = able[start : start + batch_size]
             attention = attention_of(encoder, [product.item() for product in batch], view)
             for product, rows in zip(batch, attention, strict=True):
-                table += _product_rows(rows, product, view, causal)
+                table += _product_rows(rows, product, view)
     return pd.DataFrame(table)
 
 

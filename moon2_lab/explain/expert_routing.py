@@ -15,7 +15,8 @@ import torch
 from ..config import VIEWS
 from ..data.products import Item
 from ..errors import DataError, UsageError
-from .attention import SideTokens, evaluating, item_in_view, side_tokens
+from .attention import evaluating
+from .side_tokens import SideTokens, item_in_view, side_tokens
 from ..model.encoder import Moon2Encoder
 from ..model.item_views import pool_index
 from ..model.moe import LayerRouting
@@ -25,13 +26,13 @@ from ..model.moe import LayerRouting
 class TokenRouting:
     "Which expert took which token of one item."
     side: SideTokens
-    weights: np.ndarray  # (layers, T, Z) routing weights, rows sum to 1
-    selected: np.ndarray  # (layers, T, k) int64, chosen experts, best first
+    weights: np.ndarray  # (layers, C + L, Z) routing weights, rows sum to 1
+    selected: np.ndarray  # (layers, C + L, k) int64, chosen experts, best first
     layers: list[int]  # of the decoder, those with experts
 
     @property
     def experts(self) -> np.ndarray:
-        "(layers, C + W, Z) by patch and word, as `moon2_lab.explain.heatmap_data.SideMaps` wants it."
+        "(layers, cells + W, Z) by patch and word, as `moon2_lab.explain.heatmap_data.SideMaps` wants it."
         return self.side.merge(self.weights.transpose(0, 2, 1), mean=True).transpose(0, 2, 1)
 
 
@@ -54,8 +55,8 @@ def token_routing(
     "Routing of each token of an item. `DataError` for an item without that view, `UsageError` without experts."
     side = side_tokens(encoder, item, view)
     _, tape = _run_routing(encoder, [side.item], (view,))
-    weights = torch.stack([routing.spread() for routing in tape]).cpu().numpy()
-    selected = torch.stack([routing.selected for routing in tape]).cpu().numpy()
+    weights = torch.stack([routing.spread() for routing in tape]).cpu().numpy()[:, side.places]
+    selected = torch.stack([routing.selected for routing in tape]).cpu().numpy()[:, side.places]
     return TokenRouting(side, weights, selected, encoder.config.moe_layer_ids())
 
 # %% ../../nbs/explain/635_expert_routing.ipynb #5c43e389

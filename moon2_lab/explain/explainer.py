@@ -15,7 +15,7 @@ import numpy as np
 from ..data.products import Item
 from ..errors import UsageError
 from ..evaluation.statistics import LEVEL
-from .attention import item_in_view, side_tokens, word_attention
+from .attention import word_attention
 from moon2_lab.explain.attribution import (
     AttributionInputs, attribute_side, attribution_inputs, fitting_method, fitting_methods, pick_side,
     raise_if_cancelled, require_vision,
@@ -25,6 +25,7 @@ from moon2_lab.explain.faithfulness import (
     FEW_FEATURES, Faithfulness, correct_for_methods, measure_faithfulness, random_gains, redrawn_copy, without_own,
 )
 from .heatmap_data import Attribution, PairMaps, SideMaps
+from .side_tokens import item_in_view, side_tokens
 from ..model.encoder import Moon2Encoder
 from ..model.vision import square
 from ..runtime import progress as progress_bar
@@ -53,8 +54,7 @@ def _read_side(
     if encoder.moe_blocks:
         routing = token_routing(encoder, item)
         recorded |= {"experts": routing.experts, "expert_layers": routing.layers}
-    grid = int(side.patches**0.5)
-    return SideMaps(name, side.text, side.words, image, grid, unread=side.unread, **recorded)
+    return SideMaps(name, side.text, side.words, image, side.grid, unread=side.unread, **recorded)
 
 # %% ../../nbs/explain/650_explainer.ipynb #b5428902
 def _hashable(settings: dict) -> tuple:
@@ -72,15 +72,18 @@ class Explainer:
         item: Item,
         model: str = "",  # its name, for headings
         trials: int = TRIALS,  # random maps that a map is compared with, more beside many maps; 0: it is not measured
-        redrawn: bool = False,  # compare with a model with re-drawn weights, too: each method runs twice
+        redrawn: bool | Moon2Encoder = False,  # compare with re-drawn weights, too (made, or given): methods run twice
         seed: int = 0,
         **choices,  # routing, baseline, mean, steps, most_steps, samples of `attribute_side`
     ):
         if trials < 0:
             raise UsageError(f"trials={trials}", where="Explainer", advice="0 or more; 100 are usual")
-        self.encoder, self.query, self.item = encoder, query, item
+        self.encoder = encoder = encoder.merged()  # once: with LoRA it is a copy
+        self.query, self.item = query, item
         self.trials, self.seed, self.choices = trials, seed, choices
-        self.redrawn = redrawn_copy(encoder, seed) if redrawn and trials else None
+        self.redrawn = None
+        if redrawn is not False and trials:
+            self.redrawn = redrawn_copy(encoder, seed) if redrawn is True else redrawn
         vectors = encoder.encode([item_in_view(query), item_in_view(item)])
         sides = _read_side(encoder, query, "query"), _read_side(encoder, item, "item")
         ids = (query.item_id or "query", item.item_id or "item")
@@ -198,13 +201,15 @@ class ExplainerCache:
         size: int = 32,  # pairs that are kept
         **choices,  # of `Explainer`
     ):
-        self.encoder, self.model, self.size, self.choices = encoder, model, size, choices
+        self.encoder, self.model, self.size, self.choices = encoder.merged(), model, size, choices
         self._pairs, self._lock = OrderedDict(), threading.Lock()
 
     def get(self, query: Item, item: Item) -> Explainer:
         "The explainer of this pair."
         key = (query.content, item.content)
         with self._lock:
+            if self.choices.get("redrawn") is True and self.choices.get("trials", TRIALS):  # one copy for all pairs
+                self.choices["redrawn"] = redrawn_copy(self.encoder, self.choices.get("seed", 0))
             explainer = self._pairs.pop(key, None) or Explainer(self.encoder, query, item, self.model, **self.choices)
             self._pairs[key] = explainer
             while len(self._pairs) > self.size:

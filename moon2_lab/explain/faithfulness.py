@@ -252,11 +252,18 @@ def measure_faithfulness(
 
 # %% ../../nbs/explain/630_faithfulness.ipynb #9228bbbe
 def redrawn_copy(encoder: Moon2Encoder, seed: int = 0) -> Moon2Encoder:
-    "A copy with re-drawn weights, of the mean and spread of each tensor; the encoder itself is as it was."
+    """A copy with re-drawn weights, of the mean and spread of each tensor; the encoder itself is as it was.
+
+    All is re-drawn that lies between the features of a picture, or the ids of a text, and the score: connector, word
+    embedding, decoder, experts. The frozen vision encoder is shared: its features are those that are kept."""
     redrawn, generator = frozen_copy(encoder), torch.Generator().manual_seed(seed)
+    vision = redrawn.backbone.vision
+    shared = set() if vision is None else {id(weight) for weight in vision.parameters()}
     for weight in redrawn.parameters():
-        drawn = torch.randn(weight.shape, generator=generator).to(weight)
-        weight.data = drawn * weight.std(correction=0) + weight.mean()
+        if id(weight) not in shared:
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            drawn = torch.randn(weight.shape, generator=generator).to(wide)
+            weight.data = (drawn * wide.std(correction=0) + wide.mean()).to(weight.dtype)
     return redrawn
 
 # %% ../../nbs/explain/630_faithfulness.ipynb #6ec327c4

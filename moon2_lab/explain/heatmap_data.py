@@ -22,7 +22,7 @@ class Attribution:
     "What one method says about one side of a pair: a number for each word, and for each patch of the picture."
     method: str  # a name in moon2_lab.explain.attribution.METHODS
     words: np.ndarray  # (W,) one number per word; 0 for a word that was not read
-    patches: np.ndarray | None = None  # (g, g) row by row over the picture padded to a square
+    patches: np.ndarray | None = None  # (rows, columns) over the picture padded to a square
     signed: bool = True  # False: a share of attention
     note: str = ""  # what to keep in mind when reading the numbers
     delta: float | None = None  # convergence delta: sum of the numbers - (score - score of the blank side)
@@ -34,7 +34,7 @@ class Attribution:
 
     @property
     def values(self) -> np.ndarray:
-        "(g * g + W,) patches row by row, then words: the order of the model's tokens."
+        "(rows * columns + W,) patches row by row, then words: the order of the model's tokens."
         return np.concatenate([np.zeros(0) if self.patches is None else np.ravel(self.patches), self.words])
 
 # %% ../../nbs/explain/600_heatmap_data.ipynb #64f8ba58
@@ -45,21 +45,26 @@ class SideMaps:
     text: str  # as the model reads it; empty without text
     words: list[tuple[str, int, int]]  # (word, start, end): places in the text
     image: Image.Image | None  # RGB, padded with white to a square
-    grid: int  # g: the picture has g x g patches; 0 without picture
+    grid: tuple[int, int]  # (rows, columns) of patches; (1, 1) for a picture as a whole, (0, 0) without one
     maps: dict[str, Attribution] = field(default_factory=dict)  # by method
     faith: dict = field(default_factory=dict)  # by method: a Faithfulness
-    links: np.ndarray | None = None  # (layers, heads, W, g * g) attention from each word to each patch
-    pooled: np.ndarray | None = None  # (layers, heads, g * g + W) attention averaged over the pooled rows
-    experts: np.ndarray | None = None  # (layers, g * g + W, Z) routing weights; NaN-free, rows sum to 1
+    links: np.ndarray | None = None  # (layers, heads, W, rows * columns) attention from each word to each patch
+    pooled: np.ndarray | None = None  # (layers, heads, rows * columns + W) attention averaged over the pooled rows
+    experts: np.ndarray | None = None  # (layers, rows * columns + W, Z) routing weights; NaN-free, rows sum to 1
     layer_names: list[str] = field(default_factory=list)  # of the attention layers that links and pooled hold
     expert_layers: list[int] = field(default_factory=list)  # of the MoE layers that experts holds
     unread: int = 0  # words behind the last token that the model reads
 
     def __post_init__(self):
-        patches, words = self.grid**2, len(self.words)
+        patches, words = self.patches, len(self.words)
         self._check_shape("links", 2, (words, patches), f"(layers, heads, {words}, {patches})")
         self._check_shape("pooled", 2, (patches + words,), f"(layers, heads, {patches + words})")
         self._check_shape("experts", 1, (patches + words,), f"(layers, {patches + words}, experts)")
+
+    @property
+    def patches(self) -> int:
+        "How many patches the picture has; 0 without one."
+        return self.grid[0] * self.grid[1]
 
     def _check_shape(self, name: str, first: int, wanted: tuple[int, ...], words: str) -> None:
         values = getattr(self, name)
@@ -110,14 +115,14 @@ def check_map(
     side: SideMaps,
 ) -> Attribution:  # the same
     "Raise `UsageError` for numbers that do not fit their side, `DataError` for NaN and infinite ones."
-    where, grid = f"{attribution.method}, {side.side}", side.grid
+    where, (rows, columns) = f"{attribution.method}, {side.side}", side.grid
     if np.shape(attribution.words) != (len(side.words),):
         raise UsageError(f"{np.size(attribution.words)} numbers for {len(side.words)} words", where=where,
                          advice="one number for each word; 0 for a word that was not read")
-    if attribution.patches is not None and np.shape(attribution.patches) != (grid, grid):
+    if attribution.patches is not None and np.shape(attribution.patches) != (rows, columns):
         shape = np.shape(attribution.patches)
-        raise UsageError(f"patches of shape {shape} for a picture of {grid} x {grid} patches", where=where,
-                         advice="reshape the numbers to (grid, grid)")
+        raise UsageError(f"patches of shape {shape} for a picture of {rows} x {columns} patches", where=where,
+                         advice=f"reshape the numbers to ({rows}, {columns})")
     if not np.isfinite(attribution.values.astype(float)).all():
         raise DataError("the map holds NaN or infinite numbers", where=where,
                         advice="look for the cause in the model or the method; a map with holes is not drawn")
@@ -197,6 +202,14 @@ def _pack_shares(
     place = {"at": at, "shape": list(values.shape[:2]), "stride": flat.shape[-1], "scales": _short(scales)}
     return place | {"averaged": over}, np.round(255 * scaled).astype(np.uint8).tobytes()
 
+
+def _outside(
+    pooled: np.ndarray,  # (layers, heads, patches + words)
+) -> list[float]:  # of each layer and head; empty where there is next to none
+    "Shares of the attention that went to tokens of a frame, which are in no map."
+    missing = 1 - _averaged(pooled, _LIMITS["pooled"])[0].sum(-1)
+    return _short(missing.clip(0)) if missing.max(initial=0.0) > 1e-3 else []
+
 # %% ../../nbs/explain/600_heatmap_data.ipynb #1cbb5982
 def small_jpeg(
     image: Image.Image,
@@ -229,10 +242,13 @@ def side_json(
     name: str,  # id of the product or query
     at: int,  # where its bytes begin
 ) -> tuple[dict, bytes]:
-    "Text, words and sizes of a side as JSON, its picture and its shares as bytes. Errors as in `check_side`."
+    """Text, words and sizes of a side as JSON, its picture and its shares as bytes. Errors as in `check_side`.
+
+    `grid` is [rows, columns]; one number where both are the same, as pages have always read it."""
     words, tail = _words_json(check_side(side))
+    rows, columns = map(int, side.grid)
     facts = {"id": printable(name, 80), "text": printable(side.text), "words": words, "tail": tail,
-             "unread": int(side.unread), "grid": int(side.grid), "image": None,
+             "unread": int(side.unread), "grid": rows if rows == columns else [rows, columns], "image": None,
              "layer_names": [printable(layer) for layer in side.layer_names],
              "expert_layers": [int(layer) for layer in side.expert_layers]}
     data = b"" if side.image is None else small_jpeg(side.image)
@@ -243,6 +259,8 @@ def side_json(
         facts[key] = None
         if values is not None and values.size:
             facts[key], more = _pack_shares(values, at + len(data), _LIMITS[key])
+            if key == "pooled" and (outside := _outside(values)):
+                facts[key]["outside"] = outside
             data += more
     if facts["experts"]:
         facts["experts"]["experts"] = int(side.experts.shape[-1])

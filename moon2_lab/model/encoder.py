@@ -6,9 +6,7 @@
 __all__ = ['Moon2Encoder', 'perturb_experts']
 
 # %% ../../nbs/model/360_encoder.ipynb #a3ea08a7
-import copy
 import dataclasses
-import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,16 +20,17 @@ from ..config import EncoderConfig, OBJECTIVES, VIEWS
 from ..data.images import ImageRef
 from ..data.products import Item, Product
 from ..errors import DataError, UsageError
-from ..files import atomic_path, read_json, write_json
-from ..folders import SUMS, require_checksums, write_checksums
-from .backbone import Backbone, build_backbone
-from moon2_lab.model.item_views import (
-    ItemViews, LayerGates, TokenRow, join_views, mean_by_item, pool_index, separate_rows, shared_rows,
-)
+from .backbone import Backbone
+from .certify import build_backbone
+from .copies import full_experts_copy, merged_copy, without_training
+from .encoder_folder import load_encoder, save_encoder
+from .item_views import ItemViews, LayerGates, join_views, mean_by_item, pool_index
 from .lora import add_lora
-from .moe import KERNELS, LayerRouting, MoEFeedForward, faster_kernel, measured_once, upcycle
-from .packing import Packing
-from ..runtime import device_name, pick_device, pick_dtype, progress
+from .memory import checkpoint_gradients, freeze_base, weights_digest
+from .moe import ExpertLayer, KERNELS, LayerRouting, faster_kernel, measured_once
+from .token_rows import TokenRow, separate_rows, shared_rows
+from .upcycling import add_experts
+from ..runtime import device_name, pick_device, pick_dtype, progress, to_device
 
 # %% ../../nbs/model/360_encoder.ipynb #5cb48b00
 class Moon2Encoder(nn.Module):
@@ -47,10 +46,11 @@ class Moon2Encoder(nn.Module):
         preferences = torch.zeros(max(config.num_experts, 1), len(OBJECTIVES))
         self.alignment = nn.Parameter(preferences, requires_grad=config.num_experts > 0)  # W* (Z, M)
         # travels with the saved model
-        self.info: dict = {"trained_steps": 0, "pretrained_backbone": backbone.spec.trained}
+        self.info: dict = {"trained_steps": 0, "pretrained_backbone": backbone.pretrained}
         self.compute_dtype = torch.float32  # bfloat16: autocast; on the CPU in training only
         self.last_missing: dict[str, list[str]] = {}
         self.lora: list = []  # the LoRA wrapper, in a list: the decoder must not be registered twice
+        self.on_pretrained = False  # True: frozen weights are those that the backbone came with
         self.shares_rows = config.attention == "causal"
         if not self.shares_rows:
             what = "image tokens see the text, so each view is encoded by a pass of its own"
@@ -61,8 +61,10 @@ class Moon2Encoder(nn.Module):
     @classmethod
     def from_backbone(
         cls,
-        name: str = "mini",  # mini or tiny
+        name: str = "mini",  # mini, tiny, or the folder or hub id of a multimodal model of transformers
         seed: int = 0,
+        pretrained: bool = True,  # False: random weights of the same shape
+        device: torch.device | str = "cpu",  # where the random weights of a large model are drawn
         **fields,  # of EncoderConfig
     ) -> "Moon2Encoder":
         """A fresh encoder on backbone `name`. Raises `UsageError` for unknown fields, `LabError` when the backbone's
@@ -70,111 +72,53 @@ class Moon2Encoder(nn.Module):
         config = EncoderConfig(backbone=name, **fields)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls._upcycled(build_backbone(config), config)
+            encoder = cls._upcycled(build_backbone(config, pretrained, device=device), config)
+        encoder.on_pretrained = pretrained
+        return encoder
 
     @classmethod
     def _upcycled(cls, backbone: Backbone, config: EncoderConfig) -> "Moon2Encoder":
         "Turn the FFNs of the MoE layers into experts and draw W*."
-        ffns = backbone.ffns()
-        for layer in config.moe_layer_ids():
-            experts = (config.num_experts, config.top_k, config.router_std)
-            backbone.set_ffn(layer, upcycle(ffns[layer], *experts, gate_scale=config.gate_scale))
+        add_experts(backbone, config)
         encoder = cls(backbone, config)
+        if config.weights_dtype == "bfloat16":
+            freeze_base(backbone.decoder, torch.bfloat16)
+            encoder.compute_dtype = torch.bfloat16
         with torch.no_grad():
             encoder.alignment.normal_(std=config.router_std if config.num_experts else 0.0)
         return encoder
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors, the tokenizer files and their checksums; LoRA weights are merged in the
-        saved copy."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.merged().state_dict().items()}
-        with atomic_path(folder / "model.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        names = self.backbone.tokenizer.save(folder)
-        parts = {"encoder": self.config, "decoder": self.backbone.decoder.config.to_diff_dict(), "info": self.info}
-        write_json(folder / "config.json", {"model_type": "moon2", "format": 1, **parts})
-        write_checksums(folder, ["model.safetensors", "config.json", *names])
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        base: str = "included",  # included, or named: only what was trained, and which base it belongs to
+    ) -> None:
+        """Write config.json, the weights and their checksums. With the base: LoRA merged, the tokenizer files, and all
+        else that loading needs. Without: see `model.named_base`."""
+        save_encoder(self, Path(folder), base)
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,
         device="auto",  # as in `place`
+        base: str | Path | None = None,  # where a base that is only named is read; None: where it was read before
     ) -> "Moon2Encoder":
         """An encoder saved by `save_pretrained`, on the device. Raises `DataError` naming the file when something is
-        missing or cut."""
-        folder = Path(folder)
-        saved = read_json(folder / "config.json")
-        advice = "copy the model again, or use an earlier checkpoint"
-        require_checksums(folder, f"{advice} (if you changed the file on purpose, delete {SUMS})")
-        if (
-            not isinstance(saved, dict)
-            or saved.get("model_type") != "moon2"
-            or not {"encoder", "decoder", "info"} <= saved.keys()
-        ):
-            raise DataError(
-                "not a moon2_lab model", where=str(folder / "config.json"),
-                advice="give a folder written by save_pretrained",
-            )
-        encoder = cls._described(saved, folder)
-        encoder._load_weights(folder / "model.safetensors")
-        encoder.info = saved["info"]
-        return encoder.eval().place(device)
-
-    @classmethod
-    def _described(cls, saved: dict, folder: Path) -> "Moon2Encoder":
-        """The encoder that config.json describes, its weights still random. `DataError` for a config that describes
-        none."""
-        try:
-            config = EncoderConfig(**saved["encoder"])
-            backbone = build_backbone(
-                config, pretrained=False, decoder_fields=saved["decoder"], tokenizer_folder=folder
-            )
-            return cls._upcycled(backbone, config)
-        except DataError:
-            raise
-        # whatever a library says to a field that is missing, of another type or out of range
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            advice = "it is damaged: copy the model folder again"
-            raise DataError(
-                f"the config describes no model ({reason})", where=str(folder / "config.json"), advice=advice
-            ) from error
-
-    def _load_weights(self, path: Path) -> None:
-        """Read the weights, W* in the width in which it was saved. `DataError` for a file that is missing, cut or of
-        another model."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-            if tensors.get("alignment", self.alignment).dim() == 2:
-                self.set_objectives(tensors.get("alignment", self.alignment).shape[1])
-            self.load_state_dict(tensors)
-        except FileNotFoundError as error:
-            raise DataError("no such file", where=str(path), advice="copy the whole model folder") from error
-        except (SafetensorError, RuntimeError) as error:
-            what = f"the weights cannot be read ({str(error).splitlines()[0]})"
-            advice = "the file is cut or of another model: copy it again, or use an earlier checkpoint"
-            raise DataError(what, where=str(path), advice=advice) from error
+        missing or cut, and for another base."""
+        return load_encoder(cls._upcycled, Path(folder), base).eval().place(device)
 
     @property
     def fingerprint(self) -> str:
         "12 hex digits that change with any weight."
-        digest = hashlib.sha256(repr(sorted(dataclasses.asdict(self.config).items())).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:12]
+        return weights_digest(self, repr(sorted(self.config.identity().items())))
 
     def untrained(self) -> "Moon2Encoder":
-        """A fresh encoder on the same backbone and device. Plain FFN: at step 0 the mixture equals it, at half the
-        price."""
+        """A fresh encoder on the same backbone and device, sharing the frozen weights where it can. Plain FFN: at step
+        0 the mixture equals it, at half the price."""
+        shared = without_training(self)
+        if shared is not None:
+            return shared
         fields = dataclasses.asdict(self.config) | {"num_experts": 0}
         fresh = Moon2Encoder.from_backbone(fields.pop("backbone"), **fields).eval().to(self.backbone.device)
         fresh.compute_dtype = self.compute_dtype
@@ -187,9 +131,9 @@ class Moon2Encoder(nn.Module):
         return self.backbone.width
 
     @property
-    def moe_blocks(self) -> list[MoEFeedForward]:
-        "The MoE blocks, bottom up (also when LoRA wraps them)."
-        return [module for module in self.backbone.decoder.modules() if isinstance(module, MoEFeedForward)]
+    def moe_blocks(self) -> list[ExpertLayer]:
+        "The blocks of experts, bottom up (also when LoRA wraps them)."
+        return [module for module in self.backbone.decoder.modules() if isinstance(module, ExpertLayer)]
 
     def set_objectives(self, count: int) -> None:
         """Give W* `count` columns, one for each alignment objective; those it has stay, new ones are drawn as in a
@@ -202,19 +146,22 @@ class Moon2Encoder(nn.Module):
         widened = torch.cat([self.alignment.detach()[:, :count], drawn.to(self.alignment)], 1)
         self.alignment = nn.Parameter(widened, requires_grad=self.alignment.requires_grad)
 
-    def add_lora(self, rank: int, alpha: int) -> None:
-        """Freeze the decoder and add LoRA of `rank` to attention and feed-forward; router, connector and W* stay
-        trainable."""
-        self.lora = [add_lora(self.backbone.decoder, rank, alpha)]
+    def add_lora(self, rank: int, alpha: int, experts: str = "lora") -> None:
+        """Freeze the decoder and add LoRA of `rank`, see `lora.add_lora`; router, low-rank experts, connector and W*
+        stay trainable."""
+        self.lora = [add_lora(self.backbone.decoder, rank, alpha, experts)]
 
     def merged(self) -> "Moon2Encoder":
-        "The encoder itself, or a copy with its LoRA updates merged into the weights."
-        if not self.lora:
-            return self
-        twin = copy.deepcopy(self)
-        twin.backbone.decoder = twin.lora[0].merge_and_unload()
-        twin.lora = []
-        return twin
+        "The encoder itself, or a copy with its LoRA updates merged into the weights; it shares all other weights."
+        return merged_copy(self) if self.lora else self
+
+    def with_full_experts(self) -> "Moon2Encoder":
+        "The encoder, or a copy whose low-rank experts are full ones: equal vectors, and Z times their memory."
+        return full_experts_copy(self)
+
+    def checkpoint_gradients(self, on: bool = True) -> None:
+        "Keep one vector a layer and token for the backward pass, and calculate the rest again; in training mode only."
+        checkpoint_gradients(self.backbone.decoder, on)
 
     # ------------------------------------------------------------------------------------------ device
 
@@ -227,7 +174,8 @@ class Moon2Encoder(nn.Module):
         is not there."""
         target = device if isinstance(device, torch.device) else pick_device(device)
         self.to(target)
-        kind = self.choose_dtype(dtype) if target.type != "cpu" or dtype != "auto" else "float32"
+        measured = target.type != "cpu" or dtype != "auto" or self.config.weights_dtype != "float32"
+        kind = self.choose_dtype(dtype) if measured else "float32"
         self.compute_dtype = getattr(torch, kind)
         self.set_expert_kernel("loop" if target.type == "cpu" else self.choose_kernel(kind))
         return self
@@ -235,7 +183,8 @@ class Moon2Encoder(nn.Module):
     @property
     def encode_dtype(self) -> torch.dtype:
         "What `encode` calculates in: as training does, but float32 on the CPU, whatever training does there."
-        return torch.float32 if self.backbone.device.type == "cpu" else self.compute_dtype
+        reduced = self.config.weights_dtype == "bfloat16" or self.backbone.device.type != "cpu"
+        return self.compute_dtype if reduced else torch.float32
 
     def choose_dtype(
         self,
@@ -244,6 +193,8 @@ class Moon2Encoder(nn.Module):
         """float32 or bfloat16, measured once on the device where the encoder is; small matrices gain nothing from
         bfloat16."""
         device = self.backbone.device
+        if self.config.weights_dtype == "bfloat16":  # such weights calculate under autocast only
+            return "bfloat16"
         if wanted != "auto" or self.embedding_dim < 256:
             return "float32" if wanted == "auto" else wanted
         return measured_once(f"dtype {device_name(device)}", lambda: str(pick_dtype(device)).removeprefix("torch."))
@@ -253,20 +204,19 @@ class Moon2Encoder(nn.Module):
         dtype: str,  # of the activations
         tokens: int = 2048,  # a call will have, about
     ) -> str:
-        "loop or grouped, measured once on the device where the encoder is, for this shape."
+        "One of the experts' kernels, measured once on the device where the encoder is, for this shape."
         if not self.moe_blocks or self.embedding_dim < 256:
             return "loop"
         block, device, threads = self.moe_blocks[0], device_name(self.backbone.device), torch.get_num_threads()
-        shape = "x".join(map(str, block.gate_up_proj.shape))
-        key = f"experts {device} {dtype} {shape} top{block.top_k} {threads} threads {tokens // 1024}k tokens"
+        key = f"experts {device} {dtype} {block.shape()} top{block.top_k} {threads} threads {tokens // 1024}k tokens"
         return measured_once(key, lambda: faster_kernel(block, tokens, dtype=getattr(torch, dtype))[0])
 
     def set_expert_kernel(self, name: str) -> None:
-        "Use kernel `name` in every MoE block; `UsageError` for one that is not in `moe.KERNELS`."
-        if name not in KERNELS:
-            raise UsageError(
-                f"unknown expert kernel {name!r}", where="expert_kernel", advice=f"one of {', '.join(KERNELS)}"
-            )
+        "Use kernel `name` in every block of experts; `UsageError` for one that experts of this kind do not have."
+        known = self.moe_blocks[0].kernels if self.moe_blocks else KERNELS
+        if name not in known:
+            advice = f"one of {', '.join(known)}"
+            raise UsageError(f"unknown expert kernel {name!r}", where="expert_kernel", advice=advice)
         for block in self.moe_blocks:
             block.kernel = name
 
@@ -299,10 +249,9 @@ class Moon2Encoder(nn.Module):
                 )
         unique = list({item.content: item for item in items}.values())
         number = {item.content: place for place, item in enumerate(unique)}
-        place = torch.tensor([number[item.content] for item in items], dtype=torch.int64, device=self.backbone.device)
-        used = {view: mask.to(place.device) for view, mask in (uses or {}).items()}
-        everyone = torch.ones_like(place, dtype=torch.bool)
-        none = torch.zeros(len(unique), dtype=torch.int64, device=place.device)
+        place = torch.tensor([number[item.content] for item in items], dtype=torch.int64)
+        used = {view: mask.cpu() for view, mask in (uses or {}).items()}
+        everyone, none = torch.ones_like(place, dtype=torch.bool), torch.zeros(len(unique), dtype=torch.int64)
         copies = {view: none.index_add(0, place, used.get(view, everyone).long()) for view in views}
         share = self.shares_rows if share is None else share
         passes = [tuple(views)] if share else [(view,) for view in VIEWS if view in views]
@@ -310,38 +259,52 @@ class Moon2Encoder(nn.Module):
             encoded = join_views(
                 [self._encode_rows(unique, group, self.rows_of(unique, group, share), copies) for group in passes]
             )
+        known = {view: x.index_select(0, place) & used.get(view, everyone) for view, x in encoded.known.items()}
+        place = to_device(place, self.backbone.device)
         repeated = {
             name: {view: x.index_select(0, place) for view, x in getattr(encoded, name).items()}
-            for name in ("embedding", "present", "routing")
+            for name in ("embedding", "routing")
         }
-        repeated["present"] |= {view: repeated["present"][view] & mask for view, mask in used.items() if view in views}
-        return dataclasses.replace(encoded, **repeated, place=place)
+        present = {view: to_device(x, self.backbone.device) for view, x in known.items()}
+        return dataclasses.replace(encoded, **repeated, present=present, known=known, place=place)
 
     def rows_of(self, items: Sequence[Item], views: Sequence[str] = VIEWS, share: bool | None = None) -> list[TokenRow]:
         "The rows that give `views` of `items`, longest first (attention then pads little)."
         make = shared_rows if (self.shares_rows if share is None else share) else separate_rows
+        sizes = iter(self.backbone.picture_sizes([ref for item in items for ref in item.pictures]))
         rows = []
         for place, item in enumerate(items):
             ids = [token for text in item.texts for token in self.backbone.tokenize(text)[0]]
-            rows += make(place, self.config.visual_tokens * len(item.pictures), ids, views)
+            rows += make(place, [next(sizes) for _ in item.pictures], ids, views, self.backbone.frame)
         return sorted(rows, key=len, reverse=True)
 
     def embed_rows(self, items: Sequence[Item], rows: list[TokenRow]) -> torch.Tensor:
-        """(T, D) input vectors of the packed rows: vision tokens through the connector, word embeddings. Pictures come
-        first, then the title, then the enriched title."""
-        device, ids = self.backbone.device, [token for row in rows for token in row.ids]
-        words = self.backbone.embed_text(torch.tensor(ids, dtype=torch.int64, device=device))
-        pictured, visual = sorted({row.item for row in rows if row.visual}), {}
-        if pictured:
-            refs = [ref for place in pictured for ref in items[place].pictures]
-            features = torch.from_numpy(self.backbone.vision_features(refs)).to(device)
-            tokens = self.backbone.vision_tokens(features).flatten(0, 1)  # (pictures * V, D)
-            lengths = [self.config.visual_tokens * len(items[place].pictures) for place in pictured]
-            visual = dict(zip(pictured, tokens.split(lengths), strict=True))
+        """(T, D') input vectors of the packed rows: vision tokens through the connector, word embeddings. Pictures come
+        first, then the title, then the enriched title, each in the backbone's frame."""
+        device = self.backbone.device
+        texts = [what for row in rows for kind, what in row.pieces() if kind == "ids" and what]
+        ids = to_device([token for text in texts for token in text], device, torch.int64)
+        words = self.backbone.embed_text(ids)
+        text_vectors = iter(words.split([len(text) for text in texts]))
+        visual = self._picture_vectors(items, sorted({row.item for row in rows if row.pictures}))
         pieces = []
-        for row, text in zip(rows, words.split([len(row.ids) for row in rows]), strict=True):
-            pieces += [visual[row.item], text] if row.visual else [text]
-        return torch.cat([piece.to(words.dtype) for piece in pieces])
+        for row in rows:
+            for kind, what in row.pieces():
+                if kind == "picture":
+                    pieces.append(visual[row.item][what].to(words.dtype))
+                elif what:
+                    pieces.append(next(text_vectors))
+        return torch.cat(pieces)
+
+    def _picture_vectors(self, items: Sequence[Item], places: Sequence[int]) -> dict[int, list[torch.Tensor]]:
+        "Place of an item -> (V, D') vectors of each of its pictures."
+        refs = [ref for place in places for ref in items[place].pictures]
+        if not refs:
+            return {}
+        features = to_device(torch.from_numpy(self.backbone.vision_features(refs)), self.backbone.device)
+        sizes = [size.tokens for size in self.backbone.picture_sizes(refs)]
+        vectors = iter(self.backbone.vision_tokens(features).split(sizes))
+        return {place: [next(vectors) for _ in items[place].pictures] for place in places}
 
     def run_rows(self, items: Sequence[Item], rows: list[TokenRow]) -> tuple[torch.Tensor, list[LayerRouting]]:
         "(T, D) last hidden states of the packed rows, and the routing of each MoE layer."
@@ -349,10 +312,7 @@ class Moon2Encoder(nn.Module):
         for block in blocks:
             block.tape = tape
         try:
-            packing = Packing(
-                [len(row) for row in rows], causal=self.config.attention == "causal", device=self.backbone.device
-            )
-            hidden = self.backbone.decode(self.embed_rows(items, rows), packing)
+            hidden = self.backbone.decode(self.embed_rows(items, rows), self.backbone.pack(rows))
         finally:
             for block in blocks:
                 block.tape = None
@@ -367,15 +327,17 @@ class Moon2Encoder(nn.Module):
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         even = hidden.new_full((len(hidden), experts), 1 / experts)
         spread = torch.stack([routing.spread() for routing in tape]).mean(0) if tape else even  # (T, Z)
-        out, weight = ItemViews({}, {}, {}, tokens=len(hidden)), hidden.new_zeros(len(hidden))
+        out, weight = ItemViews({}, {}, {}, tokens=len(hidden)), torch.zeros(len(hidden), dtype=torch.int64)
         for view in views:
-            places, owners = pool_index(rows, view, device)
-            out.present[view] = torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, owners, True)
+            places, owners = pool_index(rows, view)
+            out.known[view] = torch.zeros(count, dtype=torch.bool).index_fill(0, owners, True)
+            weight = weight.index_add(0, places, copies[view][owners])
+            places, owners = to_device(places, device), to_device(owners, device)
             out.embedding[view] = F.normalize(mean_by_item(hidden, places, owners, count), dim=1)
             out.routing[view] = mean_by_item(spread, places, owners, count)
-            weight = weight.index_add(0, places, copies[view][owners].to(weight.dtype))
+        weight = to_device(weight.to(hidden.dtype), device)
         out.layers = [LayerGates(routing.gates, routing.selected, weight) for routing in tape]
-        out.owner = torch.tensor([row.item for row in rows for _ in range(len(row))], dtype=torch.int64, device=device)
+        out.owner = to_device([row.item for row in rows for _ in range(len(row))], device, torch.int64)
         return out
 
     # ------------------------------------------------------------------------------------------ products to vectors
@@ -438,7 +400,10 @@ class Moon2Encoder(nn.Module):
 
     def vision_features(self, refs: Sequence[ImageRef]) -> np.ndarray:
         "(N, C) float32: mean frozen vision features, the trivial baseline for image search."
-        return self.backbone.vision_features(list(refs)).astype(np.float32).mean(axis=1)
+        features = self.backbone.vision_features(refs).astype(np.float32)
+        starts = np.cumsum([0, *(size.tokens for size in self.backbone.picture_sizes(refs))])
+        means = [features[start:stop].mean(axis=0) for start, stop in zip(starts, starts[1:], strict=False)]
+        return np.array(means, dtype=np.float32).reshape(len(means), self.backbone.vision.channels)
 
 
 def _as_item(product: Product | Item, view: str) -> Item:
@@ -453,6 +418,6 @@ def perturb_experts(encoder: Moon2Encoder, std: float = 0.02, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for block in encoder.moe_blocks:
-            for parameter in block.parameters():
+            for parameter in (block.router, *block.expert_parameters()):
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * std)
     return encoder

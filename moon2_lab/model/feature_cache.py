@@ -7,28 +7,34 @@ __all__ = ['FeatureCache']
 
 # %% ../../nbs/model/315_feature_cache.ipynb #20d15063
 import os
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import LabError
 from ..files import locked
+from .token_rows import PictureSize
 
 # %% ../../nbs/model/315_feature_cache.ipynb #e406a914
+_RECORD = struct.Struct("<32s3i")  # key, vectors, rows and columns of the grid (0: no one grid)
+
+
 class FeatureCache:
-    "Vision features on disk, memory-mapped: (V, C) float16 for each image key."
+    "Vision features on disk, memory-mapped: (V, C) float16 and a `PictureSize` for each image key."
 
     def __init__(
         self,
         folder: Path,  # one per weights + preprocessing
-        shape: tuple[int, int],  # (V, C)
+        channels: int,  # C
     ):
-        self.folder, self.shape = Path(folder), shape
+        self.folder, self.channels = Path(folder), channels
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.data, self.keys = self.folder / "features.f16", self.folder / "keys.bin"
-        self.rows: dict[bytes, int] = {}
-        self.map: np.memmap | None = None  # (count, V, C)
-        self.count = 0  # features whose keys were read so far
+        self.data, self.index = self.folder / "features.f16", self.folder / "index.bin"
+        self.entries: dict[bytes, tuple[int, PictureSize]] = {}  # key -> its first vector, its size
+        self.map: np.memmap | None = None  # (vectors, C)
+        self.vectors = self.count = 0  # read so far: vectors, records
         self.refresh()
 
     def __deepcopy__(self, memo) -> "FeatureCache":
@@ -37,40 +43,41 @@ class FeatureCache:
 
     def __reduce__(self):
         "To another process goes the place, not the content."
-        return FeatureCache, (self.folder, self.shape)
-
-    @property
-    def _feature_bytes(self) -> int:
-        return self.shape[0] * self.shape[1] * 2
+        return FeatureCache, (self.folder, self.channels)
 
     def refresh(self) -> None:
-        "Read the keys that were added since, by this process or by others."
-        keys, features = (path.stat().st_size if path.exists() else 0 for path in (self.keys, self.data))
-        whole = min(keys // 32, features // self._feature_bytes)
+        "Read the records that were added since, by this process or by others."
+        records, stored = (path.stat().st_size if path.exists() else 0 for path in (self.index, self.data))
+        whole, stored = records // _RECORD.size, stored // (2 * self.channels)
         if whole > self.count:
-            with open(self.keys, "rb") as file:
-                file.seek(32 * self.count)
-                raw = file.read(32 * (whole - self.count))
-            self.rows.update((raw[32 * i : 32 * i + 32], self.count + i) for i in range(whole - self.count))
-            self.count = whole
-        if whole and (self.map is None or len(self.map) != whole):
-            self.map = np.memmap(self.data, dtype=np.float16, mode="r", shape=(whole, *self.shape))
+            with open(self.index, "rb") as file:
+                file.seek(_RECORD.size * self.count)
+                raw = file.read(_RECORD.size * (whole - self.count))
+            for key, tokens, height, width in _RECORD.iter_unpack(raw):
+                if self.vectors + tokens > stored:
+                    break
+                self.entries[key] = self.vectors, PictureSize(tokens, (height, width) if height else None)
+                self.vectors, self.count = self.vectors + tokens, self.count + 1
+        if self.vectors and (self.map is None or len(self.map) != self.vectors):
+            self.map = np.memmap(self.data, dtype=np.float16, mode="r", shape=(self.vectors, self.channels))
 
-    def missing(self, keys: list[bytes]) -> list[int]:
+    def missing(self, keys: Sequence[bytes]) -> list[int]:
         "Places in `keys` that are not stored (each key named once)."
         first = {key: place for place, key in reversed(list(enumerate(keys)))}
-        return sorted(place for key, place in first.items() if key not in self.rows)
+        return sorted(place for key, place in first.items() if key not in self.entries)
 
-    def add(self, keys: list[bytes], features: np.ndarray) -> None:
-        """Append (n, V, C) features of keys that are not stored yet, each once; safe beside other processes. `LabError`
-        when the disk is full."""
+    def add(self, keys: Sequence[bytes], features: np.ndarray, sizes: Sequence[PictureSize]) -> None:
+        """Append (sum of V, C) features of keys that are not stored yet, each once; safe beside other processes.
+        `LabError` when the disk is full."""
         with locked(self.folder / "lock"):
             self.refresh()
-            fresh = self.missing(keys)
-            data = np.ascontiguousarray(features[fresh], dtype=np.float16).tobytes()
+            fresh, ends = self.missing(keys), np.cumsum([size.tokens for size in sizes])
+            parts = [features[ends[i] - sizes[i].tokens : ends[i]] for i in fresh]
+            data = b"".join(np.ascontiguousarray(part, dtype=np.float16).tobytes() for part in parts)
+            records = b"".join(_RECORD.pack(keys[i], sizes[i].tokens, *(sizes[i].grid or (0, 0))) for i in fresh)
             try:
-                _write_at(self.data, self.count * self._feature_bytes, data)
-                _write_at(self.keys, self.count * 32, b"".join(keys[i] for i in fresh))  # last: no key without features
+                _write_at(self.data, self.vectors * self.channels * 2, data)
+                _write_at(self.index, self.count * _RECORD.size, records)  # last: no record without features
             except OSError as error:
                 advice = "free some space, or move the cache with MOON2_CACHE"
                 raise LabError(
@@ -78,9 +85,15 @@ class FeatureCache:
                 ) from error
             self.refresh()
 
-    def get(self, keys: list[bytes]) -> np.ndarray:
-        "(n, V, C) float16, in the order of `keys`; all must be stored."
-        return self.map[[self.rows[key] for key in keys]]
+    def sizes(self, keys: Sequence[bytes]) -> list[PictureSize]:
+        "The size of each picture; all must be stored."
+        return [self.entries[key][1] for key in keys]
+
+    def get(self, keys: Sequence[bytes]) -> np.ndarray:
+        "(sum of V, C) float16, pictures end to end in the order of `keys`; all must be stored."
+        places = [self.entries[key] for key in keys]
+        parts = [self.map[start : start + size.tokens] for start, size in places]
+        return np.concatenate(parts) if parts else np.empty((0, self.channels), np.float16)
 
 
 def _write_at(path: Path, offset: int, data: bytes) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError
+from ..runtime import to_device
 
 # %% ../../nbs/objective/500_contrastive.ipynb #d9d4b74f
 def contrastive_loss(
@@ -115,6 +116,12 @@ class CandidateMasks:
         rows, columns = answers.shape
         more = answers & self.allowed & ~torch.eye(rows, columns, dtype=torch.bool, device=answers.device)
         return CandidateMasks(self.allowed & ~more, self.same_key | more, self.repeated)
+
+    def to(self, device) -> "CandidateMasks":
+        "The same masks on `device`, moved in one piece and without a wait."
+        if self.allowed.device == torch.device(device):
+            return self
+        return CandidateMasks(*to_device(torch.stack([self.allowed, self.same_key, self.repeated]), device))
 
 
 def _key_ids(

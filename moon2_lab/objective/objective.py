@@ -9,6 +9,7 @@ __all__ = ['ALIGNMENT', 'TripletViews', 'TripletRouting', 'TripletKeys', 'triple
 # %% ../../nbs/objective/530_objective.ipynb #b9d037ec
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +24,7 @@ from moon2_lab.objective.objective_weights import (
     balance_loss, collective_support, load_balance_loss, objective_weights, preference, sparsity_loss,
 )
 from .sample_filter import filter_weights, margin_schedule, reliability
+from ..runtime import to_device
 
 # %% ../../nbs/objective/530_objective.ipynb #a6bab22e
 @dataclass
@@ -31,6 +33,12 @@ class TripletViews:
     bool without D."""
     embedding: dict[str, dict[str, Tensor]]
     present: dict[str, dict[str, Tensor]]
+    known: dict[str, dict[str, Tensor]] | None = None  # `present` on the CPU, where these tensors are on another device
+
+    def on_cpu(self) -> "TripletViews":
+        "The same with `present` on the CPU: `known`, or fetched from the device, which is waited for then."
+        fetch = lambda: {role: {view: x.cpu() for view, x in rows.items()} for role, rows in self.present.items()}
+        return TripletViews(self.embedding, self.known or fetch())
 
 
 @dataclass
@@ -52,11 +60,16 @@ class TripletKeys:
     filter_active: bool = False  # after the filter's warm-up
     trusted: Tensor | None = None  # (B,) bool, triplets that the filter leaves alone
     answers: Tensor | None = None  # (3, B, B + B K) bool, for the query views: candidates that answer it as well
+    known: "TripletKeys | None" = None  # the same on the CPU, from where they were moved
 
     def to(self, device) -> "TripletKeys":
-        "The same keys, their tensors on `device`."
-        moved = {name: x.to(device) for name, x in vars(self).items() if hasattr(x, "to")}
-        return replace(self, **moved)
+        "The same keys, their tensors on `device`; moved from the CPU without a wait."
+        moved = {name: to_device(x, device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved, known=self.known or (self if self.positive.device.type == "cpu" else None))
+
+    def on_cpu(self) -> "TripletKeys":
+        "The same keys on the CPU: those they were moved from, else fetched from the device."
+        return self if self.positive.device.type == "cpu" else self.known or self.to("cpu")
 
 # %% ../../nbs/objective/530_objective.ipynb #fba108d2
 @torch.no_grad()
@@ -92,8 +105,8 @@ def batch_masks(
     views: TripletViews | None = None,  # to leave out items without any view
     in_batch: bool = True,
 ) -> CandidateMasks:
-    """The candidates of the three inter-product losses in this batch. Those of equal words or an equal picture alone
-    are left out by that view's loss."""
+    """The candidates of the three inter-product losses in this batch, worked out where keys and views are. Those of
+    equal words or an equal picture alone are left out by that view's loss."""
     positive, negative = (
         (None, keys.negative_mask)
         if views is None
@@ -113,7 +126,7 @@ class ObjectiveBatch:
     keys: TripletKeys
     config: TrainConfig
     weight: Tensor  # (3, B), the filter's, for the query views t, i, mm
-    candidates: CandidateMasks  # of the losses between products
+    candidates: CandidateMasks  # of the losses between products, on the CPU
     dims: tuple[int, ...] = ()  # prefixes of the vectors that are trained too
 
     def blind(self) -> "ObjectiveBatch":
@@ -124,6 +137,10 @@ class ObjectiveBatch:
         }
         # chance is the same at every length
         return replace(self, views=TripletViews(zeros, self.views.present), dims=())
+
+    def on_cpu(self) -> "ObjectiveBatch":
+        "The batch with keys and what is present on the CPU, where masks are made."
+        return replace(self, views=self.views.on_cpu(), keys=self.keys.on_cpu())
 
     def product_weight(self) -> Tensor | None:
         """(B,) the filter's weight for losses inside a product: its mean over the query views there are; None unless
@@ -139,7 +156,8 @@ class AlignmentObjective:
     inside_product = False  # True: with `intra_omega=False` it is added as it is, without omega
 
     def samples(self, views: TripletViews, negative_mask: Tensor) -> Tensor:
-        "(B,) or (B, K) bool: the samples that have what the objective compares."
+        """(B,) or (B, K) bool: the samples that have what the objective compares, from `views.present` and the mask
+        alone: both may be on the CPU though the embeddings are not."""
         raise NotImplementedError
 
     def routing(self, weights: dict[str, dict[str, Tensor]]) -> Tensor:
@@ -147,7 +165,8 @@ class AlignmentObjective:
         raise NotImplementedError
 
     def masks(self, batch: ObjectiveBatch):
-        "What `loss` needs of the keys; worked out once for the loss and its chance level."
+        """What `loss` needs of the keys, worked out once for the loss and its chance level. Keys and `present` of this
+        batch are on the CPU; the result (masks, tensors, tuples of them, None) is moved to the device."""
         return None
 
     def loss(self, batch: ObjectiveBatch, masks) -> Tensor:
@@ -203,18 +222,27 @@ class _IntraProduct(AlignmentObjective):
 
     def _own(self, batch: ObjectiveBatch, view: str) -> tuple[Tensor, Tensor]:
         "(A, D) vectors of the A anchors' products in a view, and (A,) which have it."
-        vectors, present = batch.views.embedding[self.role][view], batch.views.present[self.role][view]
-        present = present & batch.keys.negative_mask if self.role == "n" else present
-        return vectors.reshape(-1, vectors.shape[-1]), present.flatten()
+        vectors = batch.views.embedding[self.role][view]
+        return vectors.reshape(-1, vectors.shape[-1]), self._own_present(batch, view)
+
+    def _own_present(self, batch: ObjectiveBatch, view: str) -> Tensor:
+        "(A,) bool: the anchors' products that have the view."
+        present = batch.views.present[self.role][view]
+        return (present & batch.keys.negative_mask if self.role == "n" else present).flatten()
 
     def _others(self, batch: ObjectiveBatch, view: str) -> tuple[Tensor, Tensor]:
         "(A, K, D) vectors of the other polarity in a view, and (A, K) which have it."
-        role = "n" if self.role == "p" else "p"
-        vectors, present = batch.views.embedding[role][view], batch.views.present[role][view]
-        if role == "n":
-            return vectors, present & batch.keys.negative_mask
-        per_row = batch.keys.negative.shape[1]
-        return vectors.repeat_interleave(per_row, 0)[:, None], present.repeat_interleave(per_row, 0)[:, None]
+        vectors = batch.views.embedding["n" if self.role == "p" else "p"][view]
+        if self.role == "n":
+            vectors = vectors.repeat_interleave(batch.keys.negative.shape[1], 0)[:, None]
+        return vectors, self._others_present(batch, view)
+
+    def _others_present(self, batch: ObjectiveBatch, view: str) -> Tensor:
+        "(A, K) bool: the products of the other polarity that have the view."
+        present = batch.views.present["n" if self.role == "p" else "p"][view]
+        if self.role == "p":
+            return present & batch.keys.negative_mask
+        return present.repeat_interleave(batch.keys.negative.shape[1], 0)[:, None]
 
     def masks(self, batch: ObjectiveBatch) -> tuple[CandidateMasks, CandidateMasks]:
         "The candidates from image to text, and from text to image."
@@ -223,9 +251,9 @@ class _IntraProduct(AlignmentObjective):
             own, others = others.flatten(), own.repeat_interleave(others.shape[1])[:, None]
         found = [
             candidate_masks(
-                len(own), others.shape[1], keys=own, negative_keys=others, positive_mask=self._own(batch, view)[1],
-                negative_mask=self._others(batch, view)[1], in_batch=batch.config.intra_negatives == "batch",
-                unique=True, device=own.device,
+                len(own), others.shape[1], keys=own, negative_keys=others,
+                positive_mask=self._own_present(batch, view), negative_mask=self._others_present(batch, view),
+                in_batch=batch.config.intra_negatives == "batch", unique=True, device=own.device,
             )
             for view in ("ti" if batch.config.intra_symmetric else "t")
         ]
@@ -316,11 +344,9 @@ class Moon2Objective:
         with torch.autocast(keys.positive.device.type, enabled=False):  # scores need more digits than bfloat16 has
             terms = self.filter_terms(views, keys)
             batch = self.batch(views, keys, terms["filter_weight"])
-            present = torch.stack([m.samples(views, keys.negative_mask).any() for m in self.alignment.values()])
-            losses, relative = self.alignment_losses(batch, present)
-            terms |= (
-                losses | self.weight_terms(views, routing, keys, present, relative) | _receipt_terms(batch.candidates)
-            )
+            losses, relative = self.alignment_losses(batch)
+            terms |= losses | self.weight_terms(views, routing, keys, list(losses), relative)
+            terms |= _receipt_terms(batch.candidates)
             weighted = [terms["omega"][m] * losses[name] for m, name in enumerate(self.alignment) if name in losses]
             weighted += [weight * terms[name] for name, weight in self.extra_weights().items() if name in terms]
             # a batch without any sample still has a gradient
@@ -337,35 +363,35 @@ class Moon2Objective:
         weight = filter_weights(phi, config.filter_threshold) if active else torch.ones_like(phi)
         weight = weight if keys.trusted is None else weight.masked_fill(keys.trusted, 1.0)
         share = (weight < 1).sum() / (~phi.isnan()).sum().clamp(min=1)
-        return {"phi": phi, "filter_weight": weight, "margin": phi.new_tensor(margin), "share_down_weighted": share}
+        return {
+            "phi": phi, "filter_weight": weight, "margin": phi.new_full((), margin), "share_down_weighted": share,
+        }
 
     def extra_weights(self) -> dict[str, float]:
         "Weights in the loss of the terms that are no alignment objective; terms that are not computed have no part."
         return {"aux": self.config.aux_weight, "sparsity": self.config.sparsity_weight, "balance": 1.0}
 
     def batch(self, views: TripletViews, keys: TripletKeys, weight: Tensor) -> ObjectiveBatch:
-        "The batch as the alignment objectives see it; `weight` (3, B) is the filter's."
-        candidates = batch_masks(keys, views, self.config.in_batch_negatives)
+        "The batch as the alignment objectives see it, its masks on the CPU; `weight` (3, B) is the filter's."
+        candidates = batch_masks(keys.on_cpu(), views.on_cpu(), self.config.in_batch_negatives)
         return ObjectiveBatch(views, keys, self.config, weight, candidates, self.config.matryoshka_dims)
 
-    def alignment_losses(self, batch: ObjectiveBatch, present: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The losses that have samples, by name, and (M,) their relation to chance. One wait for the device: which are
-        `present` (M,)."""
+    def alignment_losses(self, batch: ObjectiveBatch) -> tuple[dict[str, Tensor], Tensor]:
+        "The losses that have samples, by name, and (M,) their relation to chance."
         losses, relative, blind = {}, batch.weight.new_zeros(len(self.alignment)), batch.blind()
-        for m, ((name, objective), has_samples) in enumerate(
-            zip(self.alignment.items(), present.tolist(), strict=True)
-        ):
-            if has_samples:
-                masks = objective.masks(batch)
+        known, device = batch.on_cpu(), batch.weight.device
+        for m, (name, objective) in enumerate(self.alignment.items()):
+            if objective.samples(known.views, known.keys.negative_mask).any():
+                masks = _moved(objective.masks(known), device)
                 losses[name] = objective.loss(batch, masks)
                 relative[m] = losses[name].detach() / objective.loss(blind, masks).clamp(min=1e-9)
         return losses, relative
 
     def weight_terms(
-        self, views: TripletViews, routing: TripletRouting, keys: TripletKeys, present: Tensor, relative: Tensor
+        self, views: TripletViews, routing: TripletRouting, keys: TripletKeys, names: Sequence[str], relative: Tensor
     ) -> dict[str, Tensor]:
-        """omega and what belongs to it. A model without MoE layers weighs all objectives alike and has neither aux nor
-        sparsity."""
+        """omega and what belongs to it, for the objectives `names` that have samples. A model without MoE layers weighs
+        all objectives alike and has neither aux nor sparsity."""
         config, alignment, count = self.config, routing.alignment, len(self.alignment)
         experts = alignment is not None and bool(routing.layers)
         if experts:
@@ -377,9 +403,8 @@ class Moon2Objective:
                 f"W* has {alignment.shape[1]} columns for {count} alignment objectives", where="alignment",
                 advice=f"encoder.set_objectives({count})",
             )
-        in_omega = torch.tensor(
-            [config.intra_omega or not m.inside_product for m in self.alignment.values()], device=present.device
-        )
+        flags = [[name in names, config.intra_omega or not m.inside_product] for name, m in self.alignment.items()]
+        present, in_omega = to_device(flags, relative.device, torch.bool).unbind(1)
         weighed = present & in_omega
         omega = objective_weights(
             alignment, support, mode=config.omega_mode, present=weighed, floor=config.omega_floor,
@@ -409,11 +434,20 @@ def aux_loss(routing: TripletRouting) -> Tensor:
     ).mean()
 
 
+def _moved(masks, device):
+    "What an objective's `masks` gave, on `device`."
+    if isinstance(masks, (tuple, list)):
+        return type(masks)(_moved(one, device) for one in masks)
+    if isinstance(masks, Tensor):
+        return to_device(masks, device)
+    return masks.to(device) if hasattr(masks, "to") else masks
+
+
 def _receipt_terms(candidates: CandidateMasks) -> dict[str, Tensor]:
-    "What each query was compared with, as terms."
+    "What each query was compared with, as terms; worked out where the masks are, on the CPU."
     receipt = loss_receipt(candidates)
     negatives = (receipt.hard + receipt.in_batch).float().mean()
     return {
         "masked_pairs": receipt.masked.sum(), "repeated_pairs": receipt.repeated.sum(),
-        "negatives_per_query": negatives,
+        "negatives_per_query": negatives, "same_key": candidates.same_key,
     }

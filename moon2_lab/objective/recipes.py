@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import TrainConfig
+from ..config import TrainConfig, VIEWS
 from ..data.products import Product
 from ..data.triplets import Triplet
-from .contrastive import inter_product_loss
+from .contrastive import candidate_masks, inter_product_loss
 from .objective import Moon2Objective, TripletKeys, TripletRouting, TripletViews, aux_loss
 
 # %% ../../nbs/objective/540_recipes.ipynb #c12aa898
@@ -33,13 +33,17 @@ class DenseObjective:
     def __call__(self, views: TripletViews, routing: TripletRouting, keys: TripletKeys) -> dict[str, torch.Tensor]:
         """Terms by name (for example t_to_mm), and their mean as loss. A product with one modality has nothing to find
         (its multimodal vector is the vector of what it has); it is a wrong answer for the others."""
-        embedding, present = views.embedding["p"], views.present["p"]
-        complete, terms = present["t"] & present["i"], {}
-        for query, item in _DENSE_TERMS if complete.any() else ():
-            masks = {"mask": complete, "positive_mask": present[item]}
+        embedding, present, known, terms = views.embedding["p"], views.present["p"], views.on_cpu().present["p"], {}
+        complete, some, device = present["t"] & present["i"], (known["t"] & known["i"]).any(), keys.positive.device
+        options = {"keys": keys.on_cpu().positive}
+        masks = {
+            view: candidate_masks(len(complete), 0, positive_mask=known[view], **options).to(device) for view in VIEWS
+        }
+        for query, item in _DENSE_TERMS if some else ():
             anchors, candidates = embedding[query].float(), embedding[item].float()
             terms[f"{query}_to_{item}"] = inter_product_loss(
-                anchors, candidates, None, self.temperature, keys=keys.positive, **masks
+                anchors, candidates, None, self.temperature, mask=complete, positive_mask=present[item],
+                masks=masks[item],
             )
         loss = torch.stack(list(terms.values())).mean() if terms else torch.nan_to_num(embedding["mm"]).sum() * 0
         return terms | {"loss": loss}
@@ -77,8 +81,9 @@ class UnalignedObjective(Moon2Objective):
         with torch.autocast(keys.positive.device.type, enabled=False):
             terms, only = self.filter_terms(views, keys), self.alignment["inter_mm"]
             batch = self.batch(views, keys, terms["filter_weight"])
-            if only.samples(views, keys.negative_mask).any():
-                terms["inter_mm"] = only.loss(batch, only.masks(batch))
+            known, terms["same_key"] = batch.on_cpu(), batch.candidates.same_key
+            if only.samples(known.views, known.keys.negative_mask).any():
+                terms["inter_mm"] = only.loss(batch, only.masks(known).to(keys.positive.device))
             if routing.layers:
                 terms["aux"] = aux_loss(routing)
             zero = 0.0 * torch.nan_to_num(views.embedding["q"]["mm"]).sum()

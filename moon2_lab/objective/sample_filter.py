@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..config import VIEWS
-from .contrastive import CandidateMasks
 
 # %% ../../nbs/objective/520_sample_filter.ipynb #fb8f714d
 def reliability(
@@ -86,10 +85,10 @@ class FilterLedger:
         step: int,
         query_ids: list[str],  # B of them
         item_ids: list[str],  # B + B K: the positives, then all negatives row by row
-        masks: CandidateMasks,  # of this batch
+        same_key: Tensor,  # (B, B + B K) bool, of the `CandidateMasks` of this batch
     ) -> int:  # how many pairs were masked
         "Note the pairs that were left out as the same product."
-        pairs = masks.same_key.nonzero().tolist()
+        pairs = same_key.nonzero().tolist()
         self._append(
             self.masked,
             [

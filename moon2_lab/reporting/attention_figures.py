@@ -63,7 +63,7 @@ def _word_shares(side: SideMaps) -> np.ndarray:  # (layers, heads)
     "Share of the attention that goes to words, of what goes to words and patches."
     if side.pooled is None:
         raise DataError("no attention was recorded", where=side.side, advice="make the maps with their attention")
-    words, total = side.pooled[:, :, side.grid**2 :].sum(-1), side.pooled.sum(-1)
+    words, total = side.pooled[:, :, side.patches :].sum(-1), side.pooled.sum(-1)
     return np.divide(words, total, out=np.zeros(words.shape), where=total > 0)
 
 
@@ -76,7 +76,7 @@ def layer_head_figure(
 
     shares, colours = _word_shares(side), theme_of(theme)
     layers, heads = shares.shape
-    total = side.grid**2 + len(side.words)
+    total = side.patches + len(side.words)
     even, purple = len(side.words) / max(1, total), f"rgb{colours['share']}"
     names = side.layer_names or [f"layer {place}" for place in range(layers)]
     panels = {"column_widths": [0.68, 0.32], "subplot_titles": ["by head", "mean of the layer"]}

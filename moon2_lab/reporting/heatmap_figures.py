@@ -167,13 +167,13 @@ def _heat_scale(attribution: Attribution, colours: dict) -> dict:
 
 def _add_patches(figure, side: SideMaps, attribution: Attribution, colours: dict, column: int) -> None:
     "The picture and, over it, the patches."
-    grid, axis = side.grid, "" if column == 1 else str(column)
+    (rows, columns), axis = side.grid, "" if column == 1 else str(column)
     source, size = (
         picture_uri(Image.fromarray(pale(side)), 240, 80),
-        {"sizex": grid, "sizey": grid, "sizing": "stretch"},
+        {"sizex": columns, "sizey": rows, "sizing": "stretch"},
     )
     figure.add_layout_image(source=source, xref=f"x{axis}", yref=f"y{axis}", x=-0.5, y=-0.5, layer="below", **size)
-    patches = np.zeros((grid, grid)) if attribution.patches is None else attribution.patches
+    patches = np.zeros(side.grid) if attribution.patches is None else attribution.patches
     hover = f"row %{{y}}, column %{{x}}: %{{z:{'.4f' if attribution.signed else '.2%'}}}<extra></extra>"
     scale = _heat_scale(attribution, colours)
     figure.add_heatmap(z=patches.round(6), row=1, col=column, showscale=False, hovertemplate=hover, **scale)
@@ -222,10 +222,12 @@ def pair_map_figure(
     gaps = {"vertical_spacing": 0.03, "horizontal_spacing": 0.08}
     figure = make_subplots(2, len(sides), row_heights=heights, subplot_titles=titles, **gaps)
     for column, side in enumerate(sides, 1):
-        if side.grid:
+        if side.patches:
             _add_patches(figure, side, side.maps[method], colours, column)
         _add_words(figure, side, side.maps[method], colours, column)
         figure.update_yaxes(scaleanchor="x" if column == 1 else f"x{column}", row=1, col=column)
+        if side.grid[0] != side.grid[1]:  # the picture is a square, whatever its patches are
+            figure.update_yaxes(scaleratio=side.grid[1] / side.grid[0], row=1, col=column)
     figure.update_xaxes(visible=False, constrain="domain", row=1)
     figure.update_yaxes(visible=False, autorange="reversed", constrain="domain", row=1)
     figure.update_yaxes(range=[words - 0.5, -0.5], automargin=True, showgrid=False, tickfont={"size": 11}, row=2)
@@ -286,7 +288,7 @@ def _plot_picture(axes, side: SideMaps, attribution: Attribution, theme: str) ->
     "The picture with its patches."
     axes.set_title(side.side, fontsize=10, loc="left")
     axes.set_axis_off()
-    if side.grid:
+    if side.patches:
         picture = Image.fromarray(pale(side))
         if attribution.patches is not None:
             picture = heat_overlay(picture, attribution.patches, _largest(attribution), attribution.signed, theme)

@@ -74,20 +74,20 @@ def _draw_number(pen: ImageDraw.ImageDraw, x: float, y: float, expert: int, size
 
 def _picture_by_expert(maps: RoutingMaps, layer: int, side: int = 260) -> Image.Image:  # RGB
     "The picture, pale and grey, its patches coloured by their strongest expert."
-    grid, best = maps.side.grid, maps.strongest[layer, : maps.side.grid**2]
+    (rows, columns), best = maps.side.grid, maps.strongest[layer, : maps.side.patches]
     grey = fitted(maps.side.image, side).resize((side, side)).convert("L").convert("RGB")
     base = Image.blend(Image.new("RGB", (side, side), "white"), grey, 0.8)
     heat = []
     for expert, weights in zip(best, maps.weights[layer], strict=False):
         heat.append((*_expert_colour(expert), round(255 * 0.75 * weights.max() * (expert >= 0))))
-    over = Image.fromarray(np.array(heat, np.uint8).reshape(grid, grid, 4), "RGBA")
+    over = Image.fromarray(np.array(heat, np.uint8).reshape(rows, columns, 4), "RGBA")
     over = over.resize((side, side), Image.Resampling.NEAREST)
-    picture, unit = Image.alpha_composite(base.convert("RGBA"), over).convert("RGB"), side / grid
-    if unit >= 12:
+    picture, wide, high = Image.alpha_composite(base.convert("RGBA"), over).convert("RGB"), side / columns, side / rows
+    if min(wide, high) >= 12:
         pen = ImageDraw.Draw(picture)
         for place, expert in enumerate(best):
-            x, y = unit * (place % grid + 0.5), unit * (place // grid + 0.5)
-            _draw_number(pen, x, y, expert, min(13, unit / 2))
+            x, y = wide * (place % columns + 0.5), high * (place // columns + 0.5)
+            _draw_number(pen, x, y, expert, min(13, wide / 2, high / 2))
     return picture
 
 
@@ -133,11 +133,11 @@ def _draw_preferences(pen: ImageDraw.ImageDraw, left: int, top: int, maps: Routi
 
 def _draw_item(canvas: Image.Image, maps: RoutingMaps, layer: int, left: int, top: int, width: int) -> int:
     "Picture and title with their strongest experts; the place under them."
-    grid, y, words = maps.side.grid, top, []
-    if grid:
+    patches, y, words = maps.side.patches, top, []
+    if patches:
         canvas.paste(_picture_by_expert(maps, layer), (left, y))
         y += 270
-    best, weights = maps.strongest[layer, grid**2 :], maps.weights[layer, grid**2 :].max(-1)
+    best, weights = maps.strongest[layer, patches:], maps.weights[layer, patches:].max(-1)
     for (word, *_), expert, weight in zip(maps.side.words, best, weights):
         back = tuple(round(255 + 0.5 * weight * (part - 255)) for part in _expert_colour(expert))
         words.append((f"{printable(word)} [{'=' if expert < 0 else expert}]", back))
@@ -190,14 +190,14 @@ def show_routing(
 # %% ../../nbs/reporting/766_routing_figures.ipynb #1c891fea
 def _add_picture(figure, maps: RoutingMaps, layer: int, column: int) -> None:
     "The picture and, over it, the strongest expert of each patch."
-    grid = maps.side.grid
-    best = maps.strongest[layer, : grid**2].reshape(grid, grid)
-    weights = maps.weights[layer, : grid**2].reshape(grid, grid, -1)
+    (rows, columns), patches = maps.side.grid, maps.side.patches
+    best = maps.strongest[layer, :patches].reshape(rows, columns)
+    weights = maps.weights[layer, :patches].reshape(rows, columns, -1)
     buffer, axis = io.BytesIO(), "" if column == 1 else str(column)
     # paler still: black numbers must be read on it
     Image.fromarray(128 + pale(maps.side) // 2).save(buffer, "JPEG", quality=80)
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    where = {"xref": f"x{axis}", "yref": f"y{axis}", "x": -0.5, "y": -0.5, "sizex": grid, "sizey": grid}
+    where = {"xref": f"x{axis}", "yref": f"y{axis}", "x": -0.5, "y": -0.5, "sizex": columns, "sizey": rows}
     figure.add_layout_image(source=source, sizing="stretch", layer="below", **where)
     steps, shares = [], []
     for expert in range(maps.count):
@@ -209,11 +209,13 @@ def _add_picture(figure, maps: RoutingMaps, layer: int, column: int) -> None:
     figure.add_heatmap(
         z=np.where(best < 0, np.nan, best), zmin=-0.5, zmax=maps.count - 0.5, colorscale=steps, showscale=False,
         text=[["=" if expert < 0 else str(expert) for expert in row] for row in best], texttemplate="<b>%{text}</b>",
-        textfont={"size": 12 if grid <= 8 else 9, "color": "#000"}, customdata=shares,
+        textfont={"size": 12 if max(rows, columns) <= 8 else 9, "color": "#000"}, customdata=shares,
         hovertemplate="row %{y}, column %{x}<br>%{customdata}<extra></extra>", row=1, col=column,
     )
     place = {"visible": False, "constrain": "domain", "row": 1, "col": column}
     figure.update_xaxes(**place).update_yaxes(autorange="reversed", scaleanchor=f"x{axis}", **place)
+    if rows != columns:  # the picture is a square, whatever its patches are
+        figure.update_yaxes(scaleratio=columns / rows, row=1, col=column)
 
 
 def _add_shares(
@@ -260,19 +262,19 @@ def expert_map_figure(
     theme: str = "light",  # or dark
 ):
     "plotly: the item's patches and words by expert, and the load by view."
-    colours, grid, words = theme_of(theme), maps.side.grid, len(maps.side.words)
+    colours, patches, words = theme_of(theme), maps.side.patches, len(maps.side.words)
     check_routing_place(maps, "layer", layer)
-    top = (["picture"] if grid else []) + (["load by view"] if maps.load else [])
+    top = (["picture"] if patches else []) + (["load by view"] if maps.load else [])
     figure, height = _empty_expert_figure(top, words)
-    if grid:
+    if patches:
         _add_picture(figure, maps, layer, 1)
     if maps.load:
         load = np.array([shares[layer] for shares in maps.load.values()])
         _add_shares(figure, load, [VIEW_WORDS[view] for view in maps.load], 1, len(top), True)
     if words:
         names = [html.escape(name) for name in word_names(maps.side)]
-        _add_shares(figure, maps.weights[layer, grid**2 :], names, 1 + bool(top), 1, not maps.load)
-    lines = ["Number and colour: the expert with the largest weight."] if grid else []
+        _add_shares(figure, maps.weights[layer, patches:], names, 1 + bool(top), 1, not maps.load)
+    lines = ["Number and colour: the expert with the largest weight."] if patches else []
     lines += [f"Load: share of the choices; an even share is {1 / maps.count:.0%}."] if maps.load else []
     title = f"Experts of layer {maps.side.expert_layers[layer]}" + (f", {html.escape(maps.name)}" if maps.name else "")
     in_theme(figure, title, [" ".join(lines)], colours, 190 + height)

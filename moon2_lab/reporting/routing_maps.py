@@ -186,7 +186,7 @@ def routing_maps(
         read.text,
         read.words,
         image,
-        int(read.patches**0.5),
+        read.grid,
         experts=routing.experts[places],
         expert_layers=[routing.layers[place] for place in places],
         unread=read.unread,

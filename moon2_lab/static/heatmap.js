@@ -12,11 +12,16 @@ function written(value, signed, most) {
   return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
 }
 
+// Places in a block of the chosen layers and heads (null: all of them).
+function placesOf(block, layer, head) {
+  const [layers, heads] = block.shape;
+  const chosen = (place, all) => (place === null || all === 1 ? range(all) : [place]);
+  return chosen(layer, layers).flatMap((l) => chosen(head, heads).map((h) => l * heads + h));
+}
+
 // Every step-th number of a block from start on, averaged over the chosen layers and heads (null: all of them).
 function numbers(bytes, block, layer, head, start, step, count) {
-  const [layers, heads] = block.shape, stride = block.stride, found = new Float64Array(count);
-  const chosen = (place, all) => (place === null || all === 1 ? range(all) : [place]);
-  const over = chosen(layer, layers).flatMap((l) => chosen(head, heads).map((h) => l * heads + h));
+  const stride = block.stride, found = new Float64Array(count), over = placesOf(block, layer, head);
   for (const place of over) {
     const from = block.at + place * stride + start, unit = block.scales[place] / 255 / over.length;
     for (let k = 0; k < count; k++) found[k] += bytes[from + k * step] * unit;
@@ -31,11 +36,18 @@ function placeWords(block, part, layer, head) {
   return `${layerWords}, ${head === null || heads === 1 ? (heads === 1 && !block.averaged ? "its one head" : "all heads") : `head ${head}`}`;
 }
 
+// What share of the attention of the chosen layers and heads went to tokens of a frame, in words; empty where there is none.
+function outsideWords(block, layer, head) {
+  if (!block.outside) return "";
+  const over = placesOf(block, layer, head), share = over.reduce((sum, place) => sum + block.outside[place], 0) / over.length;
+  return `${(100 * share).toFixed(0)} % of it went to the frame of the row, which is in no map.`;
+}
+
 // The map to be drawn on one side: { cells, words, signed, most, title, faith } or null where there is none.
 function chosenMap(model, side) {
-  const part = model.get("payload").sides[side], bytes = bytesOf(model.get("data")), count = part.grid ** 2 + part.words.length;
+  const part = model.get("payload").sides[side], bytes = bytesOf(model.get("data")), patches = cellsOf(part), count = patches + part.words.length;
   const get = (name) => model.get(name);
-  const cut = (values, rest) => ({ cells: part.grid ? values.slice(0, part.grid ** 2) : null, words: values.slice(part.grid ** 2), most: largest(values), signed: false, ...rest });
+  const cut = (values, rest) => ({ cells: patches ? values.slice(0, patches) : null, words: values.slice(patches), most: largest(values), signed: false, ...rest });
   if (get("expert") !== null) {
     if (!part.experts) return null;
     const block = part.experts, layer = block.shape[0] === 1 ? 0 : get("moe_layer");
@@ -44,7 +56,7 @@ function chosenMap(model, side) {
   }
   const method = get("method"), whole = get("layer") === null && get("head") === null, map = (get("found")[side] ?? {})[method];
   if (method === "attention" && part.pooled && (!whole || !map)) {
-    return cut(numbers(bytes, part.pooled, get("layer"), get("head"), 0, 1, count), { title: `attention, ${placeWords(part.pooled, part, get("layer"), get("head"))}`, single: true });
+    return cut(numbers(bytes, part.pooled, get("layer"), get("head"), 0, 1, count), { title: `attention, ${placeWords(part.pooled, part, get("layer"), get("head"))}`, single: true, note: outsideWords(part.pooled, get("layer"), get("head")) });
   }
   if (!map) return null;
   const all = [...(map.cells ?? []), ...map.words];
@@ -53,7 +65,7 @@ function chosenMap(model, side) {
 
 // Attention between one word and all cells, or one cell and all words.
 function linksOf(model, side, kind, place) {
-  const part = model.get("payload").sides[side], block = part.links, cells = part.grid ** 2;
+  const part = model.get("payload").sides[side], block = part.links, cells = cellsOf(part);
   if (!block) return null;
   const [start, step, count] = kind === "word" ? [place * cells, 1, cells] : [place, cells, part.words.length];
   const values = numbers(bytesOf(model.get("data")), block, model.get("layer"), model.get("head"), start, step, count);
@@ -81,18 +93,19 @@ class Side extends Pointing {
   announce() { this.say(`${this.name}: ${this.told.textContent}`); }
 
   picture() {
-    if (!this.part.grid) return make("p", { class: "m2h-none" }, "This side has no picture.");
-    const grid = this.part.grid, frame = make("div", { class: "m2h-picture" });
+    if (!cellsOf(this.part)) return make("p", { class: "m2h-none" }, "This side has no picture.");
+    const [rows, columns] = gridOf(this.part), frame = make("div", { class: "m2h-picture" });
     if (this.part.image) {
       const bytes = bytesOf(this.model.get("data")).slice(this.part.image.at, this.part.image.at + this.part.image.size);
       this.address = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
       frame.append(make("img", { src: this.address, alt: "", draggable: "false" }));
     }
-    const table = make("div", { class: "m2h-cells", role: "grid", "aria-label": `cells of the ${this.name}'s picture, ${grid} by ${grid}; arrow keys move` });
-    table.style.setProperty("--grid", grid);
-    for (const row of range(grid)) {
+    const table = make("div", { class: "m2h-cells", role: "grid", "aria-label": `cells of the ${this.name}'s picture, ${rows} by ${columns}; arrow keys move` });
+    table.style.setProperty("--rows", rows);
+    table.style.setProperty("--columns", columns);
+    for (const row of range(rows)) {
       const line = make("div", { role: "row" });
-      for (const column of range(grid)) line.append(this.target("cell", row * grid + column, make("div", { role: "gridcell", class: "m2h-cell" })));
+      for (const column of range(columns)) line.append(this.target("cell", row * columns + column, make("div", { role: "gridcell", class: "m2h-cell" })));
       table.append(line);
     }
     frame.append(table);
@@ -139,7 +152,7 @@ class Side extends Pointing {
   }
 
   linkWords(kind, links) {
-    if (!links) return this.part.links || !this.part.grid || !this.part.words.length ? "" : " Links between words and cells were not recorded.";
+    if (!links) return this.part.links || !cellsOf(this.part) || !this.part.words.length ? "" : " Links between words and cells were not recorded.";
     const order = range(links.values.length).sort((a, b) => links.values[b] - links.values[a]).slice(0, 2);
     const named = order.map((place) => `${this.nameOf(kind === "word" ? "cell" : "word", place)} (${written(links.values[place], false, links.most)})`).join(" and ");
     return kind === "word" ? ` It attends most to ${named}.` : ` Most attention from ${named}.`;

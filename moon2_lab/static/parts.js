@@ -24,6 +24,10 @@ function bytesOf(view) {
   return view instanceof Uint8Array ? view : new Uint8Array(view.buffer ?? view, view.byteOffset ?? 0, view.byteLength);
 }
 
+// [rows, columns] of the cells of a side's picture: its `grid` is one number for a square, 0 without a picture.
+const gridOf = (part) => (Array.isArray(part.grid) ? part.grid : [part.grid, part.grid]);
+const cellsOf = (part) => gridOf(part)[0] * gridOf(part)[1];
+
 // A picture in cells and a title in words, one of which can be pointed at, reached by arrow keys, and pinned.
 // Who extends it gives this.part ({ grid, words }), draw() and announce().
 class Pointing {
@@ -55,7 +59,7 @@ class Pointing {
   key(event) {
     const all = [this.words, this.cells].find((some) => some.includes(event.target));
     if (!all) return;
-    const now = all.indexOf(event.target), wide = all === this.cells ? this.part.grid : 1;
+    const now = all.indexOf(event.target), wide = all === this.cells ? gridOf(this.part)[1] : 1;
     const column = now % wide, moves = { ArrowLeft: wide > 1 && !column ? 0 : -1, ArrowRight: wide > 1 && column === wide - 1 ? 0 : 1, ArrowUp: -wide, ArrowDown: wide };
     const next = event.key === "Home" ? 0 : event.key === "End" ? all.length - 1 : event.key in moves ? now + moves[event.key] : null;
     if (event.key === "Escape") { this.pinned = false; this.active = null; this.draw(); }
@@ -67,6 +71,8 @@ class Pointing {
   }
 
   nameOf(kind, place) {
-    return kind === "word" ? `“${this.part.words[place][1]}”` : `row ${Math.floor(place / this.part.grid) + 1}, column ${(place % this.part.grid) + 1}`;
+    const columns = gridOf(this.part)[1];
+    if (kind === "cell" && this.cells.length === 1) return "the picture";
+    return kind === "word" ? `“${this.part.words[place][1]}”` : `row ${Math.floor(place / columns) + 1}, column ${(place % columns) + 1}`;
   }
 }

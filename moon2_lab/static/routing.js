@@ -60,17 +60,18 @@ class Item extends Pointing {
   announce() { this.say(this.told.textContent); }
 
   picture(bytes) {
-    if (!this.part.grid) return make("p", { class: "m2r-none" }, "This item has no picture.");
-    const grid = this.part.grid, frame = make("div", { class: "m2r-picture" });
-    frame.style.setProperty("--grid", grid);
+    if (!cellsOf(this.part)) return make("p", { class: "m2r-none" }, "This item has no picture.");
+    const [rows, columns] = gridOf(this.part), frame = make("div", { class: "m2r-picture" });
+    frame.style.setProperty("--rows", rows);
+    frame.style.setProperty("--columns", columns);
     if (this.part.image) {
       this.address = URL.createObjectURL(new Blob([bytes.slice(this.part.image.at, this.part.image.at + this.part.image.size)], { type: "image/jpeg" }));
       frame.append(make("img", { src: this.address, alt: "", draggable: "false" }));
     }
-    const cells = make("div", { class: "m2r-cells", role: "grid", "aria-label": `cells of the picture, ${grid} by ${grid}; arrow keys move` });
-    for (const row of range(grid)) {
+    const cells = make("div", { class: "m2r-cells", role: "grid", "aria-label": `cells of the picture, ${rows} by ${columns}; arrow keys move` });
+    for (const row of range(rows)) {
       const line = make("div", { role: "row" });
-      for (const column of range(grid)) line.append(this.target("cell", row * grid + column, make("div", { role: "gridcell", class: "m2r-cell" }, make("span", { class: "m2r-chip" }))));
+      for (const column of range(columns)) line.append(this.target("cell", row * columns + column, make("div", { role: "gridcell", class: "m2r-cell" }, make("span", { class: "m2r-chip" }))));
       cells.append(line);
     }
     frame.append(cells);
@@ -91,7 +92,7 @@ class Item extends Pointing {
     return range(this.experts).map((expert) => this.numbers.getUint16(2 * (from + expert), true) / 65535);
   }
 
-  placeOf(kind, place) { return kind === "cell" ? place : this.part.grid ** 2 + place; }
+  placeOf(kind, place) { return kind === "cell" ? place : cellsOf(this.part) + place; }
 
   draw() {
     const expert = this.model.get("expert"), layer = this.model.get("layer"), all = range(this.places).map((place) => this.weights(place));

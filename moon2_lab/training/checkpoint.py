@@ -24,6 +24,7 @@ from ..errors import DataError, UsageError
 from ..files import read_json, write_json, write_parquet
 from ..folders import require_checksums, whole_folder, write_checksums
 from ..model.encoder import Moon2Encoder
+from ..model.memory import own_tensors
 
 # %% ../../nbs/training/555_checkpoint.ipynb #f2907c8c
 def state_tensors(
@@ -31,8 +32,8 @@ def state_tensors(
     optimizer: torch.optim.Optimizer,
     copies: bool = True,  # False: the tensors themselves, to be written before the next step
 ) -> dict[str, torch.Tensor]:
-    "All tensors of the training state, by name."
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in encoder.state_dict().items()}
+    "All tensors of the training state, by name: what is trained, the optimizer's moments, the random state."
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in own_tensors(encoder).items()}
     for name, parameter in encoder.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach()
@@ -46,10 +47,16 @@ def load_tensors(
     encoder: Moon2Encoder,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    "Put the state back, in place: each tensor where the optimizer looks for it."
-    encoder.load_state_dict(
-        {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    )
+    """Put the state back, in place: each tensor where the optimizer looks for it. `DataError` for the state of another
+    architecture."""
+    state = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    known = encoder.state_dict()
+    odd = [name for name in own_tensors(encoder) if name not in state]
+    odd += [name for name, tensor in state.items() if name not in known or known[name].shape != tensor.shape]
+    if odd:
+        what = f"the state is of another architecture ({odd[0]}{f' and {len(odd) - 1} others' if odd[1:] else ''})"
+        raise DataError(what, where="checkpoint", advice="go on with the settings it was made with, or start a new run")
+    encoder.load_state_dict(state, strict=False)
     optimizer.state.clear()
     on_device = {
         p for group in optimizer.param_groups if group.get("fused") or group.get("capturable") for p in group["params"]
@@ -173,7 +180,7 @@ def keep_newest(run: str | Path, number: int) -> None:
 # %% ../../nbs/training/555_checkpoint.ipynb #d100e938
 _FREE_ON_RESUME = (
     "device", "dtype", "num_threads", "save_steps", "save_minutes", "eval_steps", "eval_points", "max_nonfinite_steps",
-    "report_to",
+    "report_to", "gradient_checkpointing",
 )
 
 

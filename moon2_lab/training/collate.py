@@ -14,6 +14,7 @@ from ..data.products import Item
 from ..data.triplets import Triplet, answer_columns
 from ..model.item_views import ItemViews
 from ..objective.objective import TripletKeys, TripletRouting, TripletViews
+from ..runtime import to_device
 
 # %% ../../nbs/training/558_collate.ipynb #5f11b9af
 def collate(
@@ -52,16 +53,29 @@ def split_roles(
 ) -> tuple[TripletViews, TripletRouting]:
     """Cut the encoder's rows into q (B, ...), p (B, ...) and n (B, K, ...). Where a negative is missing stands the
     positive, which the mask leaves out. A query is multimodal when it has words and a picture."""
-    count, width = keys.negative.shape
-    own = torch.arange(count, 2 * count, device=keys.negative.device)[:, None]
-    order = 2 * count - 1 + keys.negative_mask.flatten().cumsum(0).view(count, width)
-    places = {"q": slice(0, count), "p": slice(count, 2 * count), "n": torch.where(keys.negative_mask, order, own)}
+    known, device = keys.on_cpu(), keys.negative.device
+    count, width = known.negative.shape
+    own = torch.arange(count, 2 * count)[:, None]
+    order = 2 * count - 1 + known.negative_mask.flatten().cumsum(0).view(count, width)
+    places = torch.where(known.negative_mask, order, own)  # worked out where the keys came from, then moved
+    moved = to_device(places, device)
+    views = TripletViews(_cut(encoded.embedding, moved), _with_whole_queries(_cut(encoded.present, moved)))
+    if device.type != "cpu" and encoded.known:
+        views.known = _with_whole_queries(_cut(encoded.known, places))
+    return views, TripletRouting(_cut(encoded.routing, moved), alignment, encoded.layers)
 
-    def cut(rows: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-        return {role: {view: x[where] for view, x in rows.items()} for role, where in places.items()}
 
-    present = cut(encoded.present)
-    present["q"]["mm"] = present["q"]["mm"] & present["q"]["t"] & present["q"]["i"]
-    return TripletViews(cut(encoded.embedding), present), TripletRouting(
-        cut(encoded.routing), alignment, encoded.layers
-    )
+def _cut(
+    rows: dict[str, torch.Tensor],  # view -> (N, ...)
+    negatives: torch.Tensor,  # (B, K) places of the negatives
+) -> dict[str, dict[str, torch.Tensor]]:
+    "[role][view]: the rows of queries, positives and negatives."
+    count = len(negatives)
+    places = {"q": slice(0, count), "p": slice(count, 2 * count), "n": negatives}
+    return {role: {view: x[where] for view, x in rows.items()} for role, where in places.items()}
+
+
+def _with_whole_queries(present: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    "The same; multimodal are the queries that have words and a picture."
+    query = present["q"]
+    return present | {"q": query | {"mm": query["mm"] & query["t"] & query["i"]}}

@@ -6,6 +6,7 @@
 __all__ = ['flops_per_token']
 
 # %% ../../nbs/training/562_cost.ipynb #be3e859c
+import copy
 import dataclasses
 import math
 import time
@@ -20,17 +21,16 @@ from ..data.triplets import Triplet, image_refs
 from ..model.encoder import Moon2Encoder
 from ..runtime import NumericChoices
 from .collate import collate
+from .memory_plan import plan_memory
 
 # %% ../../nbs/training/562_cost.ipynb #cd668913
 def flops_per_token(encoder: Moon2Encoder) -> float:
     "Multiply-adds x 2 of one token's forward pass through the decoder's linear layers; a step costs three times that."
-    total = 0
-    for layer in encoder.backbone.decoder.layers:
-        blocks = [module for module in layer.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "top_k")]
-        experts = sum(block.gate_up_proj[0].numel() + block.down_proj[0].numel() for block in blocks)
-        total += sum(block.top_k for block in blocks) * (experts // max(len(blocks), 1))
-        total += sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
-    return 2.0 * total
+    blocks = encoder.moe_blocks
+    inside = {id(module) for block in blocks for module in block.modules()}  # counted by the block
+    outside = (module for layer in encoder.backbone.decoder.layers for module in layer.modules())
+    linears = sum(m.weight.numel() for m in outside if isinstance(m, nn.Linear) and id(m) not in inside)
+    return 2.0 * (linears + sum(block.multiply_adds() for block in blocks))
 
 
 def _activation_bytes(encoder: Moon2Encoder, tokens: int, dtype: torch.dtype) -> float:
@@ -58,13 +58,22 @@ def _predict_cost(
     choices: NumericChoices,
     tokens: int,  # of one step
     images: int = 0,  # whose features the run reads: their pages count as its memory
+    config: TrainConfig | None = None,  # of the run
+    row: int = 40,  # tokens of a row, about
 ) -> dict:
     "Parameters, predicted peak memory (MB) and seconds of a step."
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     all_of_them = sum(p.numel() for p in encoder.parameters())
     dtype = getattr(torch, choices.dtype)
-    memory = 4 * (all_of_them + 3 * trained) + 1.6 * _activation_bytes(encoder, tokens, dtype) + _BASE_BYTES
-    memory += 2.0 * images * encoder.config.visual_tokens * encoder.backbone.vision.channels
+    memory = sum(p.numel() * p.element_size() for p in encoder.parameters()) + 12 * trained  # gradients and moments
+    base = getattr(encoder.backbone.vision, "base", None)  # a model of transformers
+    if config is None or base is None:
+        memory += 1.6 * _activation_bytes(encoder, tokens, dtype)
+    else:
+        plan = plan_memory(config, copy.deepcopy(base.config), tokens, row, dtype)
+        memory += plan.activations + plan.layer
+    if torch.device(choices.device).type == "cpu" or base is None:  # else the memory of the device is meant
+        memory += _BASE_BYTES + 2.0 * images * encoder.config.visual_tokens * encoder.backbone.vision.channels
     speed = _EFFICIENCY.get(choices.dtype, 0.5) * _matmul_speed(torch.device(choices.device), dtype)
     seconds = 0.03 + 3 * flops_per_token(encoder) * tokens / speed + trained * 28 / 1.5e10
     return {
@@ -109,7 +118,8 @@ def run_plan(
     unique = list({item.content: item for item in items}.values())
     count, backbone = config.per_device_train_batch_size, encoder.backbone
     refs = image_refs(triplets, config.expanded_images != "none")
-    cost = _predict_cost(encoder, choices, sum(len(row) for row in encoder.rows_of(unique)), len(refs))
+    lengths = [len(row) for row in encoder.rows_of(unique)]
+    cost = _predict_cost(encoder, choices, sum(lengths), len(refs), config, max(1, sum(lengths) // len(lengths)))
     texts = [text for triplet in triplets for item in (triplet.query, triplet.positive.item()) for text in item.texts]
     in_batch = (count - 1) * (1 + keys.negative.shape[1]) if config.in_batch_negatives else 0
     fits = max(1, int(60 * config.max_minutes / cost["predicted_seconds_per_step"]))

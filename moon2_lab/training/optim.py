@@ -18,6 +18,8 @@ import torch
 from ..config import TrainConfig
 from ..errors import DataError
 from ..model.encoder import Moon2Encoder
+from ..model.memory import cast_weights, require_not_reentrant
+from ..model.moe import ExpertLayer
 from ..runtime import NumericChoices, device_counts, pick_device, set_threads
 
 # %% ../../nbs/training/550_optim.ipynb #3e8791db
@@ -25,30 +27,35 @@ def prepare_trainable(
     encoder: Moon2Encoder,
     config: TrainConfig,
 ) -> None:
-    """Set which parameters get gradients, in place; adds LoRA when `lora_r` is set. Warns where a router gets no
+    """Set which parameters get gradients, in which dtype, in place; adds LoRA when `lora_r` is set. `UsageError` for
+    checkpointing in the way that loses gradients. Warns where a router gets no
     gradient from the task: the renormalised weight of a single chosen expert is 1, whatever its gate."""
     if encoder.moe_blocks and encoder.config.top_k == 1 < encoder.config.num_experts and not encoder.config.gate_scale:
         warnings.warn(
             "top_k=1: the router gets no gradient from the task -> set gate_scale=true, or top_k=2", stacklevel=3
         )
     if config.lora_r and not encoder.lora:
-        encoder.add_lora(config.lora_r, config.lora_alpha)
-    pretrained = encoder.backbone.spec.trained
-    encoder.backbone.decoder.embed_tokens.requires_grad_(
-        config.train_word_embeddings or not (pretrained or config.lora_r)
-    )
-
-
-def _group_of(name: str) -> str:
-    "The learning-rate group of a parameter, by its name."
-    if "router" in name or name.startswith("alignment"):
-        return "router"
-    if "connector" in name:
-        return "connector"
-    return "experts" if "gate_up_proj" in name or "down_proj" in name else "rest"
+        encoder.add_lora(config.lora_r, config.lora_alpha, config.lora_experts)
+    fresh = not (encoder.backbone.pretrained or config.lora_r or config.weights_dtype != "float32")
+    encoder.backbone.embedding.requires_grad_(config.train_word_embeddings or fresh)
+    if config.weights_dtype != "float32":
+        cast_weights(encoder.backbone.decoder, getattr(torch, config.weights_dtype))
+    if config.gradient_checkpointing:
+        encoder.checkpoint_gradients()
+    require_not_reentrant(encoder.backbone.decoder)
 
 # %% ../../nbs/training/550_optim.ipynb #777bbfd4
 GROUPS = ("connector", "router", "experts", "rest")
+
+
+def _groups_of_parameters(encoder: Moon2Encoder) -> dict[int, str]:
+    "id of a parameter -> its learning-rate group, by the module that holds it; what is not in it is of the group rest."
+    groups = {id(encoder.alignment): "router"}
+    groups |= {id(parameter): "connector" for parameter in encoder.backbone.connector.parameters()}
+    for ffn in encoder.backbone.ffns():  # LoRA may have wrapped it: then its factors belong to the experts
+        if any(isinstance(module, ExpertLayer) for module in ffn.modules()):
+            groups |= {id(parameter): "experts" for parameter in ffn.parameters()}
+    return groups | {id(block.router): "router" for block in encoder.moe_blocks}
 
 
 def _parameter_groups(
@@ -58,10 +65,11 @@ def _parameter_groups(
     "AdamW groups, each with its name and base learning rate; a group without parameters is left out."
     rates = {"connector": config.connector_learning_rate, "router": config.router_learning_rate}
     members: dict[tuple[str, bool], list] = {}
+    group_of = _groups_of_parameters(encoder)
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad:
             decayed = parameter.dim() >= 2 and not name.startswith("alignment")
-            members.setdefault((_group_of(name), decayed), []).append(parameter)
+            members.setdefault((group_of.get(id(parameter), "rest"), decayed), []).append(parameter)
     order = [(group, decayed) for group in GROUPS for decayed in (True, False) if (group, decayed) in members]
     groups = []
     for group, decayed in order:

@@ -53,10 +53,10 @@ class StepState:
     routing: TripletRouting | None = None  # views
     load: dict[str, torch.Tensor] = field(default_factory=dict)  # routing: view -> (Z,)
     terms: dict[str, Any] = field(default_factory=dict)  # loss: of the objective, "loss" among them
+    numbers: dict[str, torch.Tensor] = field(default_factory=dict)  # gradients: of terms and load, on the CPU
     norm: float = 0.0  # gradients: of all of them, before clipping
     norms: dict[str, float] = field(default_factory=dict)  # gradients: by parameter group
     finite: bool = True  # gradients: whether loss and gradients are numbers
-    numbers: dict[str, torch.Tensor] = field(default_factory=dict)  # step: what history and ledger need, on the CPU
 
     @property
     def progress(self) -> float:
@@ -83,9 +83,9 @@ class TrainingStep:
     def _batch(self, state: StepState) -> dict:
         config = self.config
         state.items, keys = collate(state.batch, config.enriched_titles, config.expanded_images, state.step)
+        keys.progress = state.progress
+        keys.filter_active = config.filter and state.progress >= config.filter_warmup_ratio
         state.keys = keys.to(self.encoder.backbone.device)
-        state.keys.progress = state.progress
-        state.keys.filter_active = config.filter and state.progress >= config.filter_warmup_ratio
         return {"triplets": state.batch, "items": state.items, "keys": state.keys}
 
     def _views(self, state: StepState) -> dict:
@@ -124,9 +124,13 @@ class TrainingStep:
             name: get_norm([p.grad for p in params if p.grad is not None]) for name, params in groups.items() if params
         }
         whole = torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.max_grad_norm)
-        norm, loss, *by_group = _to_host([whole, state.terms["loss"], *norms.values()])  # one wait for the device
+        wanted = _numbers_of_step(state.terms, state.load)
+        # here a step waits for the device, and only here
+        fetched = _to_host([whole, *norms.values(), *wanted.values()])
+        norm, by_group, numbers = fetched[0], fetched[1 : len(norms) + 1], fetched[len(norms) + 1 :]
         state.norms = {name: float(value) for name, value in zip(norms, by_group, strict=True)}
-        state.norm, state.finite = float(norm), bool(torch.isfinite(loss) & torch.isfinite(norm))
+        state.numbers = dict(zip(wanted, numbers, strict=True))
+        state.norm, state.finite = float(norm), bool(torch.isfinite(state.numbers["loss"]) & torch.isfinite(norm))
         return {"grad_norm": state.norm, "by_group": state.norms, "finite": state.finite}
 
     def _step(self, state: StepState) -> dict:
@@ -134,29 +138,27 @@ class TrainingStep:
         set_learning_rate(self.optimizer, lr_factor(state.step, state.max_steps, self.config))
         if state.finite:
             self.optimizer.step()
-        state.numbers = _numbers_on_host(state.terms, state.load)
         factor = lr_factor(state.step, state.max_steps, self.config)
         return {"row": history_row(state, getattr(self.objective, "names", OBJECTIVES), factor)}
 
 
 def _to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Numbers (floats of one precision, small counts) copied to the CPU together: a GPU is waited for once, not for
-    each of them."""
-    if not tensors or tensors[0].device.type == "cpu":
-        return [x.detach() for x in tensors]
-    floats = (x.dtype for x in tensors if x.is_floating_point())
-    dtype = max(floats, key=lambda kind: kind.itemsize, default=torch.float32)
-    flat = torch.cat([x.detach().reshape(-1).to(dtype) for x in tensors]).cpu()
-    pieces = flat.split([x.numel() for x in tensors])
-    return [piece.view(x.shape).to(x.dtype) for piece, x in zip(pieces, tensors, strict=True)]
+    "The tensors on the CPU, those of a device copied together, byte by byte: it is waited for once, not for each."
+    found = [x.detach() for x in tensors]
+    away = sorted((n for n, x in enumerate(found) if x.device.type != "cpu"), key=lambda n: -found[n].itemsize)
+    if away:
+        flat, start = torch.cat([found[n].contiguous().view(-1).view(torch.uint8) for n in away]).cpu(), 0
+        for n in away:
+            size, kind, shape = found[n].numel() * found[n].itemsize, found[n].dtype, found[n].shape
+            found[n], start = flat[start : start + size].view(kind).view(shape), start + size
+    return found
 
 
-def _numbers_on_host(terms: dict[str, Any], load: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    "Of a step, on the CPU: single numbers, the weights of objectives and triplets, and the load of each view."
+def _numbers_of_step(terms: dict[str, Any], load: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "What history and ledger keep: single numbers, the weights of objectives and triplets, and the load of each view."
     tables = ("omega", "preference", "phi", "filter_weight")
     wanted = {name: x for name, x in terms.items() if torch.is_tensor(x) and (x.dim() == 0 or name in tables)}
-    wanted |= {f"load_{view}": share for view, share in load.items()}
-    return dict(zip(wanted, _to_host(list(wanted.values())), strict=True))
+    return wanted | {f"load_{view}": share for view, share in load.items()}
 
 # %% ../../nbs/training/564_step.ipynb #eeb02e03
 _RECEIPT = ("omega_sum_raw", "share_down_weighted", "masked_pairs", "repeated_pairs", "negatives_per_query", "margin")
@@ -208,4 +210,7 @@ def note_filter(
     item_ids = [t.positive.product_id for t in state.batch] + [n.product_id for t in state.batch for n in t.negatives]
     complete = len(item_ids) == state.keys.negative.numel() + len(state.batch)
     if complete and state.numbers.get("masked_pairs", 1):
-        ledger.add_masked(state.step, ids, item_ids, batch_masks(state.keys, state.views, in_batch))
+        masked = state.terms.get("same_key")
+        if masked is None:  # an objective of one's own that has the filter alone
+            masked = batch_masks(state.keys.on_cpu(), state.views.on_cpu(), in_batch).same_key
+        ledger.add_masked(state.step, ids, item_ids, masked)

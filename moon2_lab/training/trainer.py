@@ -15,16 +15,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config import EncoderConfig, OBJECTIVES, TrainConfig
+from ..config import EncoderConfig, FROM_MODEL, OBJECTIVES, TrainConfig
 from ..data.catalog import Catalog
 from ..data.images import ImageRef
 from ..data.label_noise import inject_noise
 from ..data.queries import Lexicon
 from ..data.sampler import TripletSampler
 from ..data.triplets import Triplet, build_triplets, image_refs
-from ..errors import LabError, UsageError
+from ..errors import DataError, LabError, UsageError
 from ..files import plain
+from ..model.copies import copy_with
 from ..model.encoder import Moon2Encoder
+from ..model.memory import base_digest, is_trained
 from ..objective.objective import Moon2Objective
 from ..objective.sample_filter import FilterLedger
 from ..runtime import NumericChoices, progress, run_settings, seed_everything
@@ -50,7 +52,7 @@ def _encoder_settings(
     other = [
         f"{name}: {config.given[name]} -> {value}"
         for name, value in fields.items()
-        if config.given.get(name, value) != value
+        if config.given.get(name, value) not in (value, 0 if name in FROM_MODEL else value)
     ]
     if other:
         what = f"the encoder was made otherwise than the config says, and stays as it is ({', '.join(other)})"
@@ -63,8 +65,8 @@ def _encoder_settings(
 
 _NOT_IN_A_STEP = tuple(  # the batch is drawn, the parameters are chosen, the machine is what it is
     "noise negatives_per_query paired_negatives query_variants per_device_train_batch_size lora_r lora_alpha "
-    "train_word_embeddings seed max_steps max_minutes eval_steps eval_points save_steps save_minutes "
-    "max_nonfinite_steps report_to num_threads device dtype quarantine_limit".split()
+    "lora_experts gradient_checkpointing train_word_embeddings seed max_steps max_minutes eval_steps eval_points "
+    "save_steps save_minutes max_nonfinite_steps report_to num_threads device dtype quarantine_limit".split()
 )
 
 # %% ../../nbs/training/570_trainer.ipynb #aab15d7e
@@ -403,7 +405,7 @@ class Trainer:
     def _events_under(self, config: TrainConfig) -> list[Event]:
         "The events of the step that is due under `config`, taken by copies."
         with same_chances():
-            encoder = copy.deepcopy(self.encoder)
+            encoder = copy_with(self.encoder, is_trained)  # what is frozen is the same memory
             optimizer = make_optimizer(encoder, config)
             load_tensors(state_tensors(self.encoder, self.optimizer), encoder, optimizer)
             objective = self.objective.with_config(config) if hasattr(self.objective, "with_config") else self.objective
@@ -417,6 +419,7 @@ class Trainer:
             "sampler": self.sampler.state_dict(), "choices": dataclasses.asdict(self.choices),
             "config": dataclasses.asdict(self.config), "random": plain(random_state()), "best": self.best,
             "seconds": dict(self.seconds), "ledger": self.ledger.state_dict(), "data_hash": self.catalog.data_hash,
+            "base": base_digest(self.encoder),
         }
 
     def _label_model(self) -> None:
@@ -453,10 +456,14 @@ class Trainer:
 
     def resume(self, allow_drift: bool = False, checkpoint: tuple | None = None) -> None:
         """Go on from the newest checkpoint of the run folder, or from `checkpoint`, one that was read. Raises
-        `DriftError` when rounding would differ, `UsageError` for another catalogue and other settings."""
+        `DriftError` when rounding would differ, `UsageError` for another catalogue and other settings, `DataError` for
+        another base model."""
         checkpoint = checkpoint or newest_checkpoint(self.out)
         self._require_same_run(checkpoint)
         folder, (tensors, meta, history) = checkpoint
+        if meta.get("base") not in (None, base_digest(self.encoder)):  # None: all weights are in the checkpoint
+            advice = "resume with the backbone of the first run, in the version of then"
+            raise DataError("the checkpoint was made on another base model", where=str(folder), advice=advice)
         stored = NumericChoices(**meta["choices"])
         choices = resumed_choices(stored, self.config)
         choices.require_same(stored, str(folder), allow_drift)

@@ -244,7 +244,7 @@ class HeatmapWidget(StillWidget):
         side, lacking = side or self.side, []
         for name in ("query", "item") if side == "both" else (side,):
             seen, recorded = self.maps.side(name), method == "attention" and _has_attention(self.maps, [name])
-            lacking += [name] if (seen.grid or seen.words) and method not in seen.maps and not recorded else []
+            lacking += [name] if (seen.patches or seen.words) and method not in seen.maps and not recorded else []
         return lacking
 
     def request(

@@ -352,6 +352,30 @@ def test_local_model_takes_mixed_batches_and_broken_pictures(tiny_model):
     assert results[2].reason == "no question: broken image" and results[4].reason == "no title"
 
 
+CHAT = (
+    "{% for m in messages %}{% for c in m.content %}{{ 'PICTURE' if c.type == 'image' else c.text }} {% endfor %}"
+    "{% endfor %}"
+)
+MODELS = {  # family -> what stands for a picture in a text, tokens of a picture where the processor is told
+    "qwen2_5_vl": ("<|image_pad|>", {}), "qwen3_vl": ("<|image_pad|>", {}), "glm4v": ("<|image|>", {}),
+    "smolvlm": ("<image>", {"image_seq_len": 16}), "idefics3": ("<image>", {"image_seq_len": 16}),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_models_whose_processor_wants_torchvision_answer_without_it(family, tmp_path):
+    "A prompt with and one without a picture; the tokens of the picture are as many as the vision encoder gives."
+    from moon2_lab.tiny_models import tiny_model as small_model
+
+    folder, (picture, settings_of_processor) = small_model(family, tmp_path), MODELS[family]
+    (folder / "chat_template.jinja").write_text(CHAT.replace("PICTURE", picture))
+    (folder / "processor_config.json").write_text(json.dumps(settings_of_processor))
+    local = LocalModel(str(folder), max_tokens=3, device="cpu", dtype="float32")
+    answers = list(local.ask_all([Prompt("a red box", Image.new("RGB", (90, 60), "red")), Prompt("a ball")]))
+    assert [answer.reason for answer in answers] == [None, None]
+    assert all(isinstance(answer.text, str) for answer in answers)
+
+
 def test_a_batch_that_fails_is_asked_one_by_one(tiny_model, monkeypatch):
     "Out of memory for three is not out of memory for one; what still fails has its reason."
     local = LocalModel(str(tiny_model), device="cpu", max_tokens=2)

@@ -20,8 +20,9 @@ SMALL = [
     "per_device_train_batch_size=8", "num_threads=1",
 ]
 COMMANDS = (
-    ["data", "check"], ["data", "synth"], ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["demo"],
-    ["report"], ["run"],
+    ["data", "check"], ["data", "synth"], ["backbone", "check"],
+    ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["demo"],
+    ["report"], ["push"], ["run"],
 )
 
 
@@ -167,6 +168,32 @@ def test_folders_that_cannot_be_used(moon2, tmp_path, make, message):
         code, out, err = moon2(*words)
         assert (code, out) == (2, "") and message in one_line(err), err
     assert not (tmp_path / "run").exists()
+
+
+def test_backbone_check_prints_one_object_or_one_line(moon2, tmp_path):
+    "The facts of a certificate as JSON, exit code 0; a damaged model and one that cannot be a backbone: exit code 2."
+    from moon2_lab.tiny_models import spoil_model, tiny_model
+
+    model = tiny_model("smolvlm", tmp_path / "model")
+    code, out, err = moon2("backbone", "check", model, "--set", "image_size=64", "--device", "cpu", "--json")
+    facts = json.loads(out)
+    assert (code, facts["certified"], facts["certificate"]["grid"]) == (0, True, [4, 4]), err
+    assert facts["experts"]["lowrank"]["layers"] == 4 and max(facts["certificate"]["gaps"].values()) < 1e-3
+    code, out, err = moon2("backbone", "check", spoil_model(model, "processor"))
+    assert (code, out) == (2, "") and "image processor" in one_line(err)
+    code, out, err = moon2("backbone", "check", tiny_model("aria", tmp_path / "aria"))
+    assert (code, out) == (2, "") and "cannot be a backbone" in one_line(err)
+
+
+def test_backbone_check_says_no_where_rows_differ(moon2, tmp_path, monkeypatch):
+    "A kind that is not known and mixes otherwise: exit code 1, and which views are off."
+    from moon2_lab.model.families import FAMILIES
+    from moon2_lab.tiny_models import tiny_model
+
+    monkeypatch.delitem(FAMILIES, "gemma3")
+    model = tiny_model("gemma3", tmp_path / "model")
+    code, out, _ = moon2("backbone", "check", model, "--set", "image_size=64", "--device", "cpu")
+    assert code == 1 and "not known" in out and "NOT certified" in out
 
 
 def test_data_synth_draws_what_was_asked_and_spares_what_is_there(moon2, tmp_path):

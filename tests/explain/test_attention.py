@@ -14,13 +14,13 @@ from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attention import (
-    attention_gradient, attention_of, _probe_attention, _remove_probes, rollout, side_tokens, without_first,
-    word_attention,
+    _probe_attention, _remove_probes, attention_gradient, attention_of, rollout, without_first, word_attention,
 )
 from moon2_lab.explain.attention_recorder import attention_layers, record_attention
 from moon2_lab.explain.expert_routing import expert_load, token_routing
 from moon2_lab.explain.heatmap_data import SideMaps
 from moon2_lab.explain.pair_score import score_function
+from moon2_lab.explain.side_tokens import side_tokens
 from moon2_lab.model.packing import Packing
 from PIL import Image
 from small import picture, pretrained, product, tiny
@@ -447,23 +447,20 @@ def test_bloom_has_an_attention_of_its_own():
         record_attention(model, lambda: model(input_ids=torch.arange(5)[None]), {0: None})
 
 
-def test_soft_caps_are_refused():
+@pytest.mark.parametrize("cap", [0.3, 50.0])
+def test_soft_caps_are_recomputed_where_the_attention_heeds_them(cap):
     from transformers import Gemma2Config, Gemma2Model
 
-    model = Gemma2Model(
-        Gemma2Config(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            attn_implementation="eager",
-        )
-    ).eval()
-    with pytest.raises(UsageError, match="softcap"):
-        record_attention(model, lambda: model(input_ids=torch.arange(5)[None], use_cache=False), {0: None})
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_logit_softcapping": cap}
+    torch.manual_seed(0)
+    more = {"initializer_range": 0.5, "attn_implementation": "eager"}
+    model = Gemma2Model(Gemma2Config(vocab_size=50, **sizes, **heads, **more)).eval()
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        eager = torch.cat(model(input_ids=ids, use_cache=False, output_attentions=True).attentions)
+    found = record_attention(model, lambda: model(input_ids=ids, use_cache=False), {0: None}, reduce=None)[0]
+    torch.testing.assert_close(found, eager, atol=1e-6, rtol=0)
 
 
 def test_attention_that_is_not_what_it_says_gives_no_picture():
@@ -534,7 +531,7 @@ def test_word_attention_fits_the_side_maps(name, text, wide, monkeypatch):
         word_attention(encoder, item),
         attention_of(encoder, item, rows="each").weights,
     )
-    grid = 4 if image is not None else 0
+    grid = (4, 4) if image is not None else (0, 0)
     maps = SideMaps(
         "item",
         text or "",

@@ -21,7 +21,7 @@ from moon2_lab.data.products import Item
 from moon2_lab.data.synthetic.generator import draw_product
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attribution import (
-    AttributionInputs, Cancelled, METHODS, attribute_side, attribution_inputs, fitting_methods, run_method, _upsample,
+    AttributionInputs, Cancelled, METHODS, attribute_side, attribution_inputs, fitting_methods, run_method,
 )
 from moon2_lab.explain.explainer import Explainer, ExplainerCache, _read_side
 from moon2_lab.explain.faithfulness import measure_faithfulness
@@ -129,15 +129,6 @@ def test_attention_of_a_layer_and_head():
         attribute_side(encoder, query, item, method="attention", layer=7)
 
 
-def test_upsampled_cells_keep_their_places():
-    cells = np.arange(4.0).reshape(2, 2)
-    assert (_upsample(cells, 4) == np.repeat(np.repeat(cells, 2, 0), 2, 1)).all() and _upsample(
-        cells, (6, 4)
-    ).shape == (4, 6)
-    with pytest.raises(UsageError, match="nearest or bilinear"):
-        _upsample(cells, 4, "cubic")
-
-
 # ---------------------------------------------------------------------------------------------- other backbones
 
 
@@ -226,7 +217,7 @@ def test_odd_items_on_either_side(name):
         maps = Explainer(encoder, one, other, "a model", trials=3).maps(QUICK)
         mine = maps.item if other is odd else maps.query
         words = (odd.text or "").split()
-        assert [word for word, *_ in mine.words] == words and (mine.grid == 4) == (odd.image is not None)
+        assert [word for word, *_ in mine.words] == words and (mine.grid == (4, 4)) == (odd.image is not None)
         for method in QUICK:
             assert mine.maps[method].words.shape == (len(words),) and np.isfinite(mine.maps[method].values).all()
         assert "<script>alert" not in heat_page(maps) and len(static_png(maps)) < 100_000
@@ -434,7 +425,7 @@ def test_shop_items_can_be_explained():
     encoder, catalog = tiny(), shop(12, mixed=True)
     for product in catalog:
         maps = Explainer(encoder, Item("red box", None), product.item(), trials=0).maps(["gradient"])
-        assert bool(maps.item.words) == product.has_text and bool(maps.item.grid) == product.has_image
+        assert bool(maps.item.words) == product.has_text and bool(maps.item.patches) == product.has_image
 
 
 def test_a_script_that_ends_while_maps_are_computed_ends_well(tmp_path):

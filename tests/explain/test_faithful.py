@@ -18,7 +18,7 @@ from moon2_lab.explain.faithfulness import (
     Faithfulness, _areas, _gains, _kept_features, _masked, _rank_features, _score_kept, correct_for_methods,
     faithfulness_row, faithfulness_table, measure_faithfulness, random_gains, redrawn_copy,
 )
-from moon2_lab.explain.pair_score import features_of_tokens
+from moon2_lab.explain.side_tokens import features_of_tokens
 
 pytestmark = [pytest.mark.usefixtures("own_cache")]
 

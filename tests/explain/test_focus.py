@@ -15,10 +15,12 @@ from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain import content_focus
-from moon2_lab.explain.attention import AttentionRows, side_tokens
+from moon2_lab.explain.attention import AttentionRows
+from moon2_lab.explain.attention_recorder import HeadInputs
 from moon2_lab.explain.content_focus import (
-    compare_focus, _content_tokens, _even_attention, focus_table, left_out_counts, _subject_patches,
+    _content_tokens, _subject_patches, compare_focus, focus_table, left_out_counts,
 )
+from moon2_lab.explain.side_tokens import side_tokens
 from moon2_lab.reporting.attention_figures import focus_figure
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore:attention=bidirectional")]
@@ -49,7 +51,10 @@ def known_attention(monkeypatch, weigh):
     def attention_of(encoder, items, view):
         sides = [side_tokens(encoder, item, view) for item in items]
         return [
-            AttentionRows(side, np.broadcast_to(weigh(side).astype(np.float32), (2, 2, 1, len(side))), [0, 1], [0, 1])
+            AttentionRows(
+                side, np.broadcast_to(weigh(side).astype(np.float32), (2, 2, 1, len(side))), [0, 1], [0, 1],
+                even=np.full((2, len(side)), 1 / len(side)),
+            )
             for side in sides
         ]
 
@@ -142,8 +147,9 @@ def test_a_model_that_looks_evenly_is_its_own_even_reference(attention):
 def test_even_attention():
     "By hand, and a distribution."
     by_rows = np.tril(np.ones((6, 6))) / np.arange(1, 7)[:, None]
-    assert _even_attention(6, True) == pytest.approx(by_rows.mean(0))
-    assert _even_attention(5, False) == pytest.approx(np.full(5, 0.2))
+    inputs = HeadInputs(torch.randn(2, 6, 4), torch.randn(2, 6, 4), 0.5, causal=True)
+    assert inputs.even(torch.arange(6)).numpy() == pytest.approx(by_rows.mean(0))
+    assert dataclasses.replace(inputs, causal=False).even(torch.arange(6)).numpy() == pytest.approx(np.full(6, 1 / 6))
 
 
 # ---------------------------------------------------------------------------------------------- what counts
@@ -177,13 +183,13 @@ def test_cells_of_the_subject():
         ):  # 9 x 9 of 20 x 20 is less than a quarter, 10 x 10 just that
             picture = Image.new("RGB", (40, 40), backdrop)
             picture.paste((200, 30, 30), (20, 20, 20 + pixels, 20 + pixels))
-            assert np.flatnonzero(_subject_patches(picture, 2, fine=20)).tolist() == expected
+            assert np.flatnonzero(_subject_patches(picture, (2, 2), fine=20)).tolist() == expected
     wide = Image.new("RGB", (64, 16), (120, 120, 120))  # padded above and below to 64 x 64
     wide.paste((0, 0, 0), (0, 4, 32, 12))
-    assert np.flatnonzero(_subject_patches(wide, 4)).tolist() == [4, 5, 8, 9]
+    assert np.flatnonzero(_subject_patches(wide, (4, 4))).tolist() == [4, 5, 8, 9]
     scene = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    assert not _subject_patches(scene, 4).any()
-    assert _subject_patches(Image.new("RGB", (1, 1), "red"), 2).shape == (4,)
+    assert not _subject_patches(scene, (4, 4)).any()
+    assert _subject_patches(Image.new("RGB", (1, 1), "red"), (2, 2)).shape == (4,)
 
 
 def test_what_cannot_be_measured_is_counted():

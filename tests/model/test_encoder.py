@@ -18,10 +18,10 @@ from moon2_lab.model.feature_cache import FeatureCache
 from moon2_lab.model.item_views import ItemViews, LayerGates
 from moon2_lab.model.moe import KERNELS, LayerRouting, MoEFeedForward, mix_experts
 from moon2_lab.model.packing import Packing
-from moon2_lab.objective.objective import Moon2Objective
 from moon2_lab.objective.objective_weights import load_balance_loss
-from moon2_lab.training.collate import collate, split_roles
+from moon2_lab.training.collate import collate
 from moon2_lab.training.optim import prepare_trainable
+from comparing import assert_same, distance, measured
 from small import augmented_shop, picture, pretrained, settings, shop, some_triplets, tiny
 from torch.nn import functional as F
 
@@ -58,7 +58,7 @@ def apart(encoder, items):
                 parts = []
                 for picture in item.pictures if view != "t" else ():
                     features = torch.from_numpy(encoder.backbone.vision_features([picture])).to(encoder.alignment)
-                    parts.append(encoder.backbone.connector(features)[0])
+                    parts.append(encoder.backbone.connector(features))
                 for text in item.texts if view != "i" else ():
                     parts.append(decoder.embed_tokens(torch.tensor(encoder.backbone.tokenize(text)[0])))
                 present.append(bool(parts) and not (view == "i" and item.image is None))
@@ -87,44 +87,6 @@ def apart(encoder, items):
         for g, s in zip(gates, selected)
     ]
     return found
-
-
-def measured(encoder, triplets, forward, expanded="one", **config):
-    "(ItemViews, terms of the objective, gradients by name)."
-    items, keys = collate(triplets, expanded=expanded)
-    keys.progress, keys.filter_active = 0.5, True
-    found = forward(items)
-    terms = Moon2Objective(settings(**config))(*split_roles(found, keys, encoder.alignment), keys)
-    encoder.zero_grad()
-    terms["loss"].backward()
-    return found, terms, {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
-
-
-def distance(one, other):
-    "The largest difference of two tensors; NaN must stand in the same places."
-    assert one.shape == other.shape and torch.equal(one.isnan(), other.isnan())
-    return torch.nan_to_num(one.detach().double() - other.detach().double()).abs().max().item() if one.numel() else 0.0
-
-
-def assert_same(one, other, eps, gradient_eps=None, rows=None):
-    "Embeddings, routing, all terms by name, all gradients by name."
-    (found, terms, grads), (found_apart, terms_apart, grads_apart) = one, other
-    for view in VIEWS:
-        assert torch.equal(found.present[view], found_apart.present[view])
-        assert distance(found.embedding[view], found_apart.embedding[view]) < eps, f"embedding {view}"
-        assert distance(found.routing[view], found_apart.routing[view]) < eps, f"routing {view}"
-    assert terms.keys() == terms_apart.keys() and {"aux", "sparsity", "loss"} <= terms.keys()
-    far = {name: distance(terms[name], terms_apart[name]) for name in terms}
-    assert max(far.values()) < eps, far
-    assert grads.keys() == grads_apart.keys()
-    scale = max(1.0, max(g.abs().max().item() for g in grads.values()))
-    far = {name: distance(grads[name], grads_apart[name]) / scale for name in grads}
-    assert max(far.values()) < (gradient_eps or eps), far
-    assert (
-        any("router" in name for name in grads)
-        and "alignment" in grads
-        and all(bool(g.isfinite().all()) for g in grads.values())
-    )
 
 
 # ---------------------------------------------------------------------------------------------- one pass equals three
@@ -343,7 +305,9 @@ def test_order_of_the_batch_does_not_matter(mixed):
         assert distance(straight.embedding[view][order], turned.embedding[view]) < 1e-12
     one, other = measured(encoder, mixed, encoder.forward_items), measured(encoder, mixed[::-1], encoder.forward_items)
     per_row = {"phi", "filter_weight"}
-    assert max(distance(one[1][name], other[1][name]) for name in one[1].keys() - per_row) < 1e-9
+    by_pair = {"same_key"}  # (B, B * (1 + K)): rows and columns turn with the batch
+    assert max(distance(one[1][name], other[1][name]) for name in one[1].keys() - per_row - by_pair) < 1e-9
+    assert one[1]["same_key"].sum() == other[1]["same_key"].sum()
     assert max(distance(one[1][name], other[1][name].flip(1)) for name in per_row) < 1e-9
     assert max(distance(one[2][name], other[2][name]) for name in one[2]) < 1e-9
 
@@ -715,14 +679,12 @@ def mini(tmp_path_factory):
             encoder = Moon2Encoder.from_backbone(
                 "mini", **({"num_layers": 2, "num_experts": 4, "top_k": 2, "visual_tokens": 16} | fields)
             )
-            store = FeatureCache(
-                folder / str(encoder.config.visual_tokens),
-                (encoder.config.visual_tokens, encoder.backbone.vision.channels),
-            )
+            size = encoder.backbone.vision.picture_size
+            store = FeatureCache(folder / str(size.tokens), encoder.backbone.vision.channels)
             refs = list({item.image.key: item.image for item in items if item.image is not None}.values())
             new = encoder.backbone._keys(refs)
-            features = np.random.default_rng(0).standard_normal((len(new), *store.shape)) * 0.5
-            store.add(new, features.astype(np.float16))
+            features = np.random.default_rng(0).standard_normal((len(new) * size.tokens, store.channels)) * 0.5
+            store.add(new, features.astype(np.float16), [size] * len(new))
             encoder.backbone._features = store
             encoder.backbone.decoder.embed_tokens.requires_grad_(False)
             return encoder

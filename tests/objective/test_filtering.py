@@ -15,7 +15,7 @@ from moon2_lab.config import CHOICES, OBJECTIVES, TrainConfig, VIEWS
 from moon2_lab.errors import UsageError
 from moon2_lab.files import read_json
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective.contrastive import fits_dim, inter_product_loss, loss_receipt, _truncated
+from moon2_lab.objective.contrastive import _truncated, fits_dim, inter_product_loss, loss_receipt
 from moon2_lab.objective.objective import (
     Moon2Objective, TripletKeys, TripletRouting, TripletViews, batch_masks, triplet_reliability,
 )
@@ -600,7 +600,8 @@ def test_ledger_names_the_masked_pairs():
     _, _, keys = make_step(batch=3)
     keys.positive = torch.tensor([0, 0, 2])
     ledger = FilterLedger()
-    assert ledger.add_masked(5, ["q0", "q1", "q2"], ["p0", "p1", "p2", "n0", "n1", "n2"], batch_masks(keys)) == 2
+    same_key = batch_masks(keys).same_key
+    assert ledger.add_masked(5, ["q0", "q1", "q2"], ["p0", "p1", "p2", "n0", "n1", "n2"], same_key) == 2
     assert sorted(ledger.masked_frame()[["query_id", "item_id", "role"]].itertuples(index=False, name=None)) == [
         ("q0", "p1", "positive"), ("q1", "p0", "positive"),
     ]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moon2_lab.config import CHOICES, OBJECTIVES
 from moon2_lab.errors import LabError
 from moon2_lab.objective.contrastive import (
-    candidate_masks, contrastive_loss, fits_dim, inter_product_loss, intra_product_loss, prefix_loss, _truncated,
+    _truncated, candidate_masks, contrastive_loss, fits_dim, inter_product_loss, intra_product_loss, prefix_loss,
 )
 from moon2_lab.objective.objective_weights import (
     balance_loss, balance_target, collective_support, load_balance_loss, objective_weights, preference, sparsity_loss,

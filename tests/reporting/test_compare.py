@@ -23,8 +23,8 @@ from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.evaluate import run_benchmark
 from moon2_lab.evaluation.protocol import make_benchmark
 from moon2_lab.evaluation.statistics import holm, p_text, paired_test_tables
-from moon2_lab.reporting.comparison import KINDS, compare_encoders, compare_tables, _query_product
-from moon2_lab.reporting.comparison_report import diff_page, explain_changes, _page_data, write_diff_page
+from moon2_lab.reporting.comparison import KINDS, _query_product, compare_encoders, compare_tables
+from moon2_lab.reporting.comparison_report import _page_data, diff_page, explain_changes, write_diff_page
 from moon2_lab.retrieval.query_input import matching_attributes
 from moon2_lab.testing import MadeUpEncoder, made_up_catalog, made_up_comparison
 

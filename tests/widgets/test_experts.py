@@ -19,9 +19,9 @@ from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain.expert_routing import expert_load, token_routing
 from moon2_lab.reporting.routing_figures import (
-    _EXPERT_COLOURS, expert_map_figure, _ink_on, routing_picture, routing_png, show_routing,
+    _EXPERT_COLOURS, _ink_on, expert_map_figure, routing_picture, routing_png, show_routing,
 )
-from moon2_lab.reporting.routing_maps import _EVEN, RoutingMaps, routing_maps, routing_payload, training_steps
+from moon2_lab.reporting.routing_maps import RoutingMaps, _EVEN, routing_maps, routing_payload, training_steps
 from moon2_lab.testing import made_up_history, made_up_routing
 from moon2_lab.widgets.routing import RoutingWidget
 
@@ -58,6 +58,8 @@ def unusual():
         "without picture": made_up_routing("red mug", grid=0),
         "without title": made_up_routing("", grid=4),
         "one word": made_up_routing("mug"),
+        "three by seven patches": made_up_routing("red mug", grid=(3, 7)),
+        "a picture as a whole": made_up_routing("red mug", grid=(1, 1)),
         "64 words, 16 experts": made_up_routing(" ".join(["stoneware"] * 64), grid=7, layers=4, experts=16),
         "long word": made_up_routing("x" * 400 + " mug"),
         "hostile": dataclasses.replace(made_up_routing(HOSTILE), name="<b>p1</b>"),
@@ -105,7 +107,7 @@ def test_numbers_sent_equal_those_of_an_encoder():
 @pytest.mark.parametrize("view, cells, words", [("t", 0, 6), ("i", 4, 0), ("mm", 4, 6)])
 def test_views_of_an_item(view, cells, words):
     maps = routing_maps(token_routing(tiny(perturbed=True), product(3).item(), view))
-    assert (maps.side.grid**2, len(maps.side.words), maps.weights.shape) == (cells, words, (2, cells + words, 4))
+    assert (maps.side.patches, len(maps.side.words), maps.weights.shape) == (cells, words, (2, cells + words, 4))
 
 
 @pytest.mark.parametrize("title, words", [("mug", 1), ("红色 杯子", 2), ("mug 😀", 2), (None, 0)])

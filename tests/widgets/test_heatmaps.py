@@ -16,9 +16,9 @@ from PIL import Image
 
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.faithfulness import Faithfulness
-from moon2_lab.explain.heatmap_data import Attribution, PairMaps, map_json, maps_json, _pack_shares, pair_payload
+from moon2_lab.explain.heatmap_data import Attribution, PairMaps, _pack_shares, map_json, maps_json, pair_payload
 from moon2_lab.reporting.attention_figures import layer_head_figure
-from moon2_lab.reporting.heatmap_figures import pair_map_figure, pair_map_plot, _plot_png, show_static, static_png
+from moon2_lab.reporting.heatmap_figures import _plot_png, pair_map_figure, pair_map_plot, show_static, static_png
 from moon2_lab.reporting.heatmap_page import heat_page, write_heat_page
 from moon2_lab.reporting.html import inline_json
 from moon2_lab.testing import made_up_pair, made_up_side
@@ -73,6 +73,8 @@ def edge_pairs():
         "all zero": dataclasses.replace(pair, item=with_maps(pair.item, ig=zero), query=with_maps(pair.query)),
         "no cells in the map": dataclasses.replace(pair, item=with_maps(pair.item, ig=Attribution("ig", np.ones(7)))),
         "long word": dataclasses.replace(pair, item=made_up_side("item", "x" * 400 + " mug", 4, random)),
+        "three by seven patches": dataclasses.replace(pair, item=made_up_side("item", "red mug", (3, 7), random)),
+        "a picture as a whole": dataclasses.replace(pair, item=made_up_side("item", "red mug", (1, 1), random)),
         "hostile": PairMaps(
             pair.query, hostile, float("nan"), "<b>model</b>", ("</title><script>window.pwned=3</script>", "p")
         ),
@@ -215,7 +217,7 @@ class Counting:
             raise self.error
         progress(1.0)
         found = self.pair.side(side)
-        return Attribution(method, np.linspace(-1, 1, len(found.words)), np.eye(found.grid)), self.faith
+        return Attribution(method, np.linspace(-1, 1, len(found.words)), np.eye(*found.grid)), self.faith
 
 
 def test_computed_on_demand_once():
@@ -551,6 +553,50 @@ def test_keyboard_alone(opened):
     )
 
 
+@pytest.mark.parametrize("shape", [(3, 7), (5, 2)])
+def test_a_picture_of_more_columns_than_rows(opened, shape):
+    "Colours, names, links and arrow keys follow the grid; a page of a square picture has one number for it."
+    rows, columns = shape
+    item = made_up_side("item", "finest red mug", shape, np.random.default_rng(4))
+    pair = dataclasses.replace(made_up_pair(), item=item)
+    sides = pair_payload(pair)[0]["sides"]
+    assert (sides["item"]["grid"], sides["query"]["grid"]) == ([rows, columns], 4)
+    page = opened(pair, method="gradient")
+    found, most = item.maps["gradient"], np.abs(item.maps["gradient"].values).max()
+    drawn = colours(page)
+    assert np.allclose([alpha(colour) for colour in drawn], 0.7 * abs(found.patches.ravel()) / most, atol=0.006)
+    cells = page.locator("[data-side=item] .m2h-cell")
+    last = cells.last.bounding_box()
+    frame = page.locator("[data-side=item] .m2h-cells").bounding_box()
+    assert np.isclose(last["width"] * columns, frame["width"], atol=1)
+    assert np.isclose(last["height"] * rows, frame["height"], atol=1)
+    assert np.isclose(last["y"] + last["height"], frame["y"] + frame["height"], atol=1)
+    page.locator("[data-side=item] .m2h-word").nth(2).hover()
+    row = item.links.mean((0, 1))[2]
+    assert np.allclose([alpha(colour) for colour in colours(page)], 0.7 * row / row.max(), atol=0.01)
+    told = page.locator("[data-side=item] .m2h-told").inner_text()
+    assert f"row {row.argmax() // columns + 1}, column {row.argmax() % columns + 1}" in told
+    cells.first.focus()
+    above = f"row {rows - 1}, column {columns}"
+    moves = {"ArrowDown": "row 2, column 1", "End": f"row {rows}, column {columns}", "ArrowUp": above}
+    for key, name in (moves | {"ArrowRight": above}).items():
+        page.keyboard.press(key)
+        assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith(name)
+
+
+def test_attention_on_a_frame_is_told_layer_by_layer(opened):
+    pair = made_up_pair()
+    layers = np.array([0.5, 0.8, 0.99])[:, None, None]
+    framed = dataclasses.replace(pair.item, pooled=pair.item.pooled * layers)
+    page = opened(dataclasses.replace(pair, item=framed), method="attention")
+    trust = page.locator("[data-side=item] .m2h-trust")
+    for keys, share in (("ArrowRight", 50), ("ArrowRight", 20), ("ArrowRight", 1)):
+        slide(page, "layer", keys)
+        settle(page)
+        assert f"{share} % of it went to the frame of the row" in trust.inner_text()
+    assert "frame" not in page.locator("[data-side=query] .m2h-trust").inner_text()
+
+
 def rgb(text):
     return np.array([float(part) for part in re.findall(r"[\d.]+", text)[:3]])
 
@@ -615,6 +661,9 @@ def test_unusual_pairs_in_the_page(opened, name):
         "all zero": "Every number of this map is zero",
         "no cells in the map": "no numbers for cells",
     }
+    if name == "a picture as a whole":
+        page.locator("[data-side=item] .m2h-cell").hover()
+        assert page.locator("[data-side=item] .m2h-told").inner_text().startswith("the picture:")
     if name == "no cells in the map":
         control(page, "method").select_option("ig")
         settle(page)

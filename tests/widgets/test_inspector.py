@@ -20,7 +20,7 @@ from moon2_lab.data.triplets import Triplet
 from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.objective.sample_filter import FilterLedger
 from moon2_lab.training.triplet_review import (
-    PHIS, PhiWatch, Verdict, Verdicts, apply_verdicts, inspection_table, phi_over_time, _stray_verdicts, triplet_phi,
+    PHIS, PhiWatch, Verdict, Verdicts, _stray_verdicts, apply_verdicts, inspection_table, phi_over_time, triplet_phi,
 )
 from moon2_lab.widgets.triplets import FilterInspector, PAGE
 
