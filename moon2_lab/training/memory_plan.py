@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..config import TrainConfig
-from ..model.lora import FFN_NAMES, mixer_linears
+from ..model.lora import FFN_NAMES, add_lora
 from ..model.low_rank_experts import LowRankExperts
-from ..model.memory import checkpoint_gradients, freeze_base
+from ..model.memory import cast_weights, checkpoint_gradients, freeze_base
 from ..model.moe import ExpertLayer, LayerRouting, gated
 from ..model.packing import Packing, register_packed_attention
 from ..model.upcycling import add_experts
@@ -55,19 +55,6 @@ class _Alive(TorchDispatchMode):
             self.now -= size
 
 # %% ../../nbs/training/561_memory_plan.ipynb #320f55bf
-class _Adapted(nn.Module):
-    "A linear with low-rank factors, as far as memory is concerned."
-
-    def __init__(self, linear: nn.Linear, rank: int):
-        super().__init__()
-        self.linear = linear
-        self.a = nn.Linear(linear.in_features, rank, bias=False)
-        self.b = nn.Linear(rank, linear.out_features, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + self.b(self.a(x.to(self.a.weight.dtype)))
-
-
 class _Planned:
     "A decoder with the interface that `add_experts` asks for."
 
@@ -94,33 +81,39 @@ def _cut(model, layers: int):
 
 
 def _build(config: TrainConfig, model) -> tuple[nn.Module, nn.Module]:
-    "The model and its decoder, prepared as for training: experts, LoRA, what is frozen."
+    "The model and its decoder on the meta device, prepared as for training: experts, LoRA, what is frozen."
     from transformers import AutoModel
+    from transformers.initialization import no_init_weights
 
     dtype = getattr(torch, config.weights_dtype)
     how = {"dtype": dtype, "attn_implementation": {"text_config": register_packed_attention()}}
-    base = AutoModel.from_config(_cut(model, config.num_layers), **how).requires_grad_(False)
-    decoder = next(getattr(base, name) for name in ("language_model", "text_model") if hasattr(base, name))
-    decoder.requires_grad_(True)
-    add_experts(_Planned(decoder), config.replace(num_layers=len(decoder.layers)))
-    if config.lora_r or config.weights_dtype != "float32":
-        freeze_base(decoder, dtype)
-    if config.lora_r:
-        _adapt(decoder, config)
+    with torch.device("meta"), no_init_weights():  # drawing numbers asks for numbers
+        base = AutoModel.from_config(_cut(model, config.num_layers), **how).requires_grad_(False)
+        decoder = next(getattr(base, name) for name in ("language_model", "text_model") if hasattr(base, name))
+        decoder.requires_grad_(True)
+        add_experts(_Planned(decoder), config.replace(num_layers=len(decoder.layers)))
+        if config.weights_dtype != "float32":
+            freeze_base(decoder, dtype)
+        if config.lora_r:
+            add_lora(decoder, config.lora_r, config.lora_alpha, config.lora_experts)
     decoder.get_input_embeddings().requires_grad_(config.train_word_embeddings)
+    cast_weights(decoder, dtype)
     return base, decoder.train()
 
 
-def _adapt(decoder: nn.Module, config: TrainConfig) -> None:
-    "Put stand-ins for LoRA's factors in, and freeze full experts unless they are trained."
-    for path in mixer_linears(decoder):
-        parent, _, name = path.rpartition(".")
-        place = decoder.get_submodule(parent)
-        setattr(place, name, _Adapted(getattr(place, name), config.lora_r))
-    stacked = [block for block in _blocks(decoder) if not isinstance(block, LowRankExperts)]
-    for block in stacked if config.lora_experts != "train" else ():
-        for parameter in block.expert_parameters():
-            parameter.requires_grad_(False)
+def _as_fake(module: nn.Module) -> None:
+    "Within a `FakeTensorMode`: tensors of the meta device become ones of the CPU that have no numbers, in place."
+    made: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        for kind in (part._parameters, part._buffers):
+            for name, tensor in kind.items():
+                if tensor is not None and tensor.is_meta:
+                    kind[name] = made.setdefault(id(tensor), _fake_of(tensor))
+
+
+def _fake_of(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _by_one_expert(block: ExpertLayer, hidden: torch.Tensor, routing: LayerRouting) -> torch.Tensor:
@@ -171,8 +164,9 @@ def plan_memory(
 
     packing = Packing([row] * max(1, tokens // row))
     reduced = torch.bfloat16 in (dtype, getattr(torch, config.weights_dtype), getattr(torch, config.dtype, None))
+    base, decoder = _build(config, model)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        base, decoder = _build(config, model)
+        _as_fake(base)
         for block in _blocks(decoder):
             block.kernel = block.kernels[-1]  # one that does not ask for numbers
             if not reduced and not isinstance(block, LowRankExperts):
@@ -224,13 +218,16 @@ def _run(
     backward: bool = True,
 ) -> tuple[int, int]:
     "Bytes kept after a forward pass through layers of these numbers, and the peak with backward, without gradients."
-    decoder.layers, decoder.config.num_hidden_layers = nn.ModuleList([layers[n] for n in numbers]), len(numbers)
+    decoder.layers = nn.ModuleList([layers[n] for n in numbers])
+    decoder.config.num_hidden_layers = max(len(layers), len(numbers))
     width, count = decoder.config.hidden_size, len(packing.position)
     positions = packing.position.expand(axes, 1, -1) if axes > 1 else packing.position[None]
     dtype = decoder.get_input_embeddings().weight.dtype
     with _Alive([*decoder.parameters(), *decoder.buffers()]) as alive, _arithmetic(reduced):
         tokens = torch.zeros(1, count, width, dtype=dtype, requires_grad=True)
         how = {"position_ids": positions, "packing": packing, "use_cache": False}
+        if size := getattr(decoder.config, "hidden_size_per_layer_input", 0):  # Gemma 4
+            how["per_layer_inputs"] = torch.zeros(1, count, decoder.config.num_hidden_layers, size, dtype=dtype)
         out = decoder(inputs_embeds=tokens, **how).last_hidden_state
         kept = alive.now
         if backward:
