@@ -443,6 +443,7 @@ def train_tiny(
     "A `tiny` encoder, trained in memory for seconds."
     batch, threads = min(16, len(catalog)), torch.get_num_threads()
     small = {"num_layers": 2, "per_device_train_batch_size": batch, "num_threads": 1}  # too small for more threads
+    small |= {"image_size": 112, "visual_tokens": 49}  # heatmaps of 7 x 7 cells
     config = TrainConfig(backbone="tiny", max_steps=steps, learning_rate=1e-3, seed=0, **small)
     fields = config.encoder_fields()
     encoder = Moon2Encoder.from_backbone(fields.pop("backbone"), seed=0, **fields)
