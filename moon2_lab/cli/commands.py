@@ -151,10 +151,12 @@ def _training_memory(checked) -> dict | None:  # BackboneCheck
 # %% ../../nbs/cli/910_commands.ipynb #e51890f0
 def train_command(args: argparse.Namespace) -> Outcome:
     "Train an encoder into a run folder."
-    from moon2_lab.cli.pipeline import build_trainer, load_catalogue, plan_lines, resumed_config, train_run
+    from moon2_lab.cli.pipeline import build_trainer, load_catalogue, plan_from_config, plan_lines
+    from moon2_lab.cli.pipeline import resumed_config, train_run
     from moon2_lab.config import TrainConfig
     from moon2_lab.files import try_folder
     from moon2_lab.folders import require_free, require_new
+    from moon2_lab.model.backbone import SMALL
     from moon2_lab.runtime import pick_device
 
     if not args.resume:
@@ -166,7 +168,8 @@ def train_command(args: argparse.Namespace) -> Outcome:
         require_free(try_folder(args.out, keep=False))
     catalog = load_catalogue(args.catalog, config)
     if args.plan:
-        plan = build_trainer(catalog, config).plan()
+        small = config.backbone in SMALL or args.resume
+        plan = build_trainer(catalog, config).plan() if small else plan_from_config(catalog, config)
         return Outcome(plan_lines(plan), plan)
     trainer = train_run(catalog, args.out, config, args.resume, args.allow_drift, args.command_line)
     model = str(Path(args.out) / "model")

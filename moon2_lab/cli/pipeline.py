@@ -6,6 +6,7 @@
 __all__ = ['drawn_catalogue', 'score_lines', 'main_job']
 
 # %% ../../nbs/cli/900_pipeline.ipynb #1ebfbbe5
+from dataclasses import asdict
 import hashlib
 import inspect
 import logging
@@ -138,6 +139,39 @@ def plan_lines(
         return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}" if isinstance(value, float) else str(value)
 
     return "\n".join(f"{name.replace('_', ' '):<28} {words(value)}" for name, value in plan.items())
+
+# %% ../../nbs/cli/900_pipeline.ipynb #a29aa3c8
+def plan_from_config(catalog, config: TrainConfig) -> dict:
+    """The plan of a run on a model of transformers from its config, tokenizer and image processor: no weights are read.
+    The fields of `Trainer.plan`, and memory by kind (GB), the size of a checkpoint (MB), what was assumed."""
+    import torch
+    from moon2_lab.config import EncoderConfig
+    from moon2_lab.data.label_noise import inject_noise
+    from moon2_lab.data.queries import Lexicon
+    from moon2_lab.data.sampler import TripletSampler
+    from moon2_lab.data.triplets import build_triplets
+    from moon2_lab.runtime import NumericChoices, pick_device, set_threads
+    from moon2_lab.training.cost import run_plan
+    from moon2_lab.training.memory_plan import encoder_without_weights, plan_memory
+
+    encoder = encoder_without_weights(EncoderConfig(**config.encoder_fields()))
+    config, lexicon = config.replace(**asdict(encoder.config)), Lexicon(catalog)
+    made = (config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)
+    triplets = build_triplets(catalog.split("train") if catalog.splits else catalog, lexicon, *made)
+    triplets = inject_noise(triplets, config.noise, lexicon, config.seed) if config.noise else triplets
+    sampler = TripletSampler(triplets, config.per_device_train_batch_size, config.seed, config.paired_negatives)
+    dtype = "bfloat16" if "bfloat16" in (config.dtype, config.weights_dtype) else "float32"
+    device, threads = pick_device(config.device).type, set_threads(config.num_threads)
+    choices = NumericChoices(device, dtype, threads, "loop", "sdpa on packed rows", torch.__version__)
+    plan = run_plan(encoder, triplets, sampler, sampler.batches(0)[0], config, choices)
+    memory = plan_memory(config, encoder.backbone.vision.base.config, plan["tokens_per_step"], dtype=getattr(torch, dtype))
+    alone = memory.trained + encoder.alignment.numel()
+    return plan | {
+        "parameters": memory.parameters + encoder.alignment.numel(), "parameters_trained": alone,
+        "predicted_memory_mb": round(memory.total / 2**20) + 900 * (device == "cpu"),
+        "memory_gb": memory.gigabytes(), "checkpoint_mb": round(12 * alone / 2**20), "weights_read": False,
+        "assumed": "no picture has stored features; the kernel of experts is measured when the run starts",
+    }
 
 # %% ../../nbs/cli/900_pipeline.ipynb #6a5d707e
 def resumed_config(

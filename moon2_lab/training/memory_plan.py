@@ -15,10 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..config import TrainConfig
+from ..config import EncoderConfig, TrainConfig
+from ..model.backbone import FileTokenizer
+from ..model.encoder import Moon2Encoder
+from ..model.families import family_of
+from ..model.hf_backbone import HFBackbone, pil_processor
 from ..model.lora import FFN_NAMES, add_lora
 from ..model.low_rank_experts import LowRankExperts
 from ..model.memory import cast_weights, checkpoint_gradients, freeze_base
@@ -237,3 +242,40 @@ def _run(
         gradients += 0 if parameter.grad is None else parameter.grad.numel() * parameter.grad.element_size()
         parameter.grad = None
     return kept, alive.peak - gradients
+
+# %% ../../nbs/training/561_memory_plan.ipynb #0a66a34d
+class _PlacesForMasks(TorchFunctionMode):
+    "Within the block `x[mask]` takes the places where a mask that has numbers is true: x need not have numbers."
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__ and torch.is_tensor(args[1]) and args[1].dtype == torch.bool:
+            mask = args[1]
+            args = args if hasattr(mask, "fake_mode") else (args[0], mask.nonzero(as_tuple=True))
+        return function(*args, **(kwargs or {}))
+
+
+def encoder_without_weights(
+    config: EncoderConfig,  # backbone: a model of transformers; changed where it says 0
+) -> Moon2Encoder:
+    "An encoder with shapes and no numbers, frozen: it counts tokens of texts and pictures; no weights are read."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoConfig, AutoModel
+    from transformers.initialization import no_init_weights
+
+    where = config.backbone
+    model = AutoConfig.from_pretrained(where)
+    family = family_of(model.model_type, where)
+    config.image_size = config.image_size or family.image_size
+    model, fake = _cut(model, config.num_layers), FakeTensorMode(allow_non_fake_inputs=True)
+    how = {"dtype": getattr(torch, config.weights_dtype)}
+    how["attn_implementation"] = {"text_config": register_packed_attention()}
+    with fake, no_init_weights():
+        base = AutoModel.from_config(model, **how)
+    # outside of the mode: what the image processor gives has numbers, so that grids can be read
+    with _PlacesForMasks():
+        backbone = HFBackbone(config, base, pil_processor(where), FileTokenizer(where), True)
+    with fake:
+        add_experts(backbone, config)
+    encoder = Moon2Encoder(backbone, config).requires_grad_(False)
+    backbone.missing_features = lambda refs: list(range(len(refs)))  # which are stored, the weights would say
+    return encoder

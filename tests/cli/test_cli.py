@@ -533,3 +533,16 @@ def test_a_cache_folder_that_cannot_be_made_is_named(moon2, drawn_catalogue, tmp
 def test_augment_refuses_a_limit_below_one(moon2, drawn_catalogue, tmp_path, limit):
     code, out, err = moon2("data", "augment", drawn_catalogue, tmp_path / "new", "--scorer", "none", "--limit", limit)
     assert (code, out) == (2, "") and f"--limit: '{limit}' is no whole number, 1 or more" in one_line(err)
+
+
+def test_a_plan_of_a_model_of_transformers_reads_no_weights(moon2, drawn_catalogue, tmp_path):
+    from moon2_lab.tiny_models import tiny_model
+
+    folder = tiny_model("qwen3_vl", tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"cut")
+    options = ("--backbone", folder, "--set", "image_size=128", "experts=lowrank", "lora_r=2", "max_steps=3")
+    code, out, _ = moon2("train", "--catalog", drawn_catalogue, "--out", tmp_path / "run", *options, "--plan", "--json")
+    plan = json.loads(out)
+    assert code == 0 and not (tmp_path / "run").exists() and plan["weights_read"] is False
+    assert plan["checkpoint_mb"] >= 1 and plan["parameters_trained"] < plan["parameters"]
+    assert plan["tokens_per_step"] > 16 * plan["triplets_per_step"] and plan["memory_gb"]["total"] >= 0
