@@ -164,7 +164,8 @@ def plan_from_config(catalog, config: TrainConfig) -> dict:
     device, threads = pick_device(config.device).type, set_threads(config.num_threads)
     choices = NumericChoices(device, dtype, threads, "loop", "sdpa on packed rows", torch.__version__)
     plan = run_plan(encoder, triplets, sampler, sampler.batches(0)[0], config, choices)
-    memory = plan_memory(config, encoder.backbone.vision.base.config, plan["tokens_per_step"], dtype=getattr(torch, dtype))
+    model, tokens = encoder.backbone.vision.base.config, plan["tokens_per_step"]
+    memory = plan_memory(config, model, tokens, dtype=getattr(torch, dtype))
     alone = memory.trained + encoder.alignment.numel()
     return plan | {
         "parameters": memory.parameters + encoder.alignment.numel(), "parameters_trained": alone,
