@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..config import EncoderConfig, TrainConfig
+from ..errors import LabError
 from ..model.backbone import FileTokenizer
 from ..model.encoder import Moon2Encoder
 from ..model.families import family_of
@@ -263,7 +264,12 @@ def encoder_without_weights(
     from transformers.initialization import no_init_weights
 
     where = config.backbone
-    model = AutoConfig.from_pretrained(where)
+    try:
+        model, processor = AutoConfig.from_pretrained(where), pil_processor(where)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        advice = "give a folder, or a name that this machine can fetch from the hub (or has in its cache)"
+        raise LabError(f"cannot plan with {where!r} ({reason})", where=where, advice=advice) from error
     family = family_of(model.model_type, where)
     config.image_size = config.image_size or family.image_size
     model, fake = _cut(model, config.num_layers), FakeTensorMode(allow_non_fake_inputs=True)
@@ -273,7 +279,7 @@ def encoder_without_weights(
         base = AutoModel.from_config(model, **how)
     # outside of the mode: what the image processor gives has numbers, so that grids can be read
     with _PlacesForMasks():
-        backbone = HFBackbone(config, base, pil_processor(where), FileTokenizer(where), True)
+        backbone = HFBackbone(config, base, processor, FileTokenizer(where), True)
     with fake:
         add_experts(backbone, config)
     encoder = Moon2Encoder(backbone, config).requires_grad_(False)
