@@ -205,6 +205,7 @@ class EncoderConfig(LiveConfig):
     backbone: str = "mini"  # mini (pretrained parts), tiny (random), or a multimodal model: its folder or hub id
     num_layers: int = 0  # decoder layers used, from the bottom; 0: 4 of tiny and mini, all of another model
     image_size: int = 0  # side of the square given to the vision encoder, pixels; 0: 192, or what suits the model
+    image_fit: str = "square"  # square (padded with white) or native (own aspect, at most image_size**2 pixels; Qwen-VL, GLM-4V, Mistral 3)
     visual_tokens: int = 0  # tokens per image after pooling (a square number); 0: 16, or the model's own
     num_experts: int = 4  # Z, routed experts per MoE layer; 0 = plain FFN
     top_k: int = 2  # experts a token is sent to; top_k = num_experts is the dense formula as printed
@@ -242,6 +243,10 @@ class EncoderConfig(LiveConfig):
         )
         for name, allowed in _ENCODER_CHOICES.items():
             self.require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
+        self.require(
+            not self.is_small or self.image_fit == "square", "image_fit",
+            "tiny and mini read squares; native is for a multimodal model whose patches follow the picture",
+        )
         self.moe_layer_ids()
 
     def moe_layer_ids(
@@ -286,10 +291,10 @@ class EncoderConfig(LiveConfig):
 # %% ../nbs/010_config.ipynb #64f7571d
 _ENCODER_CHOICES = {
     "attention": ("causal", "bidirectional"), "experts": ("full", "lowrank", "native"),
-    "weights_dtype": ("float32", "bfloat16"),
+    "weights_dtype": ("float32", "bfloat16"), "image_fit": ("square", "native"),
 }
 _MANY = 100_000  # layers, where their number is not known before the model is read
-_LATER = ("experts", "expert_rank", "expert_alpha", "weights_dtype")  # saved models may be without them
+_LATER = ("experts", "expert_rank", "expert_alpha", "weights_dtype", "image_fit")  # saved models may be without them
 # 0: of tiny and mini this, of another model its own
 FROM_MODEL = {"num_layers": 4, "image_size": 192, "visual_tokens": 16}
 

@@ -26,7 +26,7 @@ from .attention import AttentionRows, attention_of
 from .attribution import require_vision
 from .side_tokens import SideTokens, first_letter
 from ..model.encoder import Moon2Encoder
-from ..model.vision import square
+from ..model.vision import NativeFit, as_seen
 from ..runtime import progress
 
 # %% ../../nbs/explain/640_content_focus.ipynb #1bafe982
@@ -60,14 +60,15 @@ def _subject_pixels(
 
 def _subject_patches(
     picture: Image.Image,  # RGB
-    grid: tuple[int, int],  # rows and columns of patches of the padded square
+    grid: tuple[int, int],  # rows and columns of patches of the padded picture
+    fit: NativeFit | None = None,  # how it is padded; None: to a square
     least: float = 0.25,  # share of the patch
     fine: int = 16,  # pixels to a side of a patch when its share is measured
 ) -> np.ndarray:  # (rows * columns,) bool, row by row
     "Patches of which at least a share shows the subject."
     dark = Image.fromarray(np.where(_subject_pixels(picture), 0, 255).astype(np.uint8)).convert("RGB")
     rows, columns = grid
-    padded = square(dark, max(grid) * fine).resize((columns * fine, rows * fine), Image.Resampling.BOX)
+    padded = as_seen(dark, max(grid) * fine, fit).resize((columns * fine, rows * fine), Image.Resampling.BOX)
     white = np.asarray(padded.convert("L"), dtype=float) / 255
     return 1 - white.reshape(rows, fine, columns, fine).mean((1, 3)).ravel() >= least
 
@@ -136,7 +137,8 @@ def _product_rows(
     layers = rows.without_first().weights[:, :, 0].astype(float).mean(1)  # (layers, T)
     weights = np.concatenate([layers.mean(0, keepdims=True), layers])
     even = np.concatenate([rows.even.mean(0, keepdims=True), rows.even])  # the same, of a model that looks evenly
-    subject = _subject_patches(side.item.image.load(), side.grid) if side.patches and not side.whole else None
+    seen = side.patches and not side.whole
+    subject = _subject_patches(side.item.image.load(), side.grid, side.fit) if seen else None
     if side.whole:
         yield _left_out_row(product, view, "cells", "no grid of patches")
     for part, (counts, among) in _parts_of_side(side, own_words(product), subject).items():

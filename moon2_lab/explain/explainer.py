@@ -27,7 +27,6 @@ from moon2_lab.explain.faithfulness import (
 from .heatmap_data import Attribution, PairMaps, SideMaps
 from .side_tokens import item_in_view, side_tokens
 from ..model.encoder import Moon2Encoder
-from ..model.vision import square
 from ..runtime import progress as progress_bar
 
 # %% ../../nbs/explain/650_explainer.ipynb #46e9193b
@@ -47,14 +46,13 @@ def _read_side(
     require_vision(encoder, [item])
     attention = word_attention(encoder, item) if "attention" in fitting_methods(encoder) else None
     side = side_tokens(encoder, item) if attention is None else attention.side
-    image = square(side.item.image.load(), _PIXELS) if side.patches else None
     recorded = {}
     if attention is not None:
         recorded |= {"links": attention.links, "pooled": attention.pooled, "layer_names": attention.layer_names}
     if encoder.moe_blocks:
         routing = token_routing(encoder, item)
         recorded |= {"experts": routing.experts, "expert_layers": routing.layers}
-    return SideMaps(name, side.text, side.words, image, side.grid, unread=side.unread, **recorded)
+    return SideMaps(name, side.text, side.words, side.picture(_PIXELS), side.grid, unread=side.unread, **recorded)
 
 # %% ../../nbs/explain/650_explainer.ipynb #b5428902
 def _hashable(settings: dict) -> tuple:

@@ -44,7 +44,7 @@ class SideMaps:
     side: str  # query or item
     text: str  # as the model reads it; empty without text
     words: list[tuple[str, int, int]]  # (word, start, end): places in the text
-    image: Image.Image | None  # RGB, padded with white to a square
+    image: Image.Image | None  # RGB, as the model reads it: the grid covers all of it
     grid: tuple[int, int]  # (rows, columns) of patches; (1, 1) for a picture as a whole, (0, 0) without one
     maps: dict[str, Attribution] = field(default_factory=dict)  # by method
     faith: dict = field(default_factory=dict)  # by method: a Faithfulness
@@ -65,6 +65,12 @@ class SideMaps:
     def patches(self) -> int:
         "How many patches the picture has; 0 without one."
         return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_shape(self) -> float:
+        "Height of a patch on the picture, in units of its width."
+        width, height = self.image.size if self.image else (1, 1)
+        return (height * self.grid[1]) / (width * self.grid[0])
 
     def _check_shape(self, name: str, first: int, wanted: tuple[int, ...], words: str) -> None:
         values = getattr(self, name)
@@ -244,7 +250,8 @@ def side_json(
 ) -> tuple[dict, bytes]:
     """Text, words and sizes of a side as JSON, its picture and its shares as bytes. Errors as in `check_side`.
 
-    `grid` is [rows, columns]; one number where both are the same, as pages have always read it."""
+    `grid` is [rows, columns]; one number where both are the same; a picture that is no square has its `aspect`,
+    width / height."""
     words, tail = _words_json(check_side(side))
     rows, columns = map(int, side.grid)
     facts = {"id": printable(name, 80), "text": printable(side.text), "words": words, "tail": tail,
@@ -253,7 +260,9 @@ def side_json(
              "expert_layers": [int(layer) for layer in side.expert_layers]}
     data = b"" if side.image is None else small_jpeg(side.image)
     if data:
-        facts["image"] = {"at": at, "size": len(data)}
+        width, height = side.image.size
+        shape = {} if width == height else {"aspect": round(width / height, 4)}
+        facts["image"] = {"at": at, "size": len(data)} | shape
     experts = None if side.experts is None else side.experts.reshape(len(side.experts), 1, -1)
     for key, values in (("links", side.links), ("pooled", side.pooled), ("experts", experts)):
         facts[key] = None

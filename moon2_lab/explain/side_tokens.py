@@ -20,6 +20,8 @@ from ..data.products import Item
 from ..errors import DataError, UsageError
 from ..model.encoder import Moon2Encoder
 from ..model.token_rows import TokenRow
+from PIL import Image
+from ..model.vision import NativeFit, as_seen
 
 # %% ../../nbs/explain/602_side_tokens.ipynb #215a3a3c
 def first_letter(text: str, span: tuple[int, int]) -> int:
@@ -89,6 +91,7 @@ class SideTokens:
     item: Item  # as the view reads it
     row: TokenRow  # that gives the view
     spans: list[tuple[int, int]]  # (start, end) of each piece in the text
+    fit: NativeFit | None = None  # of the vision encoder
 
     def __len__(self) -> int:
         return self.patches + len(self.spans)
@@ -112,6 +115,10 @@ class SideTokens:
     def cells(self) -> int:
         "How many numbers the picture gets: rows * columns of the grid."
         return self.grid[0] * self.grid[1]
+
+    def picture(self, pixels: int) -> Image.Image | None:
+        "The picture as the model reads it, its longer side so many pixels: the grid covers all of it; None without."
+        return as_seen(self.item.image.load(), pixels, self.fit) if self.patches else None
 
     @property
     def places(self) -> np.ndarray:
@@ -178,4 +185,4 @@ def side_tokens(
         lacking = {"i": "no picture", "t": "no readable text"}.get(view, "neither readable text nor picture")
         raise DataError(f"nothing to show in view {view}: {lacking}", where=item.item_id or "item",
                         advice="choose another view or another item")
-    return SideTokens(read, rows[0], [tuple(span) for span in spans])
+    return SideTokens(read, rows[0], [tuple(span) for span in spans], encoder.backbone.vision.fit)

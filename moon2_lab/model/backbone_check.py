@@ -46,10 +46,12 @@ class BackboneCheck:
 
     name: str  # folder or hub id
     certificate: Certificate
-    image_size: int  # side of the square that a picture is padded to, pixels
+    image_size: int  # side of the square that a picture is padded to, pixels; native: its square bounds the area
     frame: dict[str, list[str]]  # start, before, after -> tokens around content and pictures
     experts: dict[str, dict]  # of `fitting_experts`
     parameters: dict[str, int]  # vision, decoder, and of the decoder its feed-forward blocks (ffn)
+    image_fit: str = "square"  # or native
+    most_tokens: int = 0  # that a picture can have
 
     @property
     def facts(self) -> dict:
@@ -70,7 +72,7 @@ class BackboneCheck:
         return [
             f"{self.name}: {measured.model_type}, {known}",
             f"  decoder: {measured.layers} layers of width {measured.width}, positions on {measured.axes} {axes}{deep}",
-            f"  picture: {self.image_size} x {self.image_size} pixels, {measured.picture_tokens} tokens {on}{frame}",
+            f"  picture: {self._picture()} {on}{frame}",
             f"  packed rows against its own forward pass: off by {gaps} (allowed {measured.tolerance:g})",
             f"  experts: {', '.join(map(self._fit, self.experts))}",
             f"  parameters: {million['all']} = vision {million['vision']} + decoder {million['decoder']}, "
@@ -78,6 +80,14 @@ class BackboneCheck:
             + ", ".join(f"{value:,} MB in {kind[:-3]}" for kind, value in self.facts["weights"].items()),
             "certified" if measured.holds else "NOT certified: its vectors would not be those of this model",
         ]
+
+    def _picture(self) -> str:
+        "Pixels and tokens of a picture."
+        pixels = f"{self.image_size} x {self.image_size} pixels"
+        if self.image_fit == "native":
+            tried = self.certificate.picture_tokens
+            return f"its own aspect, up to the area of {pixels}, at most {self.most_tokens} tokens; tried: {tried}"
+        return f"{pixels}, {self.certificate.picture_tokens} tokens"
 
     def _fit(self, kind: str) -> str:
         "In which layers a kind of experts fits, or why it does not."
@@ -106,4 +116,7 @@ def check_backbone(
     count = lambda *modules: sum(parameter.numel() for module in modules for parameter in module.parameters())
     sizes = {"all": count(backbone), "vision": count(backbone.vision), "decoder": count(backbone.decoder)}
     sizes["ffn"] = count(*backbone.ffns())
-    return BackboneCheck(name, certificate, config.image_size, frame, fitting_experts(backbone), sizes)
+    return BackboneCheck(
+        name, certificate, config.image_size, frame, fitting_experts(backbone), sizes, config.image_fit,
+        backbone.vision.most_tokens,
+    )

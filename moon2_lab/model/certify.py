@@ -25,6 +25,7 @@ from .backbone import Backbone, SMALL, small_backbone
 from .families import FAMILIES
 from .hf_backbone import HFBackbone, hf_backbone
 from .token_rows import TokenRow, separate_rows
+from .vision import NativeFit
 
 # %% ../../nbs/model/335_certify.ipynb #cf695ec1
 @contextlib.contextmanager
@@ -98,15 +99,22 @@ class Certificate:
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
+def _noise(fit: NativeFit | None, squares: int) -> list[Image.Image]:
+    "Pictures of noise: one of 3 to 1 and one of 1 to 3 where they keep their aspect, then squares."
+    long = fit.patch * max(1, min(int((fit.tokens / 3) ** 0.5), 4)) if fit else 0
+    sides = [*([(long, 3 * long), (3 * long, long)] if fit else []), *[(64, 64)] * squares]
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (*side, 3), dtype=np.uint8)) for side in sides]
+
+
 @torch.no_grad()
 def compare_with_stock(
     backbone: HFBackbone,
     words: Sequence[int] | None = None,  # ids of the text; None: some of the vocabulary
-    pictures: int = 1,
+    pictures: int = 1,  # squares; where pictures keep their aspect there is a wide and a tall one before them
 ) -> Certificate:
     "Packed rows against the stock forward pass, view by view; nothing is raised where they differ."
-    noise = np.random.default_rng(0).integers(0, 256, (pictures, 64, 64, 3), dtype=np.uint8)
-    images = [Image.fromarray(pixels) for pixels in noise]
+    images = _noise(backbone.vision.fit, pictures)
     ids = list(words or _plain_ids(backbone))
     features, sizes = backbone.vision(images)
     rows = separate_rows(0, sizes, ids, VIEWS, backbone.frame)

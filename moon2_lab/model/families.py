@@ -25,6 +25,7 @@ class Family:
     processor: Mapping[str, object] = field(default_factory=dict)  # options of the image processor: one view
     nested: bool = False  # the image processor wants [[picture], ...]
     image_size: int = 448  # side of the square that a picture is padded to, pixels, where none is asked for
+    frames: int = 1  # as how many the bounds of the image processor count the area of one picture
     type_ids: str = ""  # what the stock forward is told of picture tokens: the name of an argument
     picture_is: int = 1  # ... and the value that marks them; 1 - value marks the others
 
@@ -54,7 +55,7 @@ FAMILIES: dict[str, Family] = {
     "internvl": Family(before=("<img>",), after=("</img>",), processor={"crop_to_patches": False}),
     "mistral3": Family(start=("<s>",), after=("[IMG_END]",)),
     "glm4v": Family(
-        before=("<|begin_of_image|>",), after=("<|end_of_image|>",), type_ids="mm_token_type_ids",
+        before=("<|begin_of_image|>",), after=("<|end_of_image|>",), frames=2, type_ids="mm_token_type_ids",
     ),
 }
 

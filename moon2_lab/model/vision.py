@@ -7,7 +7,9 @@ __all__ = ['square', 'VisionEncoder', 'PatchColours', 'EfficientNetLite0']
 
 # %% ../../nbs/model/310_vision.ipynb #fc680cc2
 import hashlib
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,7 @@ class VisionEncoder(nn.Module):
 
     channels: int  # C
     identity: str  # names weights and preprocessing: features of one identity are interchangeable
+    fit = None  # a `NativeFit` where pictures keep their aspect; None: they are padded to squares
 
     def __init__(self):
         super().__init__()
@@ -51,6 +54,11 @@ class VisionEncoder(nn.Module):
     def picture_size(self) -> PictureSize | None:
         "The size of every picture; None where it depends on the picture."
         raise NotImplementedError
+
+    @property
+    def most_tokens(self) -> int:
+        "The largest number of token vectors that a picture can have."
+        return self.picture_size.tokens
 
     def forward(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, list[PictureSize]]:
         "RGB pictures -> (sum of V, C) features on `device`, pictures end to end, and the size of each."
@@ -90,6 +98,72 @@ class PatchColours(_SquareGrid):
         pixels = torch.from_numpy(arrays).to(self.device) / 128 - 1  # (N, 4g, 4g, 3)
         patches = pixels.view(-1, side, 4, side, 4, 3).permute(0, 1, 3, 2, 4, 5)
         return patches.reshape(len(images), side**2, self.channels)
+
+# %% ../../nbs/model/310_vision.ipynb #a3184712
+@dataclass(frozen=True)
+class NativeFit:
+    "On how many whole patches a picture is laid at its own aspect; bounds of its area in pixels."
+
+    patch: int  # side of the square that becomes one token, pixels
+    most: int  # area that a picture is made smaller to
+    least: int = 0  # area that a picture is made larger to
+    longest: int = 0  # patches along a side; 0: as many as `most` allows
+    resample: int = Image.Resampling.BICUBIC
+
+    @property
+    def tokens(self) -> int:
+        "The largest number of tokens that a picture gets."
+        return self.most // self.patch**2
+
+    @property
+    def ratio(self) -> int:
+        "How many times its shorter side a picture may be long; beyond it is padded. Qwen's processors allow 200."
+        return min(200, self.tokens, self.longest or self.tokens)
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        "(rows, columns) of patches for a picture of so many pixels; of no more than `ratio`."
+        sides, area = (height, width), height * width
+        rows, columns = (max(1, round(side / self.patch)) for side in sides)
+        if rows * columns * self.patch**2 < self.least:
+            grow = math.sqrt(self.least / area)
+            rows, columns = (math.ceil(side * grow / self.patch) for side in sides)
+        if rows * columns * self.patch**2 > self.most:
+            shrink = math.sqrt(area / self.most)
+            rows, columns = (max(1, math.floor(side / shrink / self.patch)) for side in sides)
+        if self.longest and max(rows, columns) > self.longest:
+            shrink = max(sides) / (self.longest * self.patch)
+            rows, columns = (min(self.longest, max(1, round(side / shrink / self.patch))) for side in sides)
+            rows, columns = (rows, self.tokens // rows) if rows * columns > self.tokens else (rows, columns)
+        return rows, columns
+
+    def pad(self, image: Image.Image) -> Image.Image:
+        "The picture, padded with white where it is longer than `ratio` times its shorter side."
+        shortest = -(-max(image.size) // self.ratio)
+        if min(image.size) >= shortest:
+            return image
+        width, height = (max(side, shortest) for side in image.size)
+        canvas = Image.new("RGB", (width, height), "white")
+        canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+        return canvas
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        "The RGB picture in whole patches, for a processor that leaves the size as it is."
+        padded = self.pad(image)
+        rows, columns = self.grid(*padded.size)
+        return padded.resize((columns * self.patch, rows * self.patch), self.resample)
+
+
+def as_seen(
+    image: Image.Image,  # RGB
+    side: int,  # longer side, pixels
+    fit: NativeFit | None = None,  # of the vision encoder; None: it is padded to a square
+) -> Image.Image:
+    "The picture with the white that it is padded with, for a heatmap: the grid of its patches covers all of it."
+    if fit is None:
+        return square(image, side)
+    padded = fit.pad(image)
+    width, height = (max(1, round(pixels * side / max(padded.size))) for pixels in padded.size)
+    return padded.resize((width, height), Image.Resampling.BICUBIC)
 
 # %% ../../nbs/model/310_vision.ipynb #a816da1e
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

@@ -226,8 +226,8 @@ def pair_map_figure(
             _add_patches(figure, side, side.maps[method], colours, column)
         _add_words(figure, side, side.maps[method], colours, column)
         figure.update_yaxes(scaleanchor="x" if column == 1 else f"x{column}", row=1, col=column)
-        if side.grid[0] != side.grid[1]:  # the picture is a square, whatever its patches are
-            figure.update_yaxes(scaleratio=side.grid[1] / side.grid[0], row=1, col=column)
+        if side.patches and side.patch_shape != 1:
+            figure.update_yaxes(scaleratio=side.patch_shape, row=1, col=column)
     figure.update_xaxes(visible=False, constrain="domain", row=1)
     figure.update_yaxes(visible=False, autorange="reversed", constrain="domain", row=1)
     figure.update_yaxes(range=[words - 0.5, -0.5], automargin=True, showgrid=False, tickfont={"size": 11}, row=2)

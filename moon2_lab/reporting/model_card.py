@@ -43,11 +43,13 @@ def _model_facts(saved: dict, sizes: dict[str, int]) -> list[tuple[str, str]]:
     if encoder["num_experts"]:
         kind = {"lowrank": "low-rank", "native": "of the base", "full": "full"}[encoder.get("experts", "full")]
         experts = f"{encoder['num_experts']} {kind}, {encoder['top_k']} for a token, in layers: {encoder['moe_layers']}"
+    pixels = f"{encoder['image_size']} x {encoder['image_size']} pixels"
+    area = f"its own aspect, at most the area of {pixels}, at most"
+    picture = f"{area if encoder.get('image_fit') == 'native' else pixels + ','} {encoder['visual_tokens']} tokens"
     return [
         ("base", f"{_cell(encoder['backbone'])}{revision} ({held})"),
         ("decoder layers", str(encoder["num_layers"])), ("experts", experts),
-        ("a picture", f"{encoder['image_size']} x {encoder['image_size']} pixels, {encoder['visual_tokens']} tokens"),
-        ("a text", f"at most {encoder['max_text_tokens']} tokens"),
+        ("a picture", picture), ("a text", f"at most {encoder['max_text_tokens']} tokens"),
         ("weights here", ", ".join(f"{name}: {count / 1e6:,.1f} M numbers" for name, count in sizes.items())),
     ]
 

@@ -75,14 +75,15 @@ def _draw_number(pen: ImageDraw.ImageDraw, x: float, y: float, expert: int, size
 def _picture_by_expert(maps: RoutingMaps, layer: int, side: int = 260) -> Image.Image:  # RGB
     "The picture, pale and grey, its patches coloured by their strongest expert."
     (rows, columns), best = maps.side.grid, maps.strongest[layer, : maps.side.patches]
-    grey = fitted(maps.side.image, side).resize((side, side)).convert("L").convert("RGB")
-    base = Image.blend(Image.new("RGB", (side, side), "white"), grey, 0.8)
+    grey = fitted(maps.side.image, side).convert("L").convert("RGB")
+    width, height = grey.size
+    base = Image.blend(Image.new("RGB", grey.size, "white"), grey, 0.8)
     heat = []
     for expert, weights in zip(best, maps.weights[layer], strict=False):
         heat.append((*_expert_colour(expert), round(255 * 0.75 * weights.max() * (expert >= 0))))
     over = Image.fromarray(np.array(heat, np.uint8).reshape(rows, columns, 4), "RGBA")
-    over = over.resize((side, side), Image.Resampling.NEAREST)
-    picture, wide, high = Image.alpha_composite(base.convert("RGBA"), over).convert("RGB"), side / columns, side / rows
+    over = over.resize(grey.size, Image.Resampling.NEAREST)
+    picture, wide, high = Image.alpha_composite(base.convert("RGBA"), over).convert("RGB"), width / columns, height / rows
     if min(wide, high) >= 12:
         pen = ImageDraw.Draw(picture)
         for place, expert in enumerate(best):
@@ -214,8 +215,8 @@ def _add_picture(figure, maps: RoutingMaps, layer: int, column: int) -> None:
     )
     place = {"visible": False, "constrain": "domain", "row": 1, "col": column}
     figure.update_xaxes(**place).update_yaxes(autorange="reversed", scaleanchor=f"x{axis}", **place)
-    if rows != columns:  # the picture is a square, whatever its patches are
-        figure.update_yaxes(scaleratio=columns / rows, row=1, col=column)
+    if maps.side.patch_shape != 1:
+        figure.update_yaxes(scaleratio=maps.side.patch_shape, row=1, col=column)
 
 
 def _add_shares(

@@ -180,12 +180,11 @@ def routing_maps(
         [routing.layers.index(layer) for layer in routing.layers if layers is None or layer in layers],
         routing.side,
     )
-    image = square(read.item.image.load(), 320) if read.patches else None
     side = SideMaps(
         "item",
         read.text,
         read.words,
-        image,
+        read.picture(320),
         read.grid,
         experts=routing.experts[places],
         expert_layers=[routing.layers[place] for place in places],

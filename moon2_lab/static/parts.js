@@ -28,6 +28,11 @@ function bytesOf(view) {
 const gridOf = (part) => (Array.isArray(part.grid) ? part.grid : [part.grid, part.grid]);
 const cellsOf = (part) => gridOf(part)[0] * gridOf(part)[1];
 
+// A picture that is no square: its frame has its aspect (width / height), and is no higher than a square's.
+function shape(frame, aspect) {
+  if (aspect) Object.assign(frame.style, { aspectRatio: aspect, maxWidth: `${20 * Math.min(1, aspect)}rem` });
+}
+
 // A picture in cells and a title in words, one of which can be pointed at, reached by arrow keys, and pinned.
 // Who extends it gives this.part ({ grid, words }), draw() and announce().
 class Pointing {
