@@ -292,7 +292,7 @@ def _plot_picture(axes, side: SideMaps, attribution: Attribution, theme: str) ->
         picture = Image.fromarray(pale(side))
         if attribution.patches is not None:
             picture = heat_overlay(picture, attribution.patches, _largest(attribution), attribution.signed, theme)
-        axes.imshow(np.asarray(picture), extent=(0, 1, 0, 1), interpolation="bilinear")
+        axes.imshow(np.asarray(picture), extent=(0, 1, 0, picture.height / picture.width), interpolation="bilinear")
     _apply_theme(axes, theme_of(theme))
 
 

@@ -166,8 +166,6 @@ def routing_maps(
     points: int = 60,  # at most so many steps of the history
 ) -> RoutingMaps:
     "What the widget draws. `UsageError` for a layer without experts, or for a load or a history of another model."
-    from moon2_lab.model.vision import square
-
     unknown = [layer for layer in layers or () if layer not in routing.layers]
     if unknown:
         raise UsageError(

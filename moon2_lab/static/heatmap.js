@@ -98,7 +98,7 @@ class Side extends Pointing {
     if (this.part.image) {
       const bytes = bytesOf(this.model.get("data")).slice(this.part.image.at, this.part.image.at + this.part.image.size);
       this.address = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
-      shape(frame, this.part.image.aspect);
+      takeAspect(frame, this.part.image.aspect);
       frame.append(make("img", { src: this.address, alt: "", draggable: "false" }));
     }
     const table = make("div", { class: "m2h-cells", role: "grid", "aria-label": `cells of the ${this.name}'s picture, ${rows} by ${columns}; arrow keys move` });

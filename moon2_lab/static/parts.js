@@ -29,7 +29,7 @@ const gridOf = (part) => (Array.isArray(part.grid) ? part.grid : [part.grid, par
 const cellsOf = (part) => gridOf(part)[0] * gridOf(part)[1];
 
 // A picture that is no square: its frame has its aspect (width / height), and is no higher than a square's.
-function shape(frame, aspect) {
+function takeAspect(frame, aspect) {
   if (aspect) Object.assign(frame.style, { aspectRatio: aspect, maxWidth: `${20 * Math.min(1, aspect)}rem` });
 }
 

@@ -66,7 +66,7 @@ class Item extends Pointing {
     frame.style.setProperty("--columns", columns);
     if (this.part.image) {
       this.address = URL.createObjectURL(new Blob([bytes.slice(this.part.image.at, this.part.image.at + this.part.image.size)], { type: "image/jpeg" }));
-      shape(frame, this.part.image.aspect);
+      takeAspect(frame, this.part.image.aspect);
       frame.append(make("img", { src: this.address, alt: "", draggable: "false" }));
     }
     const cells = make("div", { class: "m2r-cells", role: "grid", "aria-label": `cells of the picture, ${rows} by ${columns}; arrow keys move` });
