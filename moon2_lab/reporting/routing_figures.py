@@ -136,8 +136,9 @@ def _draw_item(canvas: Image.Image, maps: RoutingMaps, layer: int, left: int, to
     "Picture and title with their strongest experts; the place under them."
     patches, y, words = maps.side.patches, top, []
     if patches:
-        canvas.paste(_picture_by_expert(maps, layer), (left, y))
-        y += 270
+        picture = _picture_by_expert(maps, layer)
+        canvas.paste(picture, (left, y))
+        y += picture.height + 10
     best, weights = maps.strongest[layer, patches:], maps.weights[layer, patches:].max(-1)
     for (word, *_), expert, weight in zip(maps.side.words, best, weights):
         back = tuple(round(255 + 0.5 * weight * (part - 255)) for part in _expert_colour(expert))

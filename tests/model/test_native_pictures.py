@@ -12,7 +12,7 @@ from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, UsageError
-from moon2_lab.explain.content_focus import focus_table
+from moon2_lab.explain.content_focus import _subject_patches, focus_table
 from moon2_lab.explain.explainer import Explainer
 from moon2_lab.explain.expert_routing import token_routing
 from moon2_lab.model.backbone_check import check_backbone
@@ -161,4 +161,6 @@ def test_explanations_lie_on_the_grid_of_the_picture():
     drawn.paste("red", (60, 0, 120, 60))
     table = focus_table(encoder, Catalog.from_products([product(1, refs=(ImageRef.from_pil(drawn),))]), split="all")
     cells = table[(table.part == "cells") & (table.layer == "mean")]
-    assert cells.left_out.tolist() == [""] and cells.even.tolist() == pytest.approx([1 / 3], abs=0.1)
+    assert cells.left_out.tolist() == [""]
+    subject = _subject_patches(drawn, (2, 6), encoder.backbone.vision.fit)
+    assert subject.tolist() == 2 * [False, False, True, True, False, False]
