@@ -205,7 +205,7 @@ class EncoderConfig(LiveConfig):
     backbone: str = "mini"  # mini (pretrained parts), tiny (random), or a multimodal model: its folder or hub id
     num_layers: int = 0  # decoder layers used, from the bottom; 0: 4 of tiny and mini, all of another model
     image_size: int = 0  # side of the square given to the vision encoder, pixels; 0: 192, or what suits the model
-    image_fit: str = "square"  # square (padded with white) or native (own aspect, at most image_size**2 pixels; Qwen-VL, GLM-4V, Mistral 3)
+    image_fit: str = "square"  # square (padded with white) or native: own aspect, area of at most image_size**2 pixels
     visual_tokens: int = 0  # tokens per image after pooling (a square number); 0: 16, or the model's own
     num_experts: int = 4  # Z, routed experts per MoE layer; 0 = plain FFN
     top_k: int = 2  # experts a token is sent to; top_k = num_experts is the dense formula as printed
