@@ -141,7 +141,7 @@ def _training_memory(checked) -> dict | None:  # BackboneCheck
     if not fitting:
         return None
     how = {"experts": fitting[0], "lora_r": 16, "weights_dtype": "bfloat16", "gradient_checkpointing": True}
-    config, tokens, row = TrainConfig(backbone=checked.name, **how), 8192, checked.certificate.picture_tokens + 32
+    config, tokens, row = TrainConfig(backbone=checked.name, **how), 8192, checked.most_tokens + 32
     try:
         plan = plan_memory(config, AutoConfig.from_pretrained(checked.name), tokens, row)
     except RuntimeError:  # layers that look at numbers, of which there are none

@@ -24,12 +24,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..config import EncoderConfig
-from ..errors import DataError, LabError
+from ..errors import DataError, LabError, UsageError
 from .backbone import Backbone, FileTokenizer, quiet_transformers
 from .families import Family, family_of, frame_of
 from .packing import Packing, mix_by_rows, register_packed_attention
 from .token_rows import Frame, PictureSize, Placing
-from .vision import VisionEncoder, square
+from .vision import NativeFit, VisionEncoder, square
 
 # %% ../../nbs/model/330_hf_backbone.ipynb #5b491937
 class HFVision(VisionEncoder):
@@ -41,10 +41,11 @@ class HFVision(VisionEncoder):
         processor,  # an image processor of transformers (PIL)
         family: Family,
         image_size: int,  # side of the square that a picture is padded to, pixels
+        fit: NativeFit | None = None,  # how pictures keep their own aspect; None: they are padded to squares
     ):
         super().__init__()
         self.base = base.eval().requires_grad_(False)
-        self.processor, self.family, self.image_size = processor, family, image_size
+        self.processor, self.family, self.image_size, self.fit = processor, family, image_size, fit
         self._place = self._place.to(next(base.parameters()).device)
         self._wanted = set(inspect.signature(base.get_image_features).parameters)
         blank = Image.new("RGB", (image_size, image_size), "white")
@@ -56,22 +57,30 @@ class HFVision(VisionEncoder):
         "Kind of model, and a hash of the weights and settings that features depend on."
         options = dict(self.family.processor)
         settings = {"processor": self.processor.to_dict(), "options": options, "px": self.image_size}
+        settings |= {"fit": dataclasses.asdict(self.fit)} if self.fit else {}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.base.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return f"{self.base.config.model_type}-{digest.hexdigest()[:12]}-{self.image_size}px"
+        kind = f"{self.base.config.model_type}-{digest.hexdigest()[:12]}-{self.image_size}px"
+        return f"{kind}-native" if self.fit else kind
 
     @property
-    def picture_size(self) -> PictureSize:
-        return self._size
+    def picture_size(self) -> PictureSize | None:
+        return None if self.fit else self._size
+
+    @property
+    def most_tokens(self) -> int:
+        return self.fit.tokens if self.fit else self._size.tokens
 
     def inputs(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        "What the image processor makes of pictures that were padded to squares. `DataError` where it refuses one."
-        squares = [square(image, self.image_size) for image in images]
-        squares = [[image] for image in squares] if self.family.nested else squares
+        """What the image processor makes of pictures that were padded to squares, or laid on whole patches. `DataError`
+        where it refuses one."""
+        ready = [self.fit.fit(image) if self.fit else square(image, self.image_size) for image in images]
+        ready = [[image] for image in ready] if self.family.nested else ready
+        options = dict(self.family.processor) | ({"do_resize": False} if self.fit else {})
         try:
-            return dict(self.processor(images=squares, return_tensors="pt", **self.family.processor))
+            return dict(self.processor(images=ready, return_tensors="pt", **options))
         except (ValueError, TypeError, RuntimeError) as error:
             what = f"the image processor refuses a picture ({' '.join(str(error).split())[:120]})"
             advice = "choose another image_size: a multiple of the model's patches"
@@ -98,6 +107,9 @@ class HFVision(VisionEncoder):
             grids = [(int(height), int(width)) for _, height, width in given["image_grid_thw"]]
             merge = [math.isqrt(height * width // count) for (height, width), count in zip(grids, counts, strict=True)]
             return [(height // side, width // side) for (height, width), side in zip(grids, merge, strict=True)]
+        if self.fit:
+            patch = self.fit.patch
+            return [(int(height) // patch, int(width) // patch) for height, width in given["image_sizes"]]
         tiled = hasattr(self.base, "image_newline")  # separators between the lines of tiles
         sides = [math.isqrt(count) for count in counts]
         return [None if tiled or side**2 != count else (side, side) for side, count in zip(sides, counts, strict=True)]
@@ -108,6 +120,37 @@ def _by_picture(vectors, counts: Sequence[int]) -> list[torch.Tensor]:
     if torch.is_tensor(vectors) and vectors.dim() == 2 and counts:
         return list(vectors.split(list(counts)))
     return [part.reshape(-1, part.shape[-1]) for part in vectors]
+
+# %% ../../nbs/model/330_hf_backbone.ipynb #b56b0c9d
+def native_fit(
+    hf_config,  # of transformers
+    processor,  # its image processor
+    image_size: int,  # pixels; its square bounds the area of a picture
+    family: Family,
+) -> NativeFit:
+    """How a kind of model lays pictures of any aspect on patches. `UsageError` for a kind that is given squares,
+    `DataError` for an area that is less than one patch."""
+    vision, bounds = hf_config.vision_config, processor.to_dict().get("size") or {}
+    how = {"resample": int(processor.resample)}
+    if "image_grid_thw" in processor.model_input_names:
+        patch = processor.patch_size * processor.merge_size
+        least, most = (bounds[name] // family.frames for name in ("shortest_edge", "longest_edge"))
+        fit = NativeFit(patch, min(most, image_size**2), min(least, image_size**2), **how)
+    elif vision.model_type == "pixtral" and hasattr(hf_config, "spatial_merge_size"):
+        patch = vision.patch_size * hf_config.spatial_merge_size
+        longest = min(vision.image_size, bounds.get("longest_edge") or vision.image_size)
+        most = min(longest, image_size) ** 2  # of a single token transformers would drop the dimension
+        fit = NativeFit(patch, most, min(2 * patch**2, most), longest // patch, **how)
+    else:
+        raise UsageError(
+            f"image_fit=native: the vision encoder of {hf_config.model_type} is made for squares of one size, or its "
+            "image processor names no grid of a picture's own shape", where="image_fit",
+            advice="leave image_fit=square, or choose a backbone of Qwen-VL, GLM-4V or Mistral 3",
+        )
+    if not fit.tokens:
+        what, advice = f"image_size={image_size} is less than one patch of {patch} pixels", f"give at least {patch}"
+        raise DataError(what, where="image_size", advice=advice)
+    return fit
 
 # %% ../../nbs/model/330_hf_backbone.ipynb #a167f260
 class HFBackbone(Backbone):
@@ -120,6 +163,7 @@ class HFBackbone(Backbone):
         processor,  # an image processor of transformers (PIL)
         tokenizer,  # text -> ids, spans
         pretrained: bool,
+        fit: NativeFit | None = None,  # of `native_fit`; None: pictures are padded to squares
     ):
         family = family_of(base.config.model_type, config.backbone)
         frame = frame_of(family, tokenizer.inner, config.backbone)
@@ -128,7 +172,7 @@ class HFBackbone(Backbone):
         part = next(name for name in _DECODERS if hasattr(base, name))
         decoder = getattr(base, part)
         setattr(base, part, nn.Identity())  # else each of its tensors is in the state dict twice
-        vision = HFVision(base, processor, family, config.image_size)
+        vision = HFVision(base, processor, family, config.image_size, fit)
         super().__init__(
             config, decoder, vision, tokenizer, pretrained, frame, Placing(axes, family.first, family.blocks)
         )
@@ -141,7 +185,7 @@ class HFBackbone(Backbone):
                 mix_by_rows(getattr(layer, name))
         for number, layer in enumerate(decoder.layers[: self.levels]):
             layer.register_forward_hook(functools.partial(_add_level, number), with_kwargs=True)
-        config.num_layers, config.visual_tokens = len(decoder.layers), vision.picture_size.tokens
+        config.num_layers, config.visual_tokens = len(decoder.layers), vision.most_tokens
 
     def _make_connector(self) -> nn.Module:
         "The projector belongs to the vision side; nothing is left to be learned between the two."
@@ -258,6 +302,7 @@ def hf_backbone(
     _cut_layers(hf_config, config, where)
     tokenizer = FileTokenizer(where)
     processor = read("image processor", lambda: pil_processor(where))
+    fit = native_fit(hf_config, processor, config.image_size, family) if config.image_fit == "native" else None
     options = {"dtype": dtype, "attn_implementation": {"text_config": register_packed_attention()}}
     with quiet_transformers():
         if pretrained:
@@ -266,7 +311,7 @@ def hf_backbone(
             with torch.device(device):
                 base = read("config", lambda: AutoModel.from_config(hf_config, **options))
     _require_contract(base, where)
-    return HFBackbone(config, base, processor, tokenizer, pretrained)
+    return HFBackbone(config, base, processor, tokenizer, pretrained, fit)
 
 
 def pil_processor(
