@@ -83,7 +83,8 @@ def _picture_by_expert(maps: RoutingMaps, layer: int, side: int = 260) -> Image.
         heat.append((*_expert_colour(expert), round(255 * 0.75 * weights.max() * (expert >= 0))))
     over = Image.fromarray(np.array(heat, np.uint8).reshape(rows, columns, 4), "RGBA")
     over = over.resize(grey.size, Image.Resampling.NEAREST)
-    picture, wide, high = Image.alpha_composite(base.convert("RGBA"), over).convert("RGB"), width / columns, height / rows
+    picture = Image.alpha_composite(base.convert("RGBA"), over).convert("RGB")
+    wide, high = width / columns, height / rows
     if min(wide, high) >= 12:
         pen = ImageDraw.Draw(picture)
         for place, expert in enumerate(best):

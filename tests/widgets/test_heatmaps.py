@@ -584,6 +584,18 @@ def test_a_picture_of_more_columns_than_rows(opened, shape):
         assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith(name)
 
 
+@pytest.mark.parametrize("size", [(320, 107), (107, 320), (320, 320)])
+def test_the_frame_has_the_aspect_of_the_picture(opened, size):
+    "Not distorted, and its longer side no longer than that of a square."
+    item = made_up_side("item", "finest red mug", (2, 6), np.random.default_rng(4))
+    item = dataclasses.replace(item, image=Image.new("RGB", size, "red"))
+    pair = dataclasses.replace(made_up_pair(), item=item)
+    sent = pair_payload(pair)[0]["sides"]["item"]["image"]
+    assert ("aspect" in sent) == (size[0] != size[1])
+    frame = opened(pair, method="gradient").locator("[data-side=item] .m2h-picture").bounding_box()
+    assert np.allclose((frame["width"], frame["height"]), size, atol=1.5)
+
+
 def test_attention_on_a_frame_is_told_layer_by_layer(opened):
     pair = made_up_pair()
     layers = np.array([0.5, 0.8, 0.99])[:, None, None]
