@@ -17,6 +17,7 @@ OUT      ?= runs/demo
 ARGS     ?=
 VENV     ?= .venv
 EXTRAS   ?= dev
+WORKERS  ?= 2
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.moon2-ready
@@ -57,10 +58,11 @@ demo: $(READY)
 check: $(READY) system
 	$(BIN)/ruff check --quiet .
 	$(BIN)/python scripts/check_sync.py
-	$(BIN)/nbdev-test --n-workers 1
+	$(BIN)/nbdev-test --n-workers $(WORKERS)
 
+# In as many processes as WORKERS says, a file of tests in one of them; the slow ones measure times, and run alone.
 test: check
-	MOON2_QUICK=1 $(PYTEST) -m "not slow" tests $(LESSONS)
+	MOON2_QUICK=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" tests $(LESSONS)
 
 test-all: check
 	MOON2_QUICK= $(PYTEST) tests $(LESSONS)

@@ -183,6 +183,11 @@ _libraries: list = []
 _plain_copy = torch.Tensor.__deepcopy__
 
 
+def possible() -> bool:
+    "Whether this torch takes a device that is written in Python."
+    return hasattr(torch._C, "_acc")
+
+
 def start() -> torch.device:
     "Make the device known to torch, once in a process."
     if not _libraries:
