@@ -185,4 +185,5 @@ def side_tokens(
         lacking = {"i": "no picture", "t": "no readable text"}.get(view, "neither readable text nor picture")
         raise DataError(f"nothing to show in view {view}: {lacking}", where=item.item_id or "item",
                         advice="choose another view or another item")
-    return SideTokens(read, rows[0], [tuple(span) for span in spans], encoder.backbone.vision.fit)
+    vision = encoder.backbone.vision  # None: saved without it, explains texts only
+    return SideTokens(read, rows[0], [tuple(span) for span in spans], vision and vision.fit)
