@@ -455,6 +455,8 @@ def test_nothing_of_a_machine_is_in_the_repository():
         if path.suffix in {".png", ".jpg", ".parquet", ".tar"}:
             continue
         for number, line in enumerate(data.decode("utf-8", errors="replace").splitlines(), 1):
+            if '"image/png": "' in line:  # letters of a picture say what they like
+                continue
             found += [
                 f"{named(path)}:{number}: {match[0]}"
                 for pattern in (machine, hosts, notes)
