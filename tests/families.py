@@ -112,3 +112,26 @@ def stock(backbone, row, images, gradients=False):
     "(L, D) last hidden states of a row by the stock model's own forward pass over ids and pixels."
     with exact_softmax():
         return (stock_hidden.__wrapped__ if gradients else stock_hidden)(backbone, row, images)
+
+
+def pictures_of(item, row):
+    "The pictures of an item for the stock model, where its row has any."
+    return [ref.load() for ref in item.pictures] if row.pictures else ()
+
+
+def gaps(encoder, reference, items=ITEMS):
+    """(item, view) -> how far packed rows of all items, in one pass, are from a stock forward pass for each view: the
+    largest difference of hidden states, in units of their root mean square.
+    """
+    found = {}
+    with torch.no_grad():
+        rows = encoder.rows_of(items)
+        hidden = encoder.run_rows(items, rows)[0].split([len(row) for row in rows])
+        for place, item in enumerate(items):
+            for alone in encoder.rows_of([item], share=False):
+                (view,) = alone.views
+                packed = next(h for row, h in zip(rows, hidden, strict=True) if row.item == place and view in row.views)
+                right = stock(reference, alone, pictures_of(item, alone))
+                gap = (packed[: len(right)] - right).abs().max() / right.pow(2).mean().sqrt()
+                found[item.item_id, view] = float(gap)
+    return found

@@ -146,19 +146,15 @@ def plan_from_config(catalog, config: TrainConfig) -> dict:
     The fields of `Trainer.plan`, and memory by kind (GB), the size of a checkpoint (MB), what was assumed."""
     import torch
     from moon2_lab.config import EncoderConfig
-    from moon2_lab.data.label_noise import inject_noise
-    from moon2_lab.data.queries import Lexicon
     from moon2_lab.data.sampler import TripletSampler
-    from moon2_lab.data.triplets import build_triplets
     from moon2_lab.runtime import NumericChoices, pick_device, set_threads
     from moon2_lab.training.cost import run_plan
     from moon2_lab.training.memory_plan import encoder_without_weights, plan_memory
+    from moon2_lab.training.trainer import training_triplets
 
     encoder = encoder_without_weights(EncoderConfig(**config.encoder_fields()))
-    config, lexicon = config.replace(**asdict(encoder.config)), Lexicon(catalog)
-    made = (config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)
-    triplets = build_triplets(catalog.split("train") if catalog.splits else catalog, lexicon, *made)
-    triplets = inject_noise(triplets, config.noise, lexicon, config.seed) if config.noise else triplets
+    config = config.replace(**asdict(encoder.config))
+    triplets = training_triplets(catalog, config)
     sampler = TripletSampler(triplets, config.per_device_train_batch_size, config.seed, config.paired_negatives)
     dtype = "bfloat16" if "bfloat16" in (config.dtype, config.weights_dtype) else "float32"
     device, threads = pick_device(config.device).type, set_threads(config.num_threads)

@@ -69,6 +69,19 @@ _NOT_IN_A_STEP = tuple(  # the batch is drawn, the parameters are chosen, the ma
     "save_steps save_minutes max_nonfinite_steps report_to num_threads device dtype quarantine_limit".split()
 )
 
+# %% ../../nbs/training/570_trainer.ipynb #971fe176
+def training_triplets(
+    catalog: Catalog,
+    config: TrainConfig,
+    given: list[Triplet] | None = None,  # None: those of the catalogue's train split
+) -> list[Triplet]:
+    "The triplets given, or those of the catalogue's train split; some of them spoilt where `noise` asks for it."
+    lexicon = Lexicon(catalog)
+    if given is None:
+        made = (config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)
+        given = build_triplets(catalog.split("train") if catalog.splits else catalog, lexicon, *made)
+    return inject_noise(given, config.noise, lexicon, config.seed) if config.noise else given
+
 # %% ../../nbs/training/570_trainer.ipynb #aab15d7e
 class Trainer:
     """Step-through training of a `Moon2Encoder` on the train split of a catalogue.
@@ -109,7 +122,7 @@ class Trainer:
             self._require_same_run(checkpoint)
         self.out, self.folder = Path(out) if out else None, RunFolder(out, resume) if out else None
         seed_everything(self.config.seed)
-        self.triplets = self._training_triplets(triplets)
+        self.triplets = training_triplets(self.catalog, self.config, triplets)
         count = self.config.per_device_train_batch_size
         self.sampler = TripletSampler(self.triplets, count, self.config.seed, self.config.paired_negatives)
         prepare_trainable(encoder, self.config)
@@ -130,15 +143,6 @@ class Trainer:
         self.optimizer, self._tracker = make_optimizer(encoder, self.config), self._start_tracker()
         if checkpoint:
             self.resume(allow_drift, checkpoint)
-
-    def _training_triplets(self, given: list[Triplet] | None) -> list[Triplet]:
-        "The triplets given, or those of the catalogue's train split; some of them spoilt where `noise` asks for it."
-        catalog, config = self.catalog, self.config
-        lexicon = Lexicon(catalog)
-        if given is None:
-            made = (config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)
-            given = build_triplets(catalog.split("train") if catalog.splits else catalog, lexicon, *made)
-        return inject_noise(given, config.noise, lexicon, config.seed) if config.noise else given
 
     def _start_tracker(self):
         "accelerate's trackers of `report_to`; None where nothing is reported."

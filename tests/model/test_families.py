@@ -7,7 +7,7 @@ from functools import cache, partial
 import pytest
 import torch
 from comparing import assert_same, distance, measured
-from families import DENSE, ITEMS, SPARSE, encoder_of, exact_softmax, folder_of, make_exact, stock
+from families import DENSE, ITEMS, SPARSE, encoder_of, exact_softmax, folder_of, gaps, make_exact, pictures_of, stock
 from moon2_lab.config import VIEWS
 from moon2_lab.model import packing
 from moon2_lab.model.item_views import ItemViews, LayerGates
@@ -27,28 +27,6 @@ def dense(name, double):
     "The model as it is, without experts: the reference. Not to be changed."
     backbone = encoder_of(name, num_experts=0, experts="full").backbone
     return make_exact(backbone.double()) if double else backbone
-
-
-def pictures_of(item, row):
-    return [ref.load() for ref in item.pictures] if row.pictures else ()
-
-
-def gaps(encoder, reference, items=ITEMS):
-    """(item, view) -> how far packed rows of all items, in one pass, are from a stock forward pass for each view: the
-    largest difference of hidden states, in units of their root mean square.
-    """
-    found = {}
-    with torch.no_grad():
-        rows = encoder.rows_of(items)
-        hidden = encoder.run_rows(items, rows)[0].split([len(row) for row in rows])
-        for place, item in enumerate(items):
-            for alone in encoder.rows_of([item], share=False):
-                (view,) = alone.views
-                packed = next(h for row, h in zip(rows, hidden, strict=True) if row.item == place and view in row.views)
-                right = stock(reference, alone, pictures_of(item, alone))
-                gap = (packed[: len(right)] - right).abs().max() / right.pow(2).mean().sqrt()
-                found[item.item_id, view] = float(gap)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------- step 0

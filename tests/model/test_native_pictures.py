@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from families import PIXELS, encoder_of, exact_softmax, folder_of, make_exact, stock
+from families import PIXELS, encoder_of, exact_softmax, folder_of, gaps, make_exact
 from moon2_lab.config import EncoderConfig
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
@@ -43,21 +43,6 @@ ITEMS = [
 ]
 
 
-def gaps(encoder, reference):
-    "(item, view) -> how far packed rows are from the stock forward pass of the view, in root mean squares."
-    rows, found = encoder.rows_of(ITEMS), {}
-    with torch.no_grad():
-        hidden = encoder.run_rows(ITEMS, rows)[0].split([len(row) for row in rows])
-        for place, item in enumerate(ITEMS):
-            for alone in encoder.rows_of([item], share=False):
-                (view,) = alone.views
-                packed = next(h for row, h in zip(rows, hidden, strict=True) if row.item == place and view in row.views)
-                right = stock(reference, alone, [ref.load() for ref in item.pictures] if alone.pictures else ())
-                gap = (packed[: len(right)] - right).abs().max() / right.pow(2).mean().sqrt()
-                found[item.item_id, view] = float(gap)
-    return found
-
-
 @pytest.mark.parametrize("name", NATIVE)
 def test_step_0_equals_the_stock_forward(name):
     "float64, three shapes in one batch; positions in rows of a square grid are the control that fails."
@@ -65,14 +50,14 @@ def test_step_0_equals_the_stock_forward(name):
     dense = encoder_of(name, num_experts=0, experts="full", image_fit="native").backbone
     make_exact(dense.double())
     with exact_softmax():
-        found = gaps(encoder, dense)
+        found = gaps(encoder, dense, ITEMS)
     assert len(found) == 3 + 3 + 2 + 3 and max(found.values()) < EXACT, found
     grids = [size.grid for size in encoder.backbone.picture_sizes(REFS)]
     assert grids[0][1] > grids[0][0] and grids[1] == grids[0][::-1] and grids[2][0] == grids[2][1]
     if encoder.backbone.placing.axes == 3:
         turned = encoder.backbone.picture_positions
         encoder.backbone.picture_positions = lambda size: turned(size._replace(grid=size.grid[::-1]))
-        found = gaps(encoder, dense)
+        found = gaps(encoder, dense, ITEMS)
         assert found["wide", "i"] > 0.01 and found["square", "i"] < EXACT, found
 
 
