@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['normalised', 'dot_rows', 'Ranks', 'rank_scores', 'ranks_chunked', 'hit_at', 'recall_at', 'expected_hit_at',
-           'precision_at', 'recall_share_at', 'average_precision_at', 'ndcg_at', 'nearest_class',
-           'classification_scores']
+           'precision_at', 'recall_share_at', 'average_precision_at', 'ndcg_at', 'reciprocal_rank_at', 'graded_ndcg_at',
+           'nearest_class', 'classification_scores']
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #85342603
 from collections.abc import Callable, Sequence
@@ -245,6 +245,30 @@ def ndcg_at(ranks: Ranks, k: int) -> np.ndarray:
     ideal = np.concatenate([[0.0], discount.cumsum()])[np.minimum(ranks.n_hits, k)]
     gain = _top_hits(ranks, k) @ discount
     return np.divide(gain, ideal, out=np.zeros_like(gain), where=ideal > 0)
+
+# %% ../../nbs/evaluation/405_ranking.ipynb #b19302d5
+def reciprocal_rank_at(ranks: Ranks, k: int) -> np.ndarray:
+    "RR@k (Q,) = 1 / rank of the first hit, 0 beyond place k; its mean is MRR@k."
+    return np.where(hit_at(ranks, k), 1 / ranks.rank, 0.0)
+
+
+def graded_ndcg_at(
+    ranks: Ranks,
+    k: int,
+    gains: Sequence[dict[int, float]],  # (Q,) gallery position -> grade over 0; what is not named gains nothing
+) -> np.ndarray:
+    "nDCG@k (Q,) with the grades as gains (trec_eval's ndcg_cut): sum of grade / log2(place + 1) / that of a perfect list."
+    discount, values = 1 / np.log2(np.arange(2, k + 2)), np.zeros((len(ranks), k))
+    ideal = np.zeros((len(ranks), k))
+    if len(gains) != len(ranks) or not 1 <= k <= ranks.top_index.shape[1]:
+        what = f"{len(gains)} tables of gains for {len(ranks)} queries, k={k} of {ranks.top_index.shape[1]} kept places"
+        raise UsageError(what, where="graded_ndcg_at", advice="one table per query, and a k within the kept lists")
+    for row, table in enumerate(gains):
+        values[row] = [table.get(int(place), 0.0) for place in ranks.top_index[row, :k]]
+        best = sorted(table.values(), reverse=True)[:k]
+        ideal[row, : len(best)] = best
+    perfect = ideal @ discount
+    return np.divide(values @ discount, perfect, out=np.zeros(len(ranks)), where=perfect > 0)
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #e822600a
 def nearest_class(
