@@ -77,7 +77,7 @@ def typed_settings(
 ) -> dict:
     "What was typed, later options over earlier ones."
     settings = read_config_file(args.config) if args.config else {}
-    settings |= {name: value for name in ("backbone", "device") if (value := getattr(args, name, None))}
+    settings |= {name: value for name in ("backbone", "device", "holdout") if (value := getattr(args, name, None))}
     return settings | parse_assignments(args.set)
 
 

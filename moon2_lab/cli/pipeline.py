@@ -204,6 +204,8 @@ def train_run(
     trainer = build_trainer(catalog, config, out, resume=resume, allow_drift=allow_drift, command=command, **options)
     if not sys.stderr.isatty():  # there a bar shows it
         trainer.callbacks.append(StepLines(trainer))
+    if trainer.holdout:
+        _log.info(trainer.holdout.sentence())
     plan = trainer.plan()
     _log.info(plan_lines(plan))
     if plan["images_to_encode"]:
@@ -388,11 +390,12 @@ def _rival_run(
 ) -> dict:
     "Train and score a rival recipe; the dictionary of metrics.json."
     from moon2_lab.objective.recipes import RIVALS
+    from moon2_lab.training.holdout import training_products
 
     rival = RIVALS[name]
     _log.info(f"the {rival.title}, {minutes:.1f} minutes of steps")
     own = rival.settings(config).replace(max_steps=0, max_minutes=minutes)
-    products = list(catalog.split("train") if catalog.splits else catalog)
+    products = list(training_products(catalog, own.holdout))
     triplets = rival.triplets(products) if rival.triplets else None
     train_run(catalog, out, own, command=command, objective=rival.objective(own), triplets=triplets)
     return evaluate_model(out, catalog, out=out, device=config.device, baselines=False)

@@ -9,7 +9,7 @@ __all__ = ['examine_paths', 'Catalog']
 import dataclasses
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,10 @@ class Catalog:
             products, self.quarantine, self.folder, triplets, records=len(products), whole=self.whole,
             augmentation=self.augmentation,
         )
+
+    def without(self, keys: Collection[int]) -> "Catalog":
+        "The products with none of these keys; triplets and negatives of the others are left out."
+        return self._part([product for product in self if product.key not in keys])
 
     def image_ref(self, path: str) -> ImageRef | None:
         "A picture of the catalogue by its path in the tables (query pictures), None when it was set aside."

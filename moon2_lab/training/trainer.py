@@ -36,6 +36,7 @@ from moon2_lab.training.checkpoint import (
 )
 from .clock import calibrated_steps, fitted_steps
 from .cost import adamw_seconds, run_plan
+from .holdout import find_holdout, require_held_out, training_products
 from moon2_lab.training.optim import (
     apply_numerics, choose_numerics, make_optimizer, prepare_trainable, release_memory, resumed_choices,
 )
@@ -64,7 +65,7 @@ def _encoder_settings(
 
 
 _NOT_IN_A_STEP = tuple(  # the batch is drawn, the parameters are chosen, the machine is what it is
-    "noise negatives_per_query paired_negatives query_variants per_device_train_batch_size lora_r lora_alpha "
+    "noise holdout negatives_per_query paired_negatives query_variants per_device_train_batch_size lora_r lora_alpha "
     "lora_experts gradient_checkpointing train_word_embeddings seed max_steps max_minutes eval_steps eval_points "
     "save_steps save_minutes max_nonfinite_steps report_to num_threads device dtype quarantine_limit".split()
 )
@@ -79,7 +80,9 @@ def training_triplets(
     lexicon = Lexicon(catalog)
     if given is None:
         made = (config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)
-        given = build_triplets(catalog.split("train") if catalog.splits else catalog, lexicon, *made)
+        given = build_triplets(training_products(catalog, config.holdout), lexicon, *made)
+    elif config.holdout:
+        require_held_out(catalog, config.holdout, given)
     return inject_noise(given, config.noise, lexicon, config.seed) if config.noise else given
 
 # %% ../../nbs/training/570_trainer.ipynb #aab15d7e
@@ -122,6 +125,7 @@ class Trainer:
             self._require_same_run(checkpoint)
         self.out, self.folder = Path(out) if out else None, RunFolder(out, resume) if out else None
         seed_everything(self.config.seed)
+        self.holdout = find_holdout(self.catalog, self.config.holdout)
         self.triplets = training_triplets(self.catalog, self.config, triplets)
         count = self.config.per_device_train_batch_size
         self.sampler = TripletSampler(self.triplets, count, self.config.seed, self.config.paired_negatives)
@@ -455,7 +459,7 @@ class Trainer:
         settings = run_settings(self.config, self.command, self.catalog.data_hash, self.choices)
         self.folder.save_run(self.encoder, tables, settings | {
             "max_steps": self.max_steps, "steps": self.step, "seconds": self.seconds, "sampler": self.sampler.ledger,
-            "best": self.best, "skipped_steps": self.skipped,
+            "best": self.best, "skipped_steps": self.skipped, "holdout": self.holdout and self.holdout.facts(),
         })
 
     def resume(self, allow_drift: bool = False, checkpoint: tuple | None = None) -> None:
