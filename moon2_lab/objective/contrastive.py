@@ -26,6 +26,7 @@ def contrastive_loss(
     allowed: Tensor,  # (A, C) bool; always true at the own positive
     temperature: float,  # eps: a logit is score / temperature
     check: bool | None = None,  # warn of vectors that are not normalised; None: on the CPU, where looking costs no wait
+    bias: Tensor | None = None,  # (A, C), added to the logits: log-weights of candidates; gets no gradient
 ) -> Tensor:  # (A,)
     """InfoNCE of each anchor over the candidates allowed to it. Low-precision vectors are scored in float32. A
     candidate with a number that is not finite makes NaN of the anchors that may see it, and reaches no other, nor
@@ -40,6 +41,7 @@ def contrastive_loss(
     # 0 x NaN is NaN, in the backward pass too
     clean = torch.where(whole[:, None], candidates, candidates.new_zeros(()))
     logits = at_least_float32(anchor) @ at_least_float32(clean).T / temperature
+    logits = logits if bias is None else logits + bias.detach()
     logits = logits.masked_fill(allowed & ~whole, math.nan).masked_fill(~allowed, -math.inf)
     return F.cross_entropy(logits, torch.arange(len(anchor), device=anchor.device), reduction="none")
 
@@ -84,10 +86,14 @@ def prefix_loss(
     allowed: Tensor,  # (A, C) bool
     temperature: float,
     dims: Sequence[int] = (),  # prefixes, each shorter than D
+    bias: Tensor | None = None,  # (A, C), added to the logits of each of them
 ) -> Tensor:  # (A,)
     "`contrastive_loss` of the whole vectors, averaged with that of each prefix."
-    whole = contrastive_loss(anchor, candidates, allowed, temperature)
-    cut = [contrastive_loss(_truncated(anchor, dim), _truncated(candidates, dim), allowed, temperature) for dim in dims]
+    whole = contrastive_loss(anchor, candidates, allowed, temperature, bias=bias)
+    cut = [
+        contrastive_loss(_truncated(anchor, dim), _truncated(candidates, dim), allowed, temperature, bias=bias)
+        for dim in dims
+    ]
     return torch.stack([whole, *cut]).mean(0) if cut else whole
 
 
@@ -251,6 +257,7 @@ def inter_product_loss(
     unique: bool = False,  # one column per product key and row
     dims: Sequence[int] = (),  # prefixes of the vectors that are trained too, each shorter than D
     masks: CandidateMasks | None = None,  # made already, with the keys and masks given here
+    bias: Tensor | None = None,  # (B, B + B K), added to the logits of the candidates; a constant
 ) -> Tensor:  # () or (B,)
     "L_inter^theta of the paper. What a mask leaves out may hold anything, NaN too. A row without negatives gives 0."
     if negatives is None:
@@ -261,7 +268,7 @@ def inter_product_loss(
     )
     candidates = torch.cat([_keep(positive, positive_mask), _keep(negatives, negative_mask).flatten(0, 1)])
     return _reduce(
-        prefix_loss(_keep(query, mask), candidates, masks.allowed, temperature, dims), weight, mask, reduction
+        prefix_loss(_keep(query, mask), candidates, masks.allowed, temperature, dims, bias), weight, mask, reduction
     )
 
 
