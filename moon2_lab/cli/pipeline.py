@@ -228,7 +228,7 @@ def train_run(
 
 # %% ../../nbs/cli/900_pipeline.ipynb #7deb629e
 def evaluate_model(
-    model: str | Path,  # model or run folder
+    model: str | Path,  # model or run folder, or kind:name of a rival
     catalog,  # Catalog
     split: str = "test",
     out: str | Path | None = None,  # metrics.json, or the folder for it
@@ -237,10 +237,9 @@ def evaluate_model(
 ) -> dict:
     "Load a model and score it; the dictionary of metrics.json."
     from moon2_lab.evaluation.evaluate import evaluate
-    from moon2_lab.model.encoder import Moon2Encoder
+    from moon2_lab.rivals.loading import load_encoder
 
-    folder = model_folder(model)
-    return evaluate(Moon2Encoder.from_pretrained(folder, device), catalog, split=split, out=out, **options)
+    return evaluate(load_encoder(model, device), catalog, split=split, out=out, **options)
 
 # %% ../../nbs/cli/900_pipeline.ipynb #2205b502
 def score_lines(
