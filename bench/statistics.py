@@ -8,6 +8,10 @@ all are right in 61 %, 49 in 31 %, 48 in 8 % of the evaluations, so that any rul
 Beside the coverage at R exactly stands the mean over true values around it
 (1 - R from 0.7 to 1.3 times as large), and beside both the percentile bootstrap. All cells are printed, bad ones too.
 
+The test of recipes (`seed_paired_test`) is tried on invented studies: queries are hard or easy, a recipe may suit some
+of them (and be no better in the mean), and a seed moves R by 0, half or twice as much as another choice of queries
+would. An arm has 1, 2, 3 or 5 seeds. With one seed the error shows what the seeds that are not covered do.
+
     python bench/statistics.py
 """
 if (
@@ -99,6 +103,61 @@ def errors(design: Design, recall: float, repeats: int, seed: int = 0, same: flo
     return dict(zip(("no difference", "difference", "errors"), (counted / repeats).tolist()))
 
 
+@dataclass(frozen=True)
+class Study:
+    "Two recipes of equal worth: seeds of each, how much a seed moves R beside what queries do, and what suits whom."
+    seeds: tuple[int, int]
+    moody: float  # standard deviation of R between seeds / that between samples of queries
+    suits: float = 0.0  # standard deviation of the queries' preference for one recipe; their difficulty has 1
+    chance: float = 0.5  # of the same query in another run
+    queries: int = 300
+    most: int = 1  # queries of a key
+
+    def draw(self, recall: float, gap: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        "Hits (S_a, Q) and (S_b, Q), A's R larger by the mean of `gap`, and the keys."
+        from statistics import NormalDist
+
+        keys = np.repeat(np.arange(self.queries), rng.integers(1, self.most + 1, self.queries))[: self.queries]
+        normal, spread = NormalDist(), np.sqrt(1 + self.suits**2 + self.chance**2)
+        slope = normal.pdf(normal.inv_cdf(recall))  # R gained by a shift of one standard deviation
+        moved = self.moody * np.sqrt(recall * (1 - recall) / self.queries) / slope
+        # a seed spreads R as well: the same R in the mean needs a higher threshold
+        level, hard = normal.inv_cdf(recall) * np.hypot(1, moved), rng.normal(size=self.queries)[keys]
+        arms = []
+        for seeds, shift in zip(self.seeds, (gap / slope, 0.0)):
+            likes = hard + self.suits * rng.normal(size=self.queries)[keys]
+            luck = likes + self.chance * rng.normal(size=(seeds, self.queries))
+            arms.append(luck / spread + moved * rng.normal(size=(seeds, 1)) < level + shift)
+        return *arms, keys
+
+    def __str__(self) -> str:
+        a, b = self.seeds
+        return f"{a} and {b} seeds, seed / queries {self.moody:g}, suits {self.suits:g}, {self.most} a key"
+
+
+MOODS, SEEDS = (0.0, 0.5, 2.0), ((1, 1), (2, 2), (3, 3), (5, 5), (3, 1))
+STUDIES = [
+    *(Study(seeds, moody, suits) for seeds in SEEDS for moody in MOODS for suits in (0.0, 0.7)),
+    *(Study((3, 3), moody, 0.7, most=3) for moody in MOODS), *(Study((3, 3), moody, 0.0, 1.5) for moody in MOODS),
+    *(Study((3, 3), moody, 0.7, queries=50) for moody in MOODS),
+]
+
+
+def study_errors(study: Study, recall: float, repeats: int, seed: int = 0) -> dict[str, float]:
+    "Coverage of the interval and share of p <= .05 of `seed_paired_test`, and of seeds taken for queries, for equals."
+    from moon2_lab.evaluation.seed_statistics import seed_paired_test
+    from moon2_lab.evaluation.statistics import paired_test
+
+    rng, held, wrong, naive = np.random.default_rng(seed), 0, 0, 0
+    for turn in range(repeats):
+        a, b, keys = study.draw(recall, 0.0, rng)
+        test = seed_paired_test(a, b, keys, 400, turn)
+        held += test["lo"] - 1e-9 <= 0 <= test["hi"] + 1e-9
+        wrong += test["p"] <= 0.05
+        naive += paired_test(a.mean(axis=0), b.mean(axis=0), keys, 400, turn)["p"] <= 0.05
+    return {"coverage": held / repeats, "errors": wrong / repeats, "errors over queries alone": naive / repeats}
+
+
 def macro_coverage(rarest: int, repeats: int, classes: int = 6, right: float = 0.7, seed: int = 0) -> dict[str, float]:
     """Coverage of the percentile bootstrap of macro F1, where the rarest of the classes has `rarest` products in the
     mean and the others 10 times as many.
@@ -131,6 +190,20 @@ def sign(value: float, wanted: tuple[float, float], noise: float) -> str:
     return f"{value:.3f}{' ' if wanted[0] - 2 * noise <= value <= wanted[1] + 2 * noise else '*'}"
 
 
+def print_studies(repeats: int) -> list[dict]:
+    "Print and return coverage and errors of the test of recipes, cell by cell."
+    noise, rows = (0.95 * 0.05 / repeats) ** 0.5, []
+    print(f"{'two recipes of equal worth':55} {'Q':>4} {'R':>5}  coverage  errors at .05 | over queries alone")
+    for study in STUDIES:
+        for recall in (0.7, 0.97):
+            found = study_errors(study, recall, repeats)
+            cells = sign(found["coverage"], WANTED, noise), sign(found["errors"], WANTED_ERRORS, noise)
+            cells = f"{'     '.join(cells)}        | {found['errors over queries alone']:.3f}"
+            print(f"{str(study):55} {study.queries:4} {recall:5.2f}  {cells}", flush=True)
+            rows.append({"study": str(study), "queries": study.queries, "recall": recall, **found})
+    return rows
+
+
 def main() -> None:
     from common import finish, options, start
 
@@ -156,13 +229,15 @@ def main() -> None:
                 flush=True,
             )
             rows.append({"design": str(design), "recall": recall, **share, **pair})
+    studies = print_studies(repeats)
     macro = {rarest: macro_coverage(rarest, max(20, repeats // 4)) for rarest in (3, 5, 10, 20, 40)}
     for rarest, found in macro.items():
         print(
             f"macro F1, rarest class with {rarest:2} products in the mean: coverage {found['coverage']:.3f}, interval "
             f"shown in {found['interval_shown']:.0%}"
         )
-    finish(args, {"benchmark": "statistics", **about, "evaluations": repeats, "cells": rows, "macro_f1": macro})
+    results = {"cells": rows, "studies": studies, "macro_f1": macro}
+    finish(args, {"benchmark": "statistics", **about, "evaluations": repeats, **results})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import DataError, UsageError
 
 # %% ../../nbs/evaluation/400_statistics.ipynb #7dd9bab3
-def _key_sums(
+def key_sums(
     columns: np.ndarray,  # (Q, C)
     keys: np.ndarray,  # (Q,)
 ) -> np.ndarray:
@@ -31,7 +31,7 @@ def _key_sums(
     _, group = np.unique(keys, return_inverse=True)
     return np.stack([np.bincount(group, column) for column in columns.T], axis=1)
 
-
+# %% ../../nbs/evaluation/400_statistics.ipynb #e84e3dba
 def key_draws(
     count: int,  # G
     resamples: int = 1000,
@@ -73,7 +73,7 @@ def bootstrap_ci(
 ) -> tuple[float, float]:
     "95 % interval of the mean of `values`: `resamples` draws of whole keys."
     values = np.asarray(values, dtype=np.float64)
-    totals = _resampled_totals(_key_sums(np.stack([values, np.ones_like(values)], axis=1), keys), resamples, seed)
+    totals = _resampled_totals(key_sums(np.stack([values, np.ones_like(values)], axis=1), keys), resamples, seed)
     low, high = percentile_ci(totals[:, 0] / totals[:, 1])
     return float(low), float(high)
 
@@ -98,14 +98,14 @@ def _student_quantile(
     )
     return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
-
-def _mean_variance(
+# %% ../../nbs/evaluation/400_statistics.ipynb #2f122b87
+def mean_variance(
     values: np.ndarray,  # (Q,)
     keys: np.ndarray,  # (Q,)
     outcomes: tuple[float, float],  # the two ends of what a value can be
 ) -> tuple[float, float, int]:
     "Mean and its variance between keys, both with `_PSEUDO` keys of either outcome added; the number of keys G."
-    sums = _key_sums(np.stack([values, np.ones(len(values))], axis=1), keys)
+    sums = key_sums(np.stack([values, np.ones(len(values))], axis=1), keys)
     count, size = len(sums), len(values) / len(sums)  # keys, and queries of a key in the mean
     total = len(values) + 2 * _PSEUDO * size
     mean = (sums[:, 0].sum() + _PSEUDO * size * sum(outcomes)) / total
@@ -113,7 +113,7 @@ def _mean_variance(
     added = _PSEUDO * size**2 * sum((outcome - mean) ** 2 for outcome in outcomes)
     return mean, (rest @ rest * count / max(count - 1, 1) + added) / total**2, count
 
-
+# %% ../../nbs/evaluation/400_statistics.ipynb #8f84e099
 def share_interval(
     values: np.ndarray,  # (Q,) from 0 to 1, one per query, for example hit_at(ranks, 10)
     keys: np.ndarray,  # (Q,) product key of each query
@@ -123,7 +123,7 @@ def share_interval(
     The effective number of queries is m (1 - m) / variance, at most Q; Student's t with G - 1 degrees of freedom for G
     keys; one key says nothing: 0 to 1."""
     values = np.asarray(values, dtype=np.float64)
-    smoothed, variance, count = _mean_variance(values, keys, (0.0, 1.0))
+    smoothed, variance, count = mean_variance(values, keys, (0.0, 1.0))
     if values.min() < 0 or values.max() > 1:
         advice = "use bootstrap_ci for what is no share"
         raise DataError("a value outside 0 to 1", where="share_interval", advice=advice)
@@ -155,7 +155,7 @@ def _difference_interval(
     Where no query differs, as if one might by 1."""
     difference = np.asarray(difference, dtype=np.float64)
     most = float(np.abs(difference).max(initial=0)) or 1.0
-    mean, variance, count = _mean_variance(difference, keys, (-most, most))
+    mean, variance, count = mean_variance(difference, keys, (-most, most))
     half = _student_quantile(count - 1) * math.sqrt(variance) if count > 1 else math.inf
     return float(max(-most, mean - half)), float(min(most, mean + half))
 
@@ -179,7 +179,7 @@ def paired_test(
     difference = values_a - values_b
     keys = np.arange(len(difference)) if keys is None else keys
     low, high = _difference_interval(difference, keys)
-    flips = np.abs(_sign_flips(_key_sums(difference[:, None], keys)[:, 0], resamples, seed))
+    flips = np.abs(sign_flips(key_sums(difference[:, None], keys)[:, 0], resamples, seed))
     least = abs(difference.sum())
     larger, level = np.count_nonzero(flips > least + 1e-9), np.count_nonzero(np.abs(flips - least) <= 1e-9)
     p = (1 + larger + level / 2) / (1 + resamples) if least > 1e-9 else 1.0
@@ -187,8 +187,8 @@ def paired_test(
     counts = {"won": int((difference > 0).sum()), "lost": int((difference < 0).sum()), "n": len(difference)}
     return {**interval, "p": float(p), "p_bound": bool(larger + level == 0), **counts}
 
-
-def _sign_flips(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+# %% ../../nbs/evaluation/400_statistics.ipynb #e80250d5
+def sign_flips(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     "Totals (resamples,) of the keys' sums under random signs."
     _require_resamples(resamples)
     sums = sums[np.abs(sums) > 1e-12]  # a key without a difference has no sign to flip

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.statistics import (
-    _difference_interval, _key_sums, _resampled_totals, _student_quantile, bootstrap_ci, holm, holm_corrected, p_text,
+    _difference_interval, key_sums, _resampled_totals, _student_quantile, bootstrap_ci, holm, holm_corrected, p_text,
     paired_test, paired_test_tables, percentile_ci, share_interval, with_interval,
 )
 
@@ -41,7 +41,7 @@ def test_bootstrap_draws_do_not_depend_on_the_order_or_the_names_of_keys():
 
 def test_bootstrap_in_blocks_draws_every_resample():
     "With many keys the resamples are made in blocks; each total still holds as many keys as there are."
-    sums = _key_sums(np.ones((9000, 1)), np.arange(9000))
+    sums = key_sums(np.ones((9000, 1)), np.arange(9000))
     totals = _resampled_totals(sums, resamples=1001, seed=3)
     assert totals.shape == (1001, 1) and (totals == 9000).all()
 
@@ -80,7 +80,7 @@ def test_sign_flip_p_equals_exact_enumeration():
     rng = np.random.default_rng(4)
     keys = np.repeat(np.arange(10), 3)
     first, second = (rng.random(30) < 0.75).astype(float), (rng.random(30) < 0.45).astype(float)
-    sums = _key_sums((first - second)[:, None], keys)[:, 0]
+    sums = key_sums((first - second)[:, None], keys)[:, 0]
     flipped = [abs(np.dot(signs, sums)) - abs(sums.sum()) for signs in itertools.product((-1, 1), repeat=10)]
     exact = np.mean([1.0 if more > 1e-9 else 0.5 if more > -1e-9 else 0.0 for more in flipped])  # as good counts half
     assert paired_test(first, second, keys, resamples=20000)["p"] == pytest.approx(exact, abs=0.012)
