@@ -27,7 +27,8 @@ SHOWN = [
 def chosen_pairs(catalog, split: str, count: int) -> tuple[list[tuple], int]:
     "(product, query, item) of the first products in hash order that have all views, and how many before them have not."
     from moon2_lab.data.queries import Lexicon
-    from moon2_lab.evaluation.protocol import catalog_queries, hash_order
+    from moon2_lab.evaluation.item_sets import hash_order
+    from moon2_lab.evaluation.protocol import catalog_queries
 
     products = sorted(catalog.split(split), key=lambda product: hash_order(product.product_id))
     queries = catalog_queries(products, Lexicon(catalog))

@@ -379,7 +379,7 @@ class SearchService:
     def _compare_models(self, tell: Callable[[float, str], None]) -> Comparison:
         "The comparison, computed."
         question, tables, done = make_benchmark(self.catalog, "all", limit=COMPARED, lexicon=self.lexicon), [], 0
-        total = len(self.models) * (len(question.gallery.items) + len(question.queries.items))
+        total = len(self.models) * sum(map(len, question.item_sets))
         for letter, model in self.models.items():
             def count(more: int, letter=letter):
                 nonlocal done

@@ -27,7 +27,7 @@ from .service import COMPARED, MAX_HITS, ProductHit, SearchService
 from ..config import DIRECTIONS, VIEWS
 from ..data.products import Item
 from ..errors import LabError, UsageError, printable
-from ..evaluation.protocol import LEVELS
+from ..evaluation.label_tasks import LEVELS
 from ..explain.attribution import METHODS, fitting_methods
 from ..files import atomic_path, sha256_hex
 from ..reporting.comparison import direction_queries

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 # %% ../../nbs/evaluation/430_evaluate.ipynb #a00a9c39
+from ..config import DUAL
 from ..data.catalog import Catalog
 from ..data.products import Item, Product
-from ..data.queries import Lexicon
+from ..data.queries import Lexicon, PROTOCOLS
+from ..data.words import folded_terms
 from ..errors import LabError
-from .baselines import APPLICABLE, baseline_rankers, folded_words, string_match
-from moon2_lab.evaluation.protocol import (
-    Benchmark, Direction, ItemSet, LabelTask, checked_vectors, equal_titles, label_tasks, make_benchmark,
-    plan_directions, unseen_queries,
-)
+from .baselines import APPLICABLE, baseline_rankers, single_modality, string_match
+from .item_sets import Direction, ItemSet, TOP, checked_vectors
+from .label_tasks import LabelTask, label_tasks
+from .protocol import Benchmark, equal_titles, make_benchmark, unseen_queries
 from moon2_lab.evaluation.ranking import (
-    Ranks, average_precision_at, classification_scores, expected_hit_at, hit_at, nearest_class, precision_at,
+    Ranks, average_precision_at, classification_scores, expected_hit_at, hit_at, ndcg_at, nearest_class, precision_at,
 )
 from .statistics import holm_corrected, paired_test, with_interval
 from ..files import NotSaved, atomic_path, json_text, sync, try_file
@@ -43,7 +45,7 @@ class _Scoring:
     catalog: Catalog  # the whole catalogue
     resamples: int = 1000
     seed: int = 0
-    precision: bool = False  # also mAP@k and Prec@k (triplets-v1)
+    protocol: str = PROTOCOLS[0]
 
     def interval(self, values: np.ndarray, keys: np.ndarray) -> dict:
         "Mean and interval of one number per query."
@@ -65,12 +67,12 @@ def _recall_block(
     chosen: np.ndarray | None = None,  # (Q,) bool, score only these queries
     hit: Callable[[Ranks, int], np.ndarray] = hit_at,  # expected_hit_at for baselines
 ) -> dict:
-    "R@1, R@5, R@10 with intervals, and mAP@k, Prec@k of the model where the protocol has them; empty without queries."
+    "R@1, R@5, R@10 with intervals; in triplets-v1 also mAP@k, Prec@k of the model; empty without queries."
     chosen = np.ones(len(ranks), dtype=bool) if chosen is None else chosen
     if not chosen.any():
         return {}
     measures = {"R": hit}
-    if scoring.precision and hit is hit_at:
+    if scoring.protocol == "triplets-v1" and hit is hit_at:
         measures |= {"mAP": average_precision_at, "Prec": precision_at}
     entries = [(f"{name}@{k}", measure(ranks, k)) for name, measure in measures.items() for k in _KS]
     return {name: scoring.interval(values[chosen], group[chosen]) for name, values in entries}
@@ -87,6 +89,11 @@ def _recall_of_chance(
     return float(1 - np.dot(missed, times) / times.sum())
 
 
+_DUAL_MEASURES = {  # over all right products of the gallery, as trec_eval has them
+    "P@10": precision_at, "nDCG@10": ndcg_at, "MAP@10": partial(average_precision_at, over="all"),
+}
+
+
 def _direction_block(
     direction: Direction,
     ranks: Ranks,
@@ -95,12 +102,15 @@ def _direction_block(
 ) -> dict:
     "The direction's entry of metrics.json; `n_equal_title`: queries whose words are the title that they look for."
     block = {"n_queries": len(ranks), "n_gallery": ranks.n_gallery, "n_keys": len(np.unique(direction.group))}
-    block |= _recall_block(ranks, direction.group, scoring)
-    unseen = unseen_queries(direction, scoring.catalog)
+    block |= {"mean_hits": float(ranks.n_hits.mean())} | _recall_block(ranks, direction.group, scoring)
+    dual = direction.name == DUAL
+    for name, measure in _DUAL_MEASURES.items() if dual else ():
+        block[name] = scoring.interval(measure(ranks, TOP), direction.group)
+    unseen = None if dual else unseen_queries(direction, scoring.catalog)
     if unseen is not None:
         recall = _recall_block(ranks, direction.group, scoring, unseen)
         block["unseen_title"] = {"n_queries": int(unseen.sum()), **recall}
-    if direction.query_view != "i" and direction.gallery_view != "i":  # pictures have no words to be equal to
+    if not dual and "i" not in (direction.query_view, direction.gallery_view):  # pictures have no words to be equal to
         equal = equal_titles(direction.queries, direction.gallery)
         block["n_equal_title"] = int(equal[direction.query_places].sum())
     block["chance"] = {f"R@{k}": _recall_of_chance(ranks, k) for k in _KS}
@@ -165,14 +175,14 @@ def _not_above(
 
 def _score_baselines(
     encoder,
+    benchmark: Benchmark,
+    views: dict[str, dict[str, np.ndarray]],  # the model's: item set -> view -> vectors
     ranked: list[tuple[Direction, Ranks]],  # the model's
-    queries: ItemSet,
-    gallery: ItemSet,
     scoring: _Scoring,
     directions: dict,  # the model's entries of metrics.json
 ) -> dict:
     "The entries trivial, below_baseline, level_with_baseline and skipped_baselines of metrics.json."
-    rankers, skipped = baseline_rankers(encoder, queries, gallery)
+    rankers, skipped = baseline_rankers(encoder, benchmark, views)
     trivial = defaultdict(dict)
     for direction, ranks in ranked:
         for name, ranker in rankers.items():
@@ -182,6 +192,23 @@ def _score_baselines(
     below, level = (_not_above(directions, trivial, verdict) for verdict in ("below", "level"))
     lists = {"below_baseline": below, "level_with_baseline": level, "skipped_baselines": skipped}
     return {"trivial": dict(trivial), **lists}
+
+
+def _best_single(
+    direction: Direction,  # dual->mm
+    ranks: Ranks,  # the model's
+    views: dict[str, dict[str, np.ndarray]],
+    scoring: _Scoring,
+) -> dict:
+    "The better of the two modalities alone at R@10, and what both together gain over it, by the paired test."
+    alone = {view: single_modality(direction, view) for view in ("t", "i")}
+    alone = {view: hit_at(part.ranks(views), 10) for view, part in alone.items() if len(part.gallery_places)}
+    view = max(alone, key=lambda name: alone[name].mean())
+    block = {"view": view, "R@10": scoring.interval(alone[view], direction.group)}
+    if scoring.resamples:
+        test = scoring.test(hit_at(ranks, 10), alone[view], direction.group)
+        block |= {"difference": test["difference"], "ci95": [test["lo"], test["hi"]], "p": test["p"]}
+    return block
 
 # %% ../../nbs/evaluation/430_evaluate.ipynb #9bad6782
 _LABEL_VIEWS = ("mm", "i", "t")
@@ -230,9 +257,10 @@ def _score_labels(
     vectors = encoder.encode([Item(text, None, text) for text in texts], view="t")
     vectors = checked_vectors(vectors, len(texts), "class and value texts")
     place = {text: number for number, text in enumerate(texts)}
-    title_words = [frozenset(folded_words(product.title)) for product in products]
+    tokenize = partial(folded_terms, bigrams=scoring.protocol != "catalog-v1")
+    title_words = [frozenset(tokenize(product.title)) for product in products]
     for task in tasks:
-        matched, classes = string_match(title_words, task), vectors[[place[text] for text in task.texts]]
+        matched, classes = string_match(title_words, task, tokenize), vectors[[place[text] for text in task.texts]]
         blocks = {view: _label_block(task, view, gallery, views, classes, matched, scoring) for view in _LABEL_VIEWS}
         if blocks := {view: block for view, block in blocks.items() if block}:
             scores[task.kind][task.name] = blocks
@@ -328,8 +356,8 @@ def run_benchmark(
     stored: Callable[[np.ndarray], np.ndarray] | None = None,  # as in `evaluate`
 ) -> Evaluation:
     "Encode once, then score everything the benchmark asks."
-    scoring = _Scoring(benchmark.catalog, resamples, seed, precision=benchmark.about["name"] != "catalog-v1")
-    planned, skipped = plan_directions(benchmark.queries, benchmark.gallery, benchmark.cross)
+    scoring = _Scoring(benchmark.catalog, resamples, seed, benchmark.about["name"])
+    planned, skipped = benchmark.plan()
     views, seconds = _encoded(encoder, benchmark)
     ranked = [(direction, direction.ranks(views, stored)) for direction in planned]
     unanswerable = "no query has a right answer among the products that are searched"
@@ -337,26 +365,33 @@ def run_benchmark(
     ranked = [(direction, ranks) for direction, ranks in ranked if ranks.n_hits.any()]
     blocks = [_direction_block(*pair, scoring, _nan_vectors(pair[0], views)) for pair in ranked]
     directions = {direction.name: block for (direction, _), block in zip(ranked, blocks)}
+    if DUAL in directions and stored is None:
+        directions[DUAL]["best_single"] = _best_single(*_named(ranked, DUAL), views, scoring)
     about = benchmark.about | {"model": encoder.fingerprint, "seed": seed, "resamples": resamples}
     about |= {} if stored is None else {"stored": str(stored)}
     if hasattr(getattr(encoder, "backbone", None), "cut_tokens"):
-        items = (*benchmark.gallery.items, *benchmark.queries.items)
+        items = [item for items in benchmark.item_sets for item in items.items]
         about["text_tokens"] = encoder.backbone.cut_tokens([text for item in items for text in item.texts])
     metrics = {"protocol": about, "directions": directions, "balance": _balance(directions)}
     metrics |= {"skipped": skipped} if skipped else {}
     if baselines and stored is None:
-        metrics |= _score_baselines(encoder, ranked, benchmark.queries, benchmark.gallery, scoring, directions)
-    if labels and about["name"] == "catalog-v1" and stored is None:
+        metrics |= _score_baselines(encoder, benchmark, views, ranked, scoring, directions)
+    if labels and about["name"] in PROTOCOLS and stored is None:
         metrics |= _score_labels(encoder, benchmark.products, benchmark.gallery, views["products"], scoring)
     metrics["timing"] = _timing(seconds, len(benchmark.products))
     per_query = pd.concat([_per_query_table(*pair) for pair in ranked], ignore_index=True)
     return Evaluation(metrics, per_query, views)
 
 
+def _named(ranked: list[tuple[Direction, Ranks]], name: str) -> tuple[Direction, Ranks]:
+    "The direction of this name, with its ranks."
+    return next(pair for pair in ranked if pair[0].name == name)
+
+
 def _encoded(encoder, benchmark: Benchmark) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:
     "The views of gallery and queries by the name of their item set, and the seconds each took."
     views, seconds = {}, {}
-    for items in (benchmark.gallery, benchmark.queries):
+    for items in benchmark.item_sets:
         started = time.perf_counter()
         views[items.name] = items.encode(encoder)
         seconds[items.name] = time.perf_counter() - started
@@ -375,8 +410,8 @@ def _nan_vectors(direction: Direction, views: dict[str, dict[str, np.ndarray]]) 
 
 
 def _balance(directions: dict) -> dict:
-    "Worst and best R@10 over the directions, and their ratio."
-    recalls = [block["R@10"]["value"] for block in directions.values()]
+    "Worst and best R@10 over the five directions between views, and their ratio."
+    recalls = [block["R@10"]["value"] for name, block in directions.items() if name != DUAL]
     worst, best = min(recalls), max(recalls)
     return {"min_R@10": worst, "max_R@10": best, "ratio": worst / best if best else 0.0}
 
@@ -387,11 +422,11 @@ def evaluate(
     split: str = "test",  # train, valid, test or all
     out: str | Path | None = None,  # a folder, or the name of the .json file; per_query.parquet is written beside it
     *,
-    protocol: str = "catalog-v1",  # or triplets-v1
+    protocol: str | None = None,  # catalog-v2 (None), catalog-v1 or triplets-v1
     baselines: bool = True,  # also score BM25, frozen vision features and the untrained encoder
-    labels: bool = True,  # also classification and attributes (catalog-v1)
+    labels: bool = True,  # also classification and attributes (not triplets-v1)
     resamples: int = 1000,  # bootstrap draws; 0 = no intervals
-    limit: int | None = None,  # at most so many products (catalog-v1) or queries (triplets-v1), first in hash order
+    limit: int | None = None,  # at most so many products (not triplets-v1) or queries (triplets-v1), first in hash order
     seed: int = 0,  # of the bootstrap; nothing else is random
     gallery: str | Path | Sequence[str] | None = None,  # triplets-v1: file with one product id per line, or the ids
     lexicon: Lexicon | None = None,  # made already, to save the second it takes

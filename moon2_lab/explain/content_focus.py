@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..augment.entities import is_unsegmented
 from ..augment.subject_mask import border_pixels
 from ..data.catalog import Catalog
 from ..data.products import Product
-from ..data.queries import WORD, fold, own_words
+from ..data.queries import own_words
+from ..data.words import WORD, fold, is_unsegmented
 from ..errors import DataError, UsageError
-from ..evaluation.protocol import pick_products
+from ..evaluation.item_sets import pick_products
 from ..evaluation.statistics import bootstrap_ci, paired_test
 from .attention import AttentionRows, attention_of
 from .attribution import require_vision
@@ -141,7 +141,7 @@ def _product_rows(
     subject = _subject_patches(side.item.image.load(), side.grid, side.fit) if seen else None
     if side.whole:
         yield _left_out_row(product, view, "cells", "no grid of patches")
-    for part, (counts, among) in _parts_of_side(side, own_words(product), subject).items():
+    for part, (counts, among) in _parts_of_side(side, own_words(product, bigrams=False), subject).items():
         reason = _why_left_out(part, counts, among)
         if reason:
             yield _left_out_row(product, view, part, reason)

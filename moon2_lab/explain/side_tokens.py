@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..augment.entities import UNSEGMENTED, is_unsegmented
 from ..config import VIEWS
 from ..data.products import Item
+from ..data.words import UNSEGMENTED, is_unsegmented
 from ..errors import DataError, UsageError
 from ..model.encoder import Moon2Encoder
 from ..model.token_rows import TokenRow

@@ -18,7 +18,8 @@ from ..data.catalog import Catalog
 from ..data.products import Item, Product
 from ..errors import DataError, UsageError, printable
 from ..evaluation.evaluate import run_benchmark
-from ..evaluation.protocol import Benchmark, LEVELS, make_benchmark, query_items
+from ..evaluation.label_tasks import LEVELS
+from ..evaluation.protocol import Benchmark, make_benchmark, query_items
 from ..evaluation.statistics import holm_corrected, paired_test, with_interval
 from ..files import plain
 from ..retrieval.filters import field_values, fold_value, parse_filter

@@ -14,7 +14,7 @@ from ..config import DIRECTIONS
 from ..data.images import ImageRef
 from ..data.products import Item, Product
 from ..errors import LabError, UsageError, printable
-from ..evaluation.protocol import LEVELS
+from ..evaluation.label_tasks import LEVELS
 from ..evaluation.statistics import p_text
 from ..explain.heatmap_data import trust_words
 from ..files import plain

@@ -21,9 +21,10 @@ from moon2_lab.data.images import (
     ImageRef, MAX_SIDE, decode_image, open_image, scale_down, to_rgb, turn_upright, without_metadata,
 )
 from ..data.products import Item, Product
-from ..data.queries import Lexicon, fold, make_query, words as words_of
+from ..data.queries import Lexicon, make_query
+from ..data.words import folded_terms
 from ..errors import DataError, UsageError, printable
-from ..evaluation.protocol import LEVELS
+from ..evaluation.label_tasks import LEVELS
 from .filters import fold_value, nearest_names
 
 # %% ../../nbs/retrieval/730_query_input.ipynb #de5f8207
@@ -210,8 +211,8 @@ def pick_product(
     named = str(named or "").strip()
     if product := catalog.get(named):
         return product
-    wanted = {fold(word) for word in words_of(named[:MAX_LETTERS])} - {""}
-    titles = [(product, {fold(word) for word in words_of(product.title or "")}) for product in catalog]
+    wanted = set(folded_terms(named[:MAX_LETTERS])) - {""}
+    titles = [(product, set(folded_terms(product.title))) for product in catalog]
     fitting = [product for product, words in titles if wanted and wanted <= words]
     if len(fitting) == 1:
         return fitting[0]
@@ -233,12 +234,12 @@ def matches(
     own = catalog.whole.get(query.item_id)
     if own is not None:
         return matching_attributes(own, product)
-    query_words, common = {fold(word) for word in words_of(query.text or "")}, []
+    query_words, common = set(folded_terms(query.text)), []
     facts = [("category", name) for name in (getattr(product, level) for level in LEVELS) if name]
     for name, values in product.attributes.items():
         facts += [(name, value.strip()) for value in values.split("|")]
     for name, value in facts:
-        folded = {fold(word) for word in words_of(value)} - {""}
+        folded = set(folded_terms(value)) - {""}
         if folded and folded <= query_words:
             common.append((name, value))
     return common

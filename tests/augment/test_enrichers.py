@@ -20,7 +20,7 @@ from moon2_lab.augment.title_enrichment import (
 )
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
-from moon2_lab.data.queries import words
+from moon2_lab.data.words import words
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.files import sha256_hex
 from PIL import Image

@@ -12,7 +12,7 @@ from moon2_lab.augment.entities import (
 )
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import Product
-from moon2_lab.data.queries import words
+from moon2_lab.data.words import words
 
 
 def shop(values, name="colour", **fields):

@@ -18,9 +18,8 @@ from PIL import Image, ImageDraw, ImageEnhance
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
-from moon2_lab.data.queries import (
-    Lexicon, fold, own_words, photo_settings, photo_view, query_image_ref, search_phrase, words,
-)
+from moon2_lab.data.queries import Lexicon, own_words, photo_settings, photo_view, query_image_ref, search_phrase
+from moon2_lab.data.words import fold, words
 from moon2_lab.errors import DataError
 
 DATA = os.environ.get("MOON2_DATA")

@@ -18,7 +18,9 @@ from moon2_lab.data.queries import Lexicon, query_image_ref, search_phrase
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.baselines import string_match
 from moon2_lab.evaluation.evaluate import evaluate, run_benchmark
-from moon2_lab.evaluation.protocol import catalog_queries, gallery_items, label_tasks, make_benchmark, pick_products
+from moon2_lab.evaluation.item_sets import gallery_items, pick_products
+from moon2_lab.evaluation.label_tasks import label_tasks
+from moon2_lab.evaluation.protocol import catalog_queries, make_benchmark
 from moon2_lab.evaluation.statistics import holm, p_text, paired_test_tables
 from moon2_lab.reporting.alarms import _baseline_alarms, _query_alarms
 from moon2_lab.reporting.tables import against_baselines, score_table

@@ -13,8 +13,8 @@ from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.explain.content_focus import _subject_patches, focus_table
-from moon2_lab.explain.explainer import Explainer
 from moon2_lab.explain.expert_routing import token_routing
+from moon2_lab.explain.explainer import Explainer
 from moon2_lab.model.backbone_check import check_backbone
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.model.hf_backbone import pil_processor

@@ -14,7 +14,7 @@ from PIL import Image
 
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import Product
-from moon2_lab.data.queries import Lexicon, fold, search_phrase, words
+from moon2_lab.data.queries import Lexicon, search_phrase
 from moon2_lab.data.sampler import TripletSampler
 from moon2_lab.data.synthetic.generator import (
     GENERATOR_VERSION, SHARES, STATED, describe, drawn_from, family_splits, make_catalog, make_title,
@@ -22,6 +22,7 @@ from moon2_lab.data.synthetic.generator import (
 from moon2_lab.data.synthetic.shapes import DRAWINGS
 from moon2_lab.data.synthetic.vocabulary import COLOURS, FILLERS, KIND_INFO, SYNONYMS
 from moon2_lab.data.triplets import build_triplets
+from moon2_lab.data.words import fold, words
 from moon2_lab.errors import LabError, UsageError
 from moon2_lab.evaluation.baselines import bm25
 
