@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image, ImageDraw
 
-from ..config import DIRECTIONS
+from ..config import REPORTED
 from ..data.images import ImageRef
 from ..data.products import Product
 from ..errors import LabError
@@ -179,7 +179,7 @@ def _recall_rows(metrics: Mapping, name: str) -> list[dict]:
     scores, rows = score_table(dict(metrics), name), []
     run = scores[scores.kind == "run"]
     best = {row["direction"]: row for row in against_baselines(scores).to_dict("records")}
-    for direction in [direction for direction in DIRECTIONS if direction in set(run["direction"])]:
+    for direction in [direction for direction in REPORTED if direction in set(run["direction"])]:
         of_direction = run[run["direction"] == direction].to_dict("records")
         recalls = {row["metric"]: (row["value"], row["lower"], row["upper"]) for row in of_direction}
         queries = number(section(metrics, "directions", direction).get("n_queries"))

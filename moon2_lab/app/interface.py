@@ -27,7 +27,7 @@ from moon2_lab.app.tabs import (
     COMPARES, EXPLAINS, PictureFile, QUIET, VIEW_LABELS, about_tab, compare_tab, connect_compare, connect_heatmap,
     connect_search, heatmap_tab, message, method_choices, search_tab, title_of, with_messages,
 )
-from ..config import DIRECTIONS, VIEWS
+from ..config import REPORTED, VIEWS
 from ..data.catalog import Catalog
 from ..errors import LabError, UsageError
 from ..files import static_text
@@ -46,7 +46,7 @@ def _from_link(
     letters, methods = list(service.models), [key for _, key in method_choices(service)]
     allowed = {
         "tab": ("search", "compare", "heatmap", "about"), "direction": VIEWS, "view": VIEWS,
-        "compare": ("", *DIRECTIONS), "method": methods, "kind": ("won", "lost", "moved"), "at": ("1", "5", "10"),
+        "compare": ("", *REPORTED), "method": methods, "kind": ("won", "lost", "moved"), "at": ("1", "5", "10"),
         "model": letters + (["both"] if len(letters) > 1 else []), "k": [str(k) for k in range(1, MAX_HITS + 1)],
     }
     lengths = {"q": MAX_LETTERS, "item": 200, "filter": 1000, "category": 300}
@@ -210,7 +210,7 @@ def _add_endpoints(service: SearchService) -> None:
             "What each word and each cell of a product adds to its score; layer and head of the attention, -1 for all."
         )
         endpoint("heatmap", service.heatmap, inputs, what, **EXPLAINS)
-        inputs = [gr.Dropdown(["", *DIRECTIONS], value="t->mm"), text(), gr.Number(10)]
+        inputs = [gr.Dropdown(["", *REPORTED], value="t->mm"), text(), gr.Number(10)]
         what = "Queries that changed from A to B, the most changed first; the first call takes longest."
         endpoint("compare", compare, inputs, what, **COMPARES)
 

@@ -24,7 +24,7 @@ from moon2_lab.app.components import (
     about_html, agreement_html, card, compare_html, experts_html, gallery_value, heat_html, product_html, shared_ranks,
 )
 from .service import COMPARED, MAX_HITS, ProductHit, SearchService
-from ..config import DIRECTIONS, VIEWS
+from ..config import REPORTED, VIEWS
 from ..data.products import Item
 from ..errors import LabError, UsageError, printable
 from ..evaluation.label_tasks import LEVELS
@@ -308,7 +308,7 @@ def compare_tab(service: SearchService) -> dict:
     with gr.Row():
         boxes = {
             "direction": gr.Dropdown(
-                [(f"{DIRECTION_WORDS[name]}, {name}", name) for name in DIRECTIONS], value="t->mm", label="Direction",
+                [(f"{DIRECTION_WORDS[name]}, {name}", name) for name in REPORTED], value="t->mm", label="Direction",
                 min_width=340,
             ),
             "category": gr.Dropdown([("all", "")], value="", label="Category", min_width=220),

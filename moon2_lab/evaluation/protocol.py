@@ -180,6 +180,12 @@ class Benchmark:
         own = [] if self.dual is None else [self.dual.gallery, self.dual.queries]
         return [self.gallery, self.queries, *own]
 
+    def shown(self, direction: str, product: Product, view: str = "mm") -> Item:
+        "A product as the gallery of a direction shows it: in `dual->mm` with its bare title."
+        if self.dual is not None and direction == DUAL and product.product_id in self.dual.gallery.ids:
+            return self.dual.gallery.items[self.dual.gallery.ids.index(product.product_id)]
+        return product.item(view)
+
     def plan(self) -> tuple[list[Direction], dict[str, str]]:
         "The directions that can be scored, and the reason for each that cannot. `DataError` when none can."
         planned, skipped = plan_directions(self.queries, self.gallery, self.cross)

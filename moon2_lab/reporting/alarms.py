@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 import pandas as pd
 
-from ..config import DIRECTIONS
+from ..config import REPORTED
 from ..data.products import describe_large_key
 from ..errors import printable
 from ..objective.omega_alarm import omega_alarms_of_run
@@ -85,7 +85,7 @@ def _score_alarms(metrics: dict) -> list[Alarm]:
     scores, alarms = score_table(metrics), []
     for direction in sorted(set(scores[(scores.kind == "run") & scores.value.isna()].direction)):
         alarms.append(Alarm("warning", f"{direction}: the score is not a number."))
-    for direction in DIRECTIONS:
+    for direction in REPORTED:
         if broken := section(metrics, "directions", direction).get("n_nan_vectors"):
             text = f"{direction}: {broken} broken vectors (NaN) among queries and gallery."
             alarms.append(Alarm("warning", text))

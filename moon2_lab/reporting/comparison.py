@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from ..config import DIRECTIONS
+from ..config import REPORTED
 from ..data.catalog import Catalog
 from ..data.products import Item, Product
 from ..errors import DataError, UsageError, printable
@@ -41,8 +41,8 @@ def _checked_table(
     if missing or not len(table):
         what = f"has no {'column ' + ', '.join(missing) if missing else 'queries'}"
         refuse(what, "give the per_query.parquet that evaluate writes")
-    if unknown := sorted(set(table["direction"]) - set(DIRECTIONS)):
-        refuse(f"has an unknown direction {unknown[0]!r}", f"one of {', '.join(DIRECTIONS)}")
+    if unknown := sorted(set(table["direction"]) - set(REPORTED)):
+        refuse(f"has an unknown direction {unknown[0]!r}", f"one of {', '.join(REPORTED)}")
     run = table.set_index(["direction", "query_id"])
     if run.index.has_duplicates:
         refuse(f"asks {run.index[run.index.duplicated()][0]} twice", "give the table of one evaluation")
@@ -53,7 +53,7 @@ def _paired_tables(
     table_a: pd.DataFrame,  # per_query.parquet of A
     table_b: pd.DataFrame,  # of B
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Both runs row by row, in the order of DIRECTIONS, then A's order. `DataError` when they did not ask the same."
+    "Both runs row by row, in the order of REPORTED, then A's order. `DataError` when they did not ask the same."
     a, b = _checked_table(table_a, "A"), _checked_table(table_b, "B")
     only = a.index.symmetric_difference(b.index)
     if len(only):
@@ -61,7 +61,7 @@ def _paired_tables(
         what = f"{len(only):,} queries are in one run only, first {query!r} ({direction}, run {letter})"
         advice = "evaluate both models on the same split with the same protocol and limit"
         raise DataError(what, where="per_query", advice=advice)
-    a = a.iloc[np.argsort([DIRECTIONS.index(direction) for direction, _ in a.index], kind="stable")]
+    a = a.iloc[np.argsort([REPORTED.index(direction) for direction, _ in a.index], kind="stable")]
     b = b.loc[a.index]
     unlike = [key for key, *ids in zip(a.index, a["hit_ids"], b["hit_ids"]) if set(ids[0]) != set(ids[1])]
     if unlike:
@@ -138,7 +138,7 @@ class Comparison:
     @property
     def directions(self) -> list[str]:
         "The directions there are, in the protocol's order."
-        return [direction for direction in DIRECTIONS if direction in set(self.table["direction"])]
+        return [direction for direction in REPORTED if direction in set(self.table["direction"])]
 
     def at(self, k: int) -> "Comparison":
         "The same, counted at another R@k. `UsageError` for what is no whole number from 1 on."
@@ -156,7 +156,7 @@ class Comparison:
     ) -> "Comparison":
         "The part that fits; it may be empty. `UsageError` for a name that there is not."
         table, keep = self.table, np.ones(len(self.table), dtype=bool)
-        for name, given, known in (("direction", direction, DIRECTIONS), ("kind", kind, KINDS)):
+        for name, given, known in (("direction", direction, REPORTED), ("kind", kind, KINDS)):
             if given and given not in known:
                 raise UsageError(f"unknown {name} {given!r}", where=name, advice=f"one of {', '.join(known)}")
             keep &= (table[name] == given).to_numpy() if given else True

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import DIRECTIONS
+from ..config import REPORTED
 from ..data.images import ImageRef
 from ..data.products import Item, Product
 from ..errors import LabError, UsageError, printable
@@ -112,7 +112,7 @@ def _row_entry(index: _PageIndex, comparison: Comparison, row: dict) -> dict:
     lists = {letter: _list_entry(index, comparison, row, letter) for letter in "ab"}
     ids_a, ids_b = set(row["top_ids_a"]), set(row["top_ids_b"])
     return {
-        "d": DIRECTIONS.index(row["direction"]), "id": printable(row["query_id"], 60),
+        "d": REPORTED.index(row["direction"]), "id": printable(row["query_id"], 60),
         "text": printable(row["text"], 200), "own": None if own is None else index.product(own),
         "path": index.path([row[level] for level in LEVELS]), "a": int(row["rank_a"]), "b": int(row["rank_b"]),
         "answers": len(row["hit_ids"]), "kind": row["kind"], "change": round(float(row["change"]), 6),
@@ -123,8 +123,7 @@ def _row_entry(index: _PageIndex, comparison: Comparison, row: dict) -> dict:
 def _explain_hit(
     encoder,  # Moon2Encoder
     query: Item,
-    product: Product,
-    view: str,  # of the product: t, i or mm
+    item: Item,  # the product as the direction shows it
     method: str = "ig",  # of `moon2_lab.explain.attribution`
     trials: int | None = None,  # random maps that the map is compared with; 0: not measured
 ) -> dict:  # product_id, score, method, words, cells, image, note, trust; or product_id and error
@@ -132,21 +131,21 @@ def _explain_hit(
     from moon2_lab.explain.explainer import Explainer, TRIALS
 
     try:
-        explainer = Explainer(encoder, query, product.item(view), trials=TRIALS if trials is None else trials)
+        explainer = Explainer(encoder, query, item, trials=TRIALS if trials is None else trials)
         attribution, faith = explainer.map("item", method), explainer.faith("item", method)
     except LabError as error:
-        return {"product_id": product.product_id, "error": str(error)}
+        return {"product_id": item.item_id, "error": str(error)}
     side = explainer.pair.item
     words = [[printable(word, 40), float(value)] for word, _, _, value in side.word_scores(attribution)]
     return {
-        "product_id": product.product_id, "score": explainer.pair.score, "method": attribution.title, "words": words,
+        "product_id": item.item_id, "score": explainer.pair.score, "method": attribution.title, "words": words,
         "cells": attribution.patches, "image": side.image, "note": attribution.note, "trust": trust_words(faith),
     }
 
 
 def _expert_shares(
     encoder,  # Moon2Encoder
-    products: Sequence[Product],
+    items: Sequence[Item],  # products as the direction shows them
     view: str = "mm",
     batch_size: int = 64,
 ) -> dict[str, list[float]]:  # product id -> (Z,) routing weights, sum 1; empty for an encoder without experts
@@ -155,13 +154,12 @@ def _expert_shares(
 
     from moon2_lab.explain.attention import evaluating
 
-    products, shares = list(dict.fromkeys(products)) if encoder.moe_blocks else [], {}
+    items, shares = list({item.item_id: item for item in items}.values()) if encoder.moe_blocks else [], {}
     with torch.no_grad(), evaluating(encoder):
-        for start in range(0, len(products), batch_size):
-            batch = products[start : start + batch_size]
-            items = [product.item(view) for product in batch]
-            routing = encoder.forward_items(items, (view,)).routing[view].float().cpu().tolist()
-            shares |= {product.product_id: row for product, row in zip(batch, routing)}
+        for start in range(0, len(items), batch_size):
+            batch = items[start : start + batch_size]
+            routing = encoder.forward_items(batch, (view,)).routing[view].float().cpu().tolist()
+            shares |= {item.item_id: row for item, row in zip(batch, routing)}
     return shares
 
 
@@ -181,9 +179,10 @@ def explain_changes(
         explained[key] = {}
         for letter, encoder in (("a", a), ("b", b)):
             products = [comparison.catalog.get(name) for name in row[f"top_ids_{letter}"][:hits]]
-            if products:
-                reason = _explain_hit(encoder, queries[key], products[0], view, method, trials)
-                explained[key][letter] = reason | {"routing": _expert_shares(encoder, products, view)}
+            items = [comparison.question.shown(key[0], product, view) for product in products]
+            if items:
+                reason = _explain_hit(encoder, queries[key], items[0], method, trials)
+                explained[key][letter] = reason | {"routing": _expert_shares(encoder, items, view)}
     return explained
 
 # %% ../../nbs/reporting/784_comparison_report.ipynb #113781a9
@@ -207,7 +206,7 @@ def _category_counts(index: _PageIndex, comparison: Comparison) -> list[list]:
     "[direction, category path, won, lost, moved, same] over all queries."
     counts = []
     for row in comparison.counts("direction", *LEVELS).to_dict("records"):
-        place = DIRECTIONS.index(row["direction"]), index.path([row[level] for level in LEVELS])
+        place = REPORTED.index(row["direction"]), index.path([row[level] for level in LEVELS])
         counts.append([*place, *(int(row[kind]) for kind in KINDS)])
     return counts
 
@@ -244,7 +243,7 @@ def _page_data(
     entries = [_row_entry(index, comparison, row) for row in rows]
     data = {
         "names": [printable(name, 60) for name in comparison.names], "k": comparison.k, "hits": hits,
-        "directions": [[name, DIRECTION_WORDS.get(name, "")] for name in DIRECTIONS],
+        "directions": [[name, DIRECTION_WORDS.get(name, "")] for name in REPORTED],
         "counts": _category_counts(index, comparison), "paths": list(map(list, index.paths)),
         "facts": index.fact_words, "products": list(index.products.values()), "rows": entries,
     }

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from .. import __version__
-from ..config import DIRECTIONS
+from ..config import REPORTED
 from ..errors import DataError, printable
 from ..files import read_json
 from .html import environment, percent
@@ -65,7 +65,7 @@ def _score_rows(metrics: dict) -> list[dict]:
     "A row for each direction that was measured."
     rows, table = [], score_table(metrics)
     best = against_baselines(table, "R@10").set_index("direction")
-    for direction in DIRECTIONS:
+    for direction in REPORTED:
         block = section(metrics, "directions", direction)
         if not block:
             continue

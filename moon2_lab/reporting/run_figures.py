@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ..config import DIRECTIONS, VIEWS
+from ..config import DIRECTIONS, REPORTED, VIEWS
 from ..errors import LabError
 from ..objective.omega_alarm import LARGEST_SHARE, NEAR_SHARE
 from moon2_lab.reporting.tables import (
@@ -58,7 +58,7 @@ def _refuse_empty(table, what: str) -> None:
         raise LabError(f"nothing to draw: no {what}", advice=advice)
 
 # %% ../../nbs/reporting/756_run_figures.ipynb #6d09ffbe
-def _score_trace(table: pd.DataFrame, name: str, kind: str, place: int):
+def _score_trace(table: pd.DataFrame, name: str, kind: str, place: int, rows: list[str]):
     "Dots (and intervals) of one run or baseline over the directions."
     import plotly.graph_objects as go
 
@@ -68,7 +68,7 @@ def _score_trace(table: pd.DataFrame, name: str, kind: str, place: int):
     lower = 0.2 * place if strong else 0  # other runs a little lower: intervals must not hide each other
     bars = {"array": (table.upper - table.value).tolist(), "arrayminus": (table.value - table.lower).tolist()}
     return go.Scatter(
-        x=table.value.tolist(), y=[DIRECTIONS.index(d) + lower for d in table.direction], mode="markers", name=label,
+        x=table.value.tolist(), y=[rows.index(d) + lower for d in table.direction], mode="markers", name=label,
         error_x=bars | {"type": "data", "symmetric": False, "thickness": 2.5} if strong else None,
         marker={"symbol": symbol, "size": 11 if strong else 9, "color": color, "line": {"width": 2}},
         customdata=table.direction.tolist(),
@@ -84,13 +84,13 @@ def score_figure(
     known = scores[(scores.metric == metric) & scores.value.notna()]
     _refuse_empty(known, f"{metric} scores")
     figure = blank_figure(f"{metric} per direction, with 95 % intervals", metric, height=360)
+    rows = [direction for direction in REPORTED if direction in set(known.direction)]
     runs = list(dict.fromkeys(known[known.kind.isin(["run", "comparison"])].name))
     for (kind, name), table in known.groupby(["kind", "name"], sort=False):
-        figure.add_trace(_score_trace(table, name, kind, runs.index(name) if name in runs else 0))
+        figure.add_trace(_score_trace(table, name, kind, runs.index(name) if name in runs else 0, rows))
     figure.update_xaxes(range=[-0.02, 1.02], tickformat=".0%")
-    places = list(range(len(DIRECTIONS)))
     return figure.update_yaxes(
-        tickvals=places, ticktext=list(DIRECTIONS), range=[len(DIRECTIONS) - 0.5, -0.5], automargin=True
+        tickvals=list(range(len(rows))), ticktext=rows, range=[len(rows) - 0.5, -0.5], automargin=True
     )
 
 # %% ../../nbs/reporting/756_run_figures.ipynb #b3be0c45
@@ -101,6 +101,7 @@ def balance_figure(
     figure = blank_figure("Modality balance: R@10 over the directions", "direction", "R@10")
     for place, (name, metrics) in enumerate(runs.items()):
         table = score_table(metrics, name).query("kind == 'run' and metric == 'R@10'").dropna(subset="value")
+        table = table[table.direction.isin(DIRECTIONS)]
         _refuse_empty(table, "R@10 scores")
         ratio = table.value.min() / table.value.max()
         figure.add_scatter(

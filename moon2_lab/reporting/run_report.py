@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from markupsafe import Markup
 
-from ..config import DIRECTIONS, VIEWS
+from ..config import REPORTED, VIEWS
 from ..errors import LabError, printable
 from ..explain.heatmap_data import PairHeatmap
 from ..objective.omega_alarm import LARGEST_SHARE, NEAR_SHARE, OMEGA_RULE
@@ -158,7 +158,7 @@ def _score_part(metrics: dict, scores: pd.DataFrame) -> dict:
 def _unseen_part(metrics: dict) -> list[dict]:
     "Scores over the queries whose title training never saw."
     rows = []
-    for direction in DIRECTIONS:
+    for direction in REPORTED:
         unseen = section(metrics, "directions", direction, "unseen_title")
         if unseen.get("R@10") is not None:
             whole = section(metrics, "directions", direction).get("R@10")
@@ -281,7 +281,7 @@ def _settings_part(settings: dict) -> dict:
 def _cards(scores: pd.DataFrame) -> list[tuple]:  # direction, its row of R@10, its row of R@1 or None
     "R@10 of the five directions, to be shown large."
     rows = {(row.direction, row.metric): row for row in scores[scores.kind == "run"].itertuples()}
-    known = [direction for direction in DIRECTIONS if (direction, "R@10") in rows]
+    known = [direction for direction in REPORTED if (direction, "R@10") in rows]
     return [(direction, rows[direction, "R@10"], rows.get((direction, "R@1"))) for direction in known]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from ..config import DIRECTIONS, VIEWS
+from ..config import DIRECTIONS, DUAL, REPORTED, VIEWS
 from ..evaluation.statistics import p_text
 from ..objective.omega_alarm import objectives_in
 
@@ -23,6 +23,7 @@ VIEW_WORDS = {"t": "text", "i": "image", "mm": "image + text"}
 DIRECTION_WORDS = {
     "t->mm": "search phrase to product", "i->mm": "photo to product", "mm->mm": "phrase and photo to product",
     "t->i": "title to picture", "i->t": "picture to title",
+    DUAL: "conditions to product: one to be seen, one to be read",
 }
 OBJECTIVE_WORDS = {
     "inter_t": "between products, text query", "inter_i": "between products, image query",
@@ -31,6 +32,7 @@ OBJECTIVE_WORDS = {
 }
 BASELINE_WORDS = {
     "bm25": "BM25 over titles", "frozen_vision": "frozen image features", "untrained": "untrained encoder",
+    "string_match": "words in the title", "title_only": "its own titles alone", "picture_only": "its own pictures alone",
     "chance": "chance",
 }
 
@@ -98,7 +100,7 @@ def score_table(
 ) -> pd.DataFrame:  # direction, name, kind (run, baseline, chance, comparison), metric, value, lower, upper, verdict, p
     "Every retrieval score in one long table; `verdict` and `p` say how this run stands to a baseline."
     rows = []
-    for direction in DIRECTIONS:
+    for direction in REPORTED:
         block = section(metrics, "directions", direction)
         rows += _score_rows(block, direction, name, "run")
         for baseline in section(metrics, "trivial", direction):
@@ -116,7 +118,7 @@ def against_baselines(
 ) -> pd.DataFrame:  # direction, baseline, baseline_value, value, difference, verdict (above, level, below, unknown), p
     "Each direction against its best trivial baseline, by the paired test of metrics.json; unknown where none was made."
     rows, known = [], scores[(scores.metric == metric) & scores.value.notna()]
-    for direction in DIRECTIONS:
+    for direction in REPORTED:
         run = known[(known.direction == direction) & (known.kind == "run")]
         trivial = known[(known.direction == direction) & (known.kind == "baseline")]
         if len(run) and len(trivial):
