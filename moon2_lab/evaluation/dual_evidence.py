@@ -129,15 +129,16 @@ def dual_direction(
 
     The gallery is main image + bare title of every product, and keeps its place; a query's hit keys are places."""
     visibility = Visibility.of(catalog, _configured_names() if names is None else names)
-    asked = {}
-    for product in products:
+    asked, seen = {}, any(product.has_image for product in products)
+    for product in products if seen else ():
         if conditions := Conditions.of(product, visibility):
             asked.setdefault(conditions, product.product_id)
     frequent = {pair[0] for pair in visibility.counts if visibility.is_eligible(pair)}
     about = {"visible": sorted(filter(visibility.is_visible, frequent))}
     about |= {"at_least": _AT_LEAST, "measures": _MEASURES}
     if not asked:
-        return None, about | {"skipped": "no product has a category and a visible value that need title and picture"}
+        why = "no product has a category and a visible value that need title and picture"
+        return None, about | {"skipped": why if seen else "no product has a picture"}
     places = np.arange(len(products))
     bare = [Item(visibility.bare_title(p), p.image_ref() if p.has_image else None, p.product_id) for p in products]
     gallery = ItemSet("bare products", [product.product_id for product in products], bare, places, places)

@@ -22,7 +22,7 @@ from .html import QueryHits, RankedProduct
 # %% ../../nbs/reporting/779_report_examples.ipynb #8e60a741
 def _pick_queries(
     per_query: pd.DataFrame,  # of per_query.parquet
-    count: int = 10,
+    count: int = 12,
 ) -> pd.DataFrame:
     "Rows of `count` queries, directions in turn, chosen by a hash of direction and id."
     names = per_query.direction + ":" + per_query.query_id
@@ -45,7 +45,7 @@ def query_hits(
     catalog: Catalog,  # the whole catalogue
     per_query: pd.DataFrame,  # of per_query.parquet
     question: Benchmark,  # of stored_benchmark
-    count: int = 10,
+    count: int = 12,
     hits: int = 6,  # shown for each query
 ) -> list[QueryHits]:
     "Some queries with their hits, as `write_report` takes them."
@@ -77,7 +77,7 @@ def explain_match(
     from moon2_lab.model.encoder import Moon2Encoder
 
     queries = query_items(question)
-    for row in _pick_queries(per_query, 10).itertuples():
+    for row in _pick_queries(per_query, 12).itertuples():
         product = catalog.get(row.hit_ids[0]) if len(row.hit_ids) else None
         if product is not None and product.has_image and len((product.title or "").split()) > 2:
             encoder, query = (

@@ -1,4 +1,4 @@
-"The protocol catalog-v1, written a second time as plainly as it reads, and golden values that must not change."
+"The protocols' queries, written a second time as plainly as they read, and golden values that must not change."
 
 import io
 import os
@@ -18,7 +18,9 @@ from PIL import Image, ImageDraw, ImageEnhance
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
-from moon2_lab.data.queries import Lexicon, own_words, photo_settings, photo_view, query_image_ref, search_phrase
+from moon2_lab.data.queries import (
+    PROTOCOLS, Lexicon, own_words, photo_settings, photo_view, query_image_ref, search_phrase,
+)
 from moon2_lab.data.words import fold, words
 from moon2_lab.errors import DataError
 
@@ -79,12 +81,12 @@ def plain_prefixes(products):
     return lengths
 
 
-def plain_phrase(product, variant, prefix):
+def plain_phrase(product, variant, prefix, protocol):
     rest = plain_words(product.title)[prefix:]
     own = plain_own(product)
     stay = [
         plain_fold(w) in own
-        or sha256(f"catalog-v1:phrase:{variant}:{product.product_id}:{j}".encode()).digest()[0] < 128
+        or sha256(f"{protocol}:phrase:{variant}:{product.product_id}:{j}".encode()).digest()[0] < 128
         for j, w in enumerate(rest)
     ]
     for j in range(len(rest)):
@@ -93,9 +95,9 @@ def plain_phrase(product, variant, prefix):
     return " ".join(w for w, s in zip(rest, stay) if s) or None
 
 
-def plain_photo(image, product_id, variant):
+def plain_photo(image, product_id, variant, protocol):
     rng = np.random.Generator(
-        np.random.PCG64(int.from_bytes(sha256(f"catalog-v1:photo:{variant}:{product_id}".encode()).digest()[:8], "big"))
+        np.random.PCG64(int.from_bytes(sha256(f"{protocol}:photo:{variant}:{product_id}".encode()).digest()[:8], "big"))
     )
     area, x, y, angle, brightness, contrast, colour = (
         rng.uniform(low, high)
@@ -170,31 +172,41 @@ GOLDEN = Product(
 )
 
 
-def golden_lexicon():
+def golden_lexicon(protocol):
     more = [
         Product(f"golden-{i}", f"Acme Lux {kind}", attributes={"kind": kind})
         for i, kind in ((2, "Wool Cap"), (3, "Silk Scarf"))
     ]
-    return Lexicon(Catalog.from_products([GOLDEN, *more]))
+    return Lexicon(Catalog.from_products([GOLDEN, *more]), protocol)
 
 
-def test_golden_phrases():
-    lexicon = golden_lexicon()
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_golden_phrases(protocol):
+    lexicon = golden_lexicon(protocol)
     assert lexicon.brand_prefix_length(GOLDEN) == 2
-    assert [search_phrase(GOLDEN, variant, lexicon) for variant in range(3)] == GOLDEN_PHRASES
+    assert [search_phrase(GOLDEN, variant, lexicon) for variant in range(3)] == GOLDEN_PHRASES[protocol]
 
 
-def test_golden_photo_settings():
-    drawn = [list(vars(photo_settings("golden-1", variant)).values()) for variant in (0, 1)]
-    assert np.allclose(drawn, GOLDEN_PHOTOS, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_golden_photo_settings(protocol):
+    drawn = [list(vars(photo_settings("golden-1", variant, protocol)).values()) for variant in (0, 1)]
+    assert np.allclose(drawn, GOLDEN_PHOTOS[protocol], rtol=0, atol=1e-12)
 
 
-GOLDEN_PHRASES = [
-    "Touch Men Navy Blue T-shirts Pack",
-    "Soft Men Navy Blue Polo T-shirts Pack",
-    "Quality Men Navy Blue T-shirts",
-]
-GOLDEN_PHOTOS = [  # area, x, y, angle, brightness, contrast, colour
+GOLDEN_PHRASES = {
+    "catalog-v1": [
+        "Touch Men Navy Blue T-shirts Pack",
+        "Soft Men Navy Blue Polo T-shirts Pack",
+        "Quality Men Navy Blue T-shirts",
+    ],
+    "catalog-v2": [
+        "Premium Quality Men Navy Blue T-shirts Pack",
+        "Premium Quality Men Navy Blue T-shirts Pack",
+        "Premium Touch Men Navy Blue T-shirts",
+    ],
+}
+GOLDEN_PHOTOS = {  # area, x, y, angle, brightness, contrast, colour
+    "catalog-v1": [
     [
         0.8611092503688456,
         0.9000000622913503,
@@ -213,16 +225,41 @@ GOLDEN_PHOTOS = [  # area, x, y, angle, brightness, contrast, colour
         1.122415662322891,
         0.9482570415749052,
     ],
-]
+],
+    "catalog-v2": [
+        [
+            0.7727381675213059,
+            0.8528495547928948,
+            0.64167851382521,
+            -1.6818262836745852,
+            0.9937425112457812,
+            0.95017620209302,
+            1.1191225626046688,
+        ],
+        [
+            0.7719077603833208,
+            0.7492656094112135,
+            0.23580093970494986,
+            3.520643952152529,
+            1.188378512108235,
+            1.1273880964348861,
+            1.0363203190836605,
+        ],
+    ],
+}
 
 
-def test_golden_photo_pixels():
-    view = np.asarray(photo_view(draw("teal"), "golden-1", 0)).astype(float)
-    assert view.shape == (*GOLDEN_VIEW[:2], 3)
-    assert np.allclose(view.mean((0, 1)), GOLDEN_VIEW[2:], atol=1.0)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_golden_photo_pixels(protocol):
+    view, golden = np.asarray(photo_view(draw("teal"), "golden-1", 0, protocol)).astype(float), GOLDEN_VIEW[protocol]
+    assert view.shape == (*golden[:2], 3)
+    assert np.allclose(view.mean((0, 1)), golden[2:], atol=1.0)
 
 
-GOLDEN_VIEW = [59, 45, 147.8, 177.9, 178.1]  # height, width, mean red, green, blue
+GOLDEN_VIEW = {  # height, width, mean red, green, blue
+    "catalog-v1": [59, 45, 147.8, 177.9, 178.1],
+    "catalog-v2": [56, 42, 140.1, 184.4, 184.2],
+}
 
 
 # ---- phrases
@@ -234,17 +271,20 @@ TITLE = st.lists(st.sampled_from("kiff bros oak blue red Shirts shirt TOP 👟 m
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(TITLE, st.sampled_from(["", "blue", "shirts|top", "red|men"])), min_size=1, max_size=12))
-def test_lexicon_and_phrases_agree_with_the_plain_text(drawn):
+@given(
+    st.lists(st.tuples(TITLE, st.sampled_from(["", "blue", "shirts|top", "red|men"])), min_size=1, max_size=12),
+    st.sampled_from(PROTOCOLS),
+)
+def test_lexicon_and_phrases_agree_with_the_plain_text(drawn, protocol):
     catalog = Catalog.from_products(
         [Product(f"p{i}", title or "x", attributes={"kind": kind}) for i, (title, kind) in enumerate(drawn)]
     )
-    lexicon, expected = Lexicon(catalog), plain_prefixes(list(catalog))
+    lexicon, expected = Lexicon(catalog, protocol), plain_prefixes(list(catalog))
     for product in catalog:
         assert own_words(product) == plain_own(product)
         assert lexicon.brand_prefix_length(product) == expected[product.product_id]
         for variant in range(3):
-            phrase = plain_phrase(product, variant, expected[product.product_id])
+            phrase = plain_phrase(product, variant, expected[product.product_id], protocol)
             assert search_phrase(product, variant, lexicon) == phrase
 
 
@@ -265,7 +305,7 @@ def test_a_title_of_10_000_characters_is_quick():
 
 
 def test_titles_without_words_ask_nothing():
-    lexicon = golden_lexicon()
+    lexicon = golden_lexicon(PROTOCOLS[0])
     assert [search_phrase(Product("a", title), 0, lexicon) for title in (None, "", "👟👟", "***")] == [None] * 4
     assert search_phrase(Product("a", "Mug"), 0, lexicon) == "Mug"
     with pytest.raises(DataError, match="negative"):
@@ -276,11 +316,14 @@ def test_titles_without_words_ask_nothing():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.text(min_size=1, max_size=12).filter(lambda text: text.isprintable()), st.integers(0, 9))
-def test_photo_view_agrees_with_the_plain_text(product_id, variant):
-    picture = draw("teal")
-    assert photo_view(picture, product_id, variant).tobytes() == plain_photo(picture, product_id, variant).tobytes()
-    drawn = photo_settings(product_id, variant)
+@given(
+    st.text(min_size=1, max_size=12).filter(lambda text: text.isprintable()), st.integers(0, 9),
+    st.sampled_from(PROTOCOLS),
+)
+def test_photo_view_agrees_with_the_plain_text(product_id, variant, protocol):
+    picture, options = draw("teal"), (product_id, variant, protocol)
+    assert photo_view(picture, *options).tobytes() == plain_photo(picture, *options).tobytes()
+    drawn = photo_settings(*options)
     assert (
         0.6 <= drawn.area < 0.9 and -8 <= drawn.angle < 8 and 0.8 <= min(drawn.brightness, drawn.contrast, drawn.colour)
     )
@@ -328,13 +371,13 @@ def test_real_set(name, tmp_path, monkeypatch):
     for product in catalog:
         assert lexicon.brand_prefix_length(product) == expected[product.product_id]
         phrase = search_phrase(product, 0, lexicon)
-        assert phrase == plain_phrase(product, 0, expected[product.product_id])
+        assert phrase == plain_phrase(product, 0, expected[product.product_id], PROTOCOLS[0])
         assert len(phrase.split()) >= min(2, len(words(product.title)))
     for product in catalog[:: max(1, len(catalog) // 10)]:
         if product.n_images == 1:
             assert (
                 query_image_ref(product, 0).load().tobytes()
-                == plain_photo(product.image(), product.product_id, 0).tobytes()
+                == plain_photo(product.image(), product.product_id, 0, PROTOCOLS[0]).tobytes()
             )
 
 
