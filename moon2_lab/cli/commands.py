@@ -151,8 +151,9 @@ def _training_memory(checked) -> dict | None:  # BackboneCheck
 # %% ../../nbs/cli/910_commands.ipynb #e51890f0
 def train_command(args: argparse.Namespace) -> Outcome:
     "Train an encoder into a run folder."
-    from moon2_lab.cli.pipeline import build_trainer, load_catalogue, plan_from_config, plan_lines
-    from moon2_lab.cli.pipeline import resumed_config, train_run
+    from moon2_lab.cli.pipeline import (
+        build_trainer, load_catalogue, plan_from_config, plan_lines, resumed_config, train_run,
+    )
     from moon2_lab.config import TrainConfig
     from moon2_lab.files import try_folder
     from moon2_lab.folders import require_free, require_new

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import DIRECTIONS, TrainConfig
+from ..config import REPORTED, TrainConfig
 from ..errors import LabError, UsageError
 from ..files import NotSaved, cache_dir, read_json, sha256_hex, try_file, try_folder
 from ..folders import held, holds_nothing, model_folder, require_free, require_new, whole_folder
@@ -254,7 +254,7 @@ def score_lines(
     rows = {(row.direction, row.metric): row for row in scores[scores.kind == "run"].itertuples()}
     beside = {row.direction: row for row in against_baselines(scores).itertuples()}
     lines = [f"{'direction':<10} {'R@1':>6} {'R@10':>6}  {'95 % interval':<14} best trivial baseline"]
-    for direction in DIRECTIONS:
+    for direction in REPORTED:
         if (direction, "R@10") in rows:
             first, tenth, other = rows[direction, "R@1"], rows[direction, "R@10"], beside.get(direction)
             standing = other and ", ".join(filter(None, (other.verdict, other.p)))
@@ -289,7 +289,7 @@ def report_run(
     "Write RUN/report.html (and metrics.json, where it is missing); returns its path."
     import pandas as pd
 
-    from moon2_lab.reporting.report_examples import explain_match, query_hits, stored_queries
+    from moon2_lab.reporting.report_examples import explain_match, query_hits, stored_benchmark
     from moon2_lab.reporting.run_report import write_report
 
     run = Path(run)
@@ -304,9 +304,9 @@ def report_run(
     tables = {name: pd.read_parquet(path) if path.is_file() else None for name, path in files.items()}
     per_query, examples = tables.pop("per_query"), {"queries": None, "heatmap": None}
     if per_query is not None:
-        queries = stored_queries(catalog, metrics["protocol"])
-        examples["queries"] = query_hits(catalog, per_query, queries)
-        examples["heatmap"] = explain_match(run, catalog, per_query, queries, device)
+        question = stored_benchmark(catalog, metrics["protocol"])
+        examples["queries"] = query_hits(catalog, per_query, question)
+        examples["heatmap"] = explain_match(run, catalog, per_query, question, device)
     settings = read_json(run / "run_settings.json") if (run / "run_settings.json").is_file() else {}
     settings |= {"facts": _run_facts(settings)}
     page, rivals = run / "report.html", _rival_scores(run) or None

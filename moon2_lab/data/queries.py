@@ -41,7 +41,7 @@ def own_words(
     return {term for text in texts if text for term in folded_terms(text, bigrams)} - {""}
 
 # %% ../../nbs/data/140_queries.ipynb #ab39274c
-PROTOCOLS = ("catalog-v2", "catalog-v1")  # in every hash: another protocol makes other queries; the first is the default
+PROTOCOLS = ("catalog-v2", "catalog-v1")  # in every hash: another protocol asks otherwise; the default first
 
 
 class Lexicon:
@@ -198,7 +198,8 @@ def query_image_ref(
     others = product.n_images - 1
     if others and (variant == 0 or variant % 2 == 1):
         return product.image_ref(1 + variant // 2 % others)
-    mark = _digest(protocol, "photo", variant, product.product_id).hex()[:12]  # the view depends on the id as well as the picture
+    # the view depends on the id as well as the picture
+    mark = _digest(protocol, "photo", variant, product.product_id).hex()[:12]
     view = partial(photo_view, product_id=product.product_id, variant=variant, protocol=protocol)
     return product.image_ref().then(f"photo{variant}-{mark}", view)
 

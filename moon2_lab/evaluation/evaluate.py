@@ -428,7 +428,7 @@ def evaluate(
     baselines: bool = True,  # also score BM25, frozen vision features and the untrained encoder
     labels: bool = True,  # also classification and attributes (not triplets-v1)
     resamples: int = 1000,  # bootstrap draws; 0 = no intervals
-    limit: int | None = None,  # at most so many products (not triplets-v1) or queries (triplets-v1), first in hash order
+    limit: int | None = None,  # at most so many products, in triplets-v1 queries: the first in hash order
     seed: int = 0,  # of the bootstrap; nothing else is random
     gallery: str | Path | Sequence[str] | None = None,  # triplets-v1: file with one product id per line, or the ids
     lexicon: Lexicon | None = None,  # made already, to save the second it takes

@@ -19,8 +19,9 @@ from torch import Tensor
 from ..config import TrainConfig, VIEWS
 from ..data.products import Product
 from ..data.triplets import Triplet
+from ..data.words import folded_terms
 from ..errors import DataError, UsageError
-from ..evaluation.baselines import bm25, folded_words
+from ..evaluation.baselines import bm25
 from ..files import sha256_hex
 from .contrastive import CandidateMasks, candidate_masks, inter_product_loss
 from moon2_lab.objective.objective import (
@@ -269,7 +270,7 @@ class AttributeOverlap:
     ):
         words = defaultdict(dict)  # key -> the words of its attribute values, each once, in order
         for product in products:
-            values = [word for value in product.attributes.values() for word in folded_words(value)]
+            values = [word for value in product.attributes.values() for word in folded_terms(value)]
             words[product.key] |= dict.fromkeys(values)
         self._place = {key: place for place, key in enumerate(words)}
         texts = list(words.values())

@@ -32,7 +32,8 @@ OBJECTIVE_WORDS = {
 }
 BASELINE_WORDS = {
     "bm25": "BM25 over titles", "frozen_vision": "frozen image features", "untrained": "untrained encoder",
-    "string_match": "words in the title", "title_only": "its own titles alone", "picture_only": "its own pictures alone",
+    "string_match": "words in the title", "title_only": "its own titles alone",
+    "picture_only": "its own pictures alone",
     "chance": "chance",
 }
 

@@ -17,7 +17,7 @@ from ..config import VIEWS
 from ..data.images import ImageRef
 from ..data.products import Item, Product
 from ..errors import DataError, UsageError
-from ..evaluation.protocol import checked_vectors
+from ..evaluation.item_sets import checked_vectors
 from ..evaluation.ranking import normalised
 from ..model.memory import weights_digest
 

@@ -19,7 +19,7 @@ from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
 from moon2_lab.data.queries import (
-    PROTOCOLS, Lexicon, own_words, photo_settings, photo_view, query_image_ref, search_phrase,
+    Lexicon, PROTOCOLS, own_words, photo_settings, photo_view, query_image_ref, search_phrase,
 )
 from moon2_lab.data.words import fold, words
 from moon2_lab.errors import DataError
@@ -427,7 +427,7 @@ def test_no_word_is_cut_at_a_mark(title, count):
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(codec="utf-8", min_codepoint=0x20, max_codepoint=0x1EFF), max_size=40))
-def test_decomposed_titles_give_the_folded_words_of_composed_ones(text):
+def test_decomposed_titles_give_the_folded_terms_of_composed_ones(text):
     composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
     assert [fold(word) for word in words(decomposed)] == [fold(word) for word in words(composed)]
 

@@ -14,7 +14,7 @@ from moon2_lab.config import DIRECTIONS, DUAL, REPORTED
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item, Product
-from moon2_lab.data.queries import PROTOCOLS, Lexicon, query_image_ref, search_phrase
+from moon2_lab.data.queries import Lexicon, PROTOCOLS, query_image_ref, search_phrase
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.baselines import string_match
 from moon2_lab.evaluation.evaluate import evaluate, run_benchmark
