@@ -21,7 +21,7 @@ from ..data.images import ImageRef
 from ..data.products import Item
 from ..data.text_fields import clean_text
 from ..errors import DataError
-from .protocol import ItemSet
+from .item_sets import ItemSet
 from .relevance_judgements import Judgements, read_qrels, read_text
 
 # %% ../../nbs/evaluation/442_benchmark_files.ipynb #4e2e0631

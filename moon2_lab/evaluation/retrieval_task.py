@@ -19,7 +19,7 @@ from ..data.products import Item
 from ..errors import DataError
 from .baselines import bm25
 from .benchmark_files import candidate_set
-from .protocol import TOP, ItemSet
+from .item_sets import ItemSet, TOP
 from .public_benchmarks import query_scores
 from .ranking import Ranks, hit_at, normalised, rank_scores, ranks_chunked
 from .statistics import holm_corrected, paired_test, with_interval
