@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADAPTERS', 'rival_kind', 'load_rival', 'known_encoder', 'load_encoder', 'explainable', 'encoder_name']
 
-# %% ../../nbs/rivals/590_loading.ipynb #3fa452e2
+# %% ../../nbs/rivals/590_loading.ipynb #85d5a81e
 import inspect
 import re
 from collections.abc import Callable
@@ -13,18 +13,45 @@ from pathlib import Path
 
 from ..config import parse_value
 from ..errors import UsageError
+from ..files import read_json
 from ..folders import model_folder, model_name
 from ..model.encoder import Moon2Encoder
 from .adapters import RivalEncoder
+from .last_token import LastTokenEncoder, PROMPTS
+from .late_fusion import LateFusion, load_fusion
 from .pretrained import ClipEncoder, FrozenEncoder, MeanPooledText, SentenceEncoder
+from .two_tower import TwoTower, load_two_tower
 
-# %% ../../nbs/rivals/590_loading.ipynb #8efb219b
+# %% ../../nbs/rivals/590_loading.ipynb #fe6c5d66
+def _two_tower(name: str, device="auto") -> TwoTower:
+    "A trained dual tower."
+    return load_two_tower(model_folder(name), device)
+
+
+def _late_fusion(name: str, device="auto", image_share: float = -1.0) -> LateFusion:
+    "Two encoders by name, CROSS+WORDS, or a folder that names them; a share below 0 is the folder's own, or one half."
+    folder = Path(name) / "model" if (Path(name) / "model" / "config.json").is_file() else name
+    return load_fusion(folder, lambda part: load_encoder(part, device), None if image_share < 0 else image_share)
+
+
+def _last_token(kind: str) -> Callable[..., LastTokenEncoder]:
+    "A maker of models of this kind."
+    def make(name: str, device="auto", instruction: str = "", image_side: int = 0, dtype: str = "auto"):
+        return LastTokenEncoder(name, device, kind, instruction, image_side, dtype)
+
+    return make
+
+
 ADAPTERS: dict[str, Callable[..., RivalEncoder]] = {  # kind -> (name, device, its options) -> encoder; add to it
     "st": SentenceEncoder,
     "clip": ClipEncoder,
     "minilm": MeanPooledText,
     "frozen": FrozenEncoder,
+    **{kind: _last_token(kind) for kind in PROMPTS},
+    "two-tower": _two_tower,
+    "late-fusion": _late_fusion,
 }
+_FOLDERS = {"two_tower": "two-tower", "late_fusion": "late-fusion"}  # model_type of a folder -> kind
 
 
 def rival_kind(name: str | Path) -> str:
@@ -66,7 +93,7 @@ def _options(make: Callable, text: str, name: str) -> dict:
         options[key] = parse_value(key, value, known[key])
     return options
 
-# %% ../../nbs/rivals/590_loading.ipynb #4078b998
+# %% ../../nbs/rivals/590_loading.ipynb #585f5364
 def known_encoder(name: str | Path) -> str:
     "The name, when it can be a model: a rival, or a folder that holds one. `UsageError` for what is neither."
     if not rival_kind(name):
@@ -81,7 +108,10 @@ def load_encoder(
     "The encoder of that name, on the device: for `evaluate`, `compare_encoders` and all that takes `encode_views`."
     if rival_kind(name):
         return load_rival(str(name), device)
-    return Moon2Encoder.from_pretrained(model_folder(name), device)
+    folder = model_folder(name)
+    saved = read_json(folder / "config.json")
+    kind = _FOLDERS.get(saved.get("model_type")) if isinstance(saved, dict) else None
+    return ADAPTERS[kind](str(folder), device) if kind else Moon2Encoder.from_pretrained(folder, device)
 
 
 def explainable(*encoders) -> bool:
