@@ -33,17 +33,18 @@ def fitted_steps(
 ) -> int:
     """The number of steps that fits the clock, between two steps. It falls when the run would pass `max_minutes`, so
     that the learning rate still comes to its end; once, early, it may rise, where the calibration saw a slower
-    machine."""
+    machine. Where no further step fits, the run ends, but for a single step where the schedule is far from its end."""
     limit, step = 60 * config.max_minutes, len(seconds)
     if not limit or step >= max_steps:
         return max_steps
     taken = list(seconds[1:]) or [done]  # the first step loads kernels
-    pace = statistics.fmean(taken[-max(8, len(taken) // 4) :])
-    if done >= limit:
+    recent = taken[-max(8, len(taken) // 4) :]
+    pace, left = statistics.fmean(recent), max(0.0, limit - done)
+    if left < max(pace, statistics.fmean(taken[-2:])):  # the next one would end too late
         return step + (step / max(max_steps, 1) < 0.9)  # one more step, at the end of the schedule
     if step >= 3:
-        max_steps = max(step + 1, min(max_steps, step + max(0, int((limit - done) / pace))))
+        max_steps = max(step + 1, min(max_steps, step + int(left / pace)))
     first_look = step >= 5 and done >= limit / 20 and not (step > 5 and done - taken[-1] >= limit / 20)
     if first_look and not config.max_steps:
-        max_steps = max(max_steps, step + int(0.95 * (limit - done) / pace))
+        max_steps = max(max_steps, step + int(0.95 * left / pace))
     return max_steps
