@@ -321,7 +321,7 @@ def test_eval_prints_scores_and_writes_them(moon2, trained, drawn_catalogue, tmp
         "--json",
     )
     metrics = json.loads(out)
-    assert code == 0 and metrics["protocol"]["name"] == "catalog-v1" and metrics["protocol"]["split"] == "all"
+    assert code == 0 and metrics["protocol"]["name"] == "catalog-v2" and metrics["protocol"]["split"] == "all"
     assert json.loads((tmp_path / "scores.json").read_text())["directions"] == metrics["directions"]
     assert (tmp_path / "scores.per_query.parquet").is_file() and not (tmp_path / "per_query.parquet").exists()
 
@@ -401,7 +401,7 @@ def test_the_main_job_end_to_end(moon2, drawn_catalogue, tmp_path):
         "per_query.parquet",
     } <= {path.name for path in out.iterdir()}
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert page.count('class="query"') == 10 and not re.search(r"https?://(?!www\.w3\.org/)", page)
+    assert page.count('class="query"') == 12 and not re.search(r"https?://(?!www\.w3\.org/)", page)
     code, printed, _ = moon2("run", "--catalog", drawn_catalogue, "--out", out, *SMALL, "--json")
     assert code == 0 and Path(json.loads(printed)["moved"], "report.html").is_file() and (out / "report.html").is_file()
     (out / "report.html").unlink()
