@@ -258,7 +258,8 @@ def test_without_the_library_the_extra_is_named(monkeypatch, tmp_path):
 
 def test_eval_and_compare_take_rivals(moon2, drawn_catalogue, tmp_path):
     train_two_tower(Catalog.load(drawn_catalogue), TOWER, steps=3, out=tmp_path / "tower", device="cpu")
-    code, out, _ = moon2("eval", "frozen:tiny", "--catalog", drawn_catalogue, "--out", tmp_path / "frozen.json", "--json")
+    words = ("--catalog", drawn_catalogue, "--out", tmp_path / "frozen.json", "--json")
+    code, out, _ = moon2("eval", "frozen:tiny", *words)
     metrics = json.loads(out)
     assert code == 0 and metrics["protocol"]["model"] == FrozenEncoder("tiny", "cpu").fingerprint
     assert metrics["directions"]["i->mm"]["R@10"]["value"] > metrics["directions"]["t->i"]["R@10"]["value"]
@@ -270,7 +271,8 @@ def test_eval_and_compare_take_rivals(moon2, drawn_catalogue, tmp_path):
 @pytest.mark.parametrize(
     "name, said",
     [("bert:some", "there is no kind of model"), ("clip:nowhere", "no such folder"),
-     ("frozen:tiny?colour=red", "no option"), ("two-tower:nowhere", "no such folder"), ("frozen:huge", "no frozen parts")],
+     ("frozen:tiny?colour=red", "no option"), ("two-tower:nowhere", "no such folder"),
+     ("frozen:huge", "no frozen parts")],
 )
 def test_a_wrong_name_is_one_sentence(moon2, drawn_catalogue, name, said):
     code, out, err = moon2("eval", name, "--catalog", drawn_catalogue)
