@@ -2,7 +2,8 @@
 
 The public Python interface is `from moon2_lab import NAME`; a name is loaded when it is first asked for, so that
 `import moon2_lab` loads nothing heavy. Everything else lives in the rooms: data, data.importers, data.synthetic, model,
-evaluation, augment, objective, training, explain, retrieval, reporting, widgets, app, cli.
+evaluation, augment, objective, training, explain, retrieval, studies, reporting,
+widgets, app, cli.
 """
 __version__ = "0.1.0"
 

@@ -13,6 +13,7 @@ PURPOSES = {
     "rivals": "other models behind the same interface",
     "explain": "why this match",
     "retrieval": "vectors, store, search",
+    "studies": "many runs, one question",
     "reporting": "tables, figures, pages",
     "widgets": "to touch in JupyterLab",
     "app": "the browser demo",

@@ -16,7 +16,7 @@ import json
 import logging
 from pathlib import Path
 
-from common import chosen_products, make_trainer, paired
+from common import make_trainer, paired
 
 ARMS = {
     "without": {"enriched_titles": False, "expanded_images": "none"}, "titles": {"expanded_images": "none"},
@@ -73,6 +73,7 @@ def main() -> None:
     from moon2_lab.augment.pipeline import evaluation_hash
     from moon2_lab.config import TrainConfig
     from moon2_lab.data.catalog import Catalog
+    from moon2_lab.studies.ablation import chosen_products
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,8 @@
-"""What the studies share: their products, their trainer, and the paired difference of two arms."""
-import hashlib
+"""What the studies share: their trainer, and the paired difference of two arms."""
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-
-
-def chosen_products(catalog, count: int):
-    "The train products of the study, the first by a hash of the id."
-    from moon2_lab.data.catalog import Catalog
-
-    train = catalog.split("train")
-    if count >= len(train):
-        return train
-    order = sorted(train, key=lambda product: hashlib.sha256(f"study:{product.product_id}".encode()).digest())
-    return Catalog(order[:count], folder=catalog.folder, whole=catalog)
 
 
 def make_trainer(catalog, part, config, objective=None):

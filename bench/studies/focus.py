@@ -16,7 +16,7 @@ import logging
 from pathlib import Path
 
 import pandas as pd
-from common import chosen_products, make_trainer
+from common import make_trainer
 
 def train_arm(catalog, part, arm: str, config, steps_file: Path, folder: Path) -> None:
     "Train one arm, unless its model is there."
@@ -53,6 +53,7 @@ def main() -> None:
     from moon2_lab.config import TrainConfig
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.model.encoder import Moon2Encoder
+    from moon2_lab.studies.ablation import chosen_products
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import logging
 from pathlib import Path
 
 import pandas as pd
-from common import chosen_products, make_trainer, paired
+from common import make_trainer, paired
 
 DTYPES = ("float32", "float16", "int8", "binary")
 
@@ -75,6 +75,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from moon2_lab.config import TrainConfig
     from moon2_lab.data.catalog import Catalog
+    from moon2_lab.studies.ablation import chosen_products
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

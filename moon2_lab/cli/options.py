@@ -134,7 +134,7 @@ moon2 COMMAND --help shows the options of a command."""
 
 
 def build_parser(
-    commands,  # has the functions that the table names: the module `commands`
+    *modules,  # have the functions that the table names: `commands` and `study_commands`
 ) -> argparse.ArgumentParser:
     "The parser of the whole command, from `static/commands.toml`; parsed options have the function as `run`."
     from moon2_lab import __version__
@@ -152,7 +152,8 @@ def build_parser(
             groups[group] = groups[""].add_parser(group, help=about[group], allow_abbrev=False).add_subparsers(
                 metavar="COMMAND", required=True
             )
-        _add_command(groups[group], word, command, getattr(commands, command["run"]), shared, how)
+        run = next(getattr(module, command["run"]) for module in modules if hasattr(module, command["run"]))
+        _add_command(groups[group], word, command, run, shared, how)
     return parser
 
 

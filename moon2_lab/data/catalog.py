@@ -224,9 +224,9 @@ class Catalog:
             splits = ", ".join(f"{split} ({count})" for split, count in self.splits.items())
             what, where = f"no usable product in split {name!r}", str(self.folder or "catalogue")
             raise DataError(what, where=where, advice=f"splits found: {splits or 'none'}")
-        return self if len(products) == len(self) else self._part(products)
+        return self if len(products) == len(self) else self.part(products)
 
-    def _part(self, products: list[Product]) -> "Catalog":
+    def part(self, products: list[Product]) -> "Catalog":
         "These products as a catalogue; triplets and negatives of others are left out."
         ids, triplets = {product.product_id for product in products}, self.triplets
         if triplets is not None:
@@ -239,7 +239,7 @@ class Catalog:
 
     def without(self, keys: Collection[int]) -> "Catalog":
         "The products with none of these keys; triplets and negatives of the others are left out."
-        return self._part([product for product in self if product.key not in keys])
+        return self.part([product for product in self if product.key not in keys])
 
     def image_ref(self, path: str) -> ImageRef | None:
         "A picture of the catalogue by its path in the tables (query pictures), None when it was set aside."
