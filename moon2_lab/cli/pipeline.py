@@ -380,7 +380,7 @@ def augment_scorer(
 
 # %% ../../nbs/cli/900_pipeline.ipynb #69ae1fa3
 def _rival_run(
-    name: str,  # a key of RIVALS
+    name: str,  # of VARIANTS of `moon2_lab.studies.variants`
     catalog,  # Catalog
     out: str | Path,  # run folder
     config: TrainConfig,  # of the run it stands beside
@@ -388,15 +388,14 @@ def _rival_run(
     command: str | None = None,  # as typed
 ) -> dict:
     "Train and score a rival recipe; the dictionary of metrics.json."
-    from moon2_lab.objective.recipes import RIVALS
+    from moon2_lab.studies.variants import find_variant, variant_parts
     from moon2_lab.training.holdout import training_products
 
-    rival = RIVALS[name]
+    rival = find_variant(name)
     _log.info(f"the {rival.title}, {minutes:.1f} minutes of steps")
-    own = rival.settings(config).replace(max_steps=0, max_minutes=minutes)
-    products = list(training_products(catalog, own.holdout))
-    triplets = rival.triplets(products) if rival.triplets else None
-    train_run(catalog, out, own, command=command, objective=rival.objective(own), triplets=triplets)
+    train = training_products(catalog, config.holdout)
+    own, objective, triplets = variant_parts(rival, train, config.replace(max_steps=0, max_minutes=minutes))
+    train_run(catalog, out, own, command=command, objective=objective, triplets=triplets)
     return evaluate_model(out, catalog, out=out, device=config.device, baselines=False)
 
 # %% ../../nbs/cli/900_pipeline.ipynb #3d8b5f8b
