@@ -29,7 +29,7 @@ from ..files import read_json
 class EvaluatedRun:
     "A run folder that was scored: what was asked, and what each query found."
     folder: Path
-    protocol: dict  # of metrics.json
+    protocol: dict = field(repr=False)  # of metrics.json
     table: pd.DataFrame = field(repr=False, compare=False)  # per_query.parquet
 
     @property
