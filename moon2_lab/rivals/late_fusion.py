@@ -15,7 +15,8 @@ import pandas as pd
 from ..data.catalog import Catalog
 from ..data.products import Item
 from ..errors import DataError, UsageError
-from ..evaluation.protocol import Direction, make_benchmark, plan_directions
+from ..evaluation.item_sets import Direction
+from ..evaluation.protocol import make_benchmark, plan_directions
 from ..evaluation.ranking import hit_at
 from ..files import read_json, write_json
 from .adapters import RivalEncoder

@@ -167,7 +167,7 @@ def hit_matrix(
     return np.stack([run.hits(direction, k).loc[queries].to_numpy() for run in runs])
 
 # %% ../../nbs/studies/744_study_tests.ipynb #dd5b83b3
-def _recall_k(metric: str) -> int:
+def recall_k(metric: str) -> int:
     "10 for R@10. `UsageError` for what is no recall."
     name, _, k = str(metric).partition("@")
     if name != "R" or not (k.isascii() and k.isdigit() and int(k)):
@@ -176,7 +176,7 @@ def _recall_k(metric: str) -> int:
     return int(k)
 
 
-def _pairs(names: Sequence[str], against: str | None) -> list[tuple[str, str]]:
+def variant_pairs(names: Sequence[str], against: str | None) -> list[tuple[str, str]]:
     "Which variants are compared. `UsageError` for one that there is not, or for nothing to compare."
     if against is not None and against not in names:
         advice = f"one of {', '.join(names)}"
@@ -200,8 +200,8 @@ def study_tests(
     verdict: variant_a is above, below or level (not separated). queries_needed: to see the gap in four of five studies
     at the level that Holm's first step asks; inf where more seeds are needed, or there is no gap. The resamples are
     enough for that level. `DataError` for runs that cannot be compared, see `read_runs`."""
-    read, ks = read_runs(runs), {metric: _recall_k(metric) for metric in metrics}
-    pairs, directions = _pairs(list(read), against), common_directions(read)
+    read, ks = read_runs(runs), {metric: recall_k(metric) for metric in metrics}
+    pairs, directions = variant_pairs(list(read), against), common_directions(read)
     number = len(pairs) * len(directions) * len(ks)
     resamples = min(max(1000, 100 * number), 20_000) if resamples is None else resamples
     rows = []

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moon2_lab.errors import DataError, UsageError
 from moon2_lab.evaluation.statistics import (
-    _difference_interval, key_sums, _resampled_totals, _student_quantile, bootstrap_ci, holm, holm_corrected, p_text,
+    _difference_interval, _resampled_totals, _student_quantile, bootstrap_ci, holm, holm_corrected, key_sums, p_text,
     paired_test, paired_test_tables, percentile_ci, share_interval, with_interval,
 )
 
