@@ -7,9 +7,10 @@ __all__ = []
 
 # %% ../../nbs/cli/914_study_commands.ipynb #3898f313
 import argparse
+import logging
 from pathlib import Path
 
-from .options import Outcome, typed_settings, written
+from .options import Outcome, chosen_device, typed_settings, written
 
 # %% ../../nbs/cli/914_study_commands.ipynb #3f56408b
 def _study_of(args: argparse.Namespace):
@@ -58,3 +59,34 @@ def ablate_command(args: argparse.Namespace) -> Outcome:
     facts = {"folder": str(study.out), "page": page, "copies": {n: list(c) for n, c in study.copies().items()}}
     facts["scores"] = table.to_dict("records")
     return Outcome(f"{ablation_lines(study.out)}\n{page}", facts, trouble=trouble)
+
+# %% ../../nbs/cli/914_study_commands.ipynb #71af22f8
+def benchmark_command(args: argparse.Namespace) -> Outcome:
+    "Score a model on a public benchmark, beside the published scores."
+    from moon2_lab.data.catalog import Catalog
+    from moon2_lab.evaluation.benchmark_run import run_public_benchmark
+    from moon2_lab.evaluation.public_benchmarks import benchmark_lines
+    from moon2_lab.rivals.loading import known_encoder, load_encoder
+
+    known_encoder(args.model)  # a wrong name, or device, is told before anything is read
+    device, folder = chosen_device(args), args.catalog
+    if folder is None and Path(args.folder, "products.parquet").is_file():
+        folder = args.folder
+    options = {"task": args.task, "candidates": args.candidates, "unknown_limit": args.unknown_limit}
+    options |= {"settings": _settings_of(args.model), "catalog": Catalog.load(folder) if folder else None}
+    metrics = run_public_benchmark(load_encoder(args.model, device), args.name, args.folder, args.out, **options)
+    for warning in metrics["protocol"]["warnings"]:
+        logging.getLogger("moon2_lab").warning(warning)
+    return Outcome("\n".join(benchmark_lines(metrics)), metrics)
+
+
+def _settings_of(model: str) -> dict | None:
+    "run_settings.json of the run that a model is of; None for a rival, or where it is not beside the model."
+    from moon2_lab.files import read_json
+    from moon2_lab.folders import model_folder
+    from moon2_lab.rivals.loading import rival_kind
+
+    if rival_kind(model):
+        return None
+    path = model_folder(model).resolve().parent / "run_settings.json"
+    return read_json(path) if path.is_file() else None

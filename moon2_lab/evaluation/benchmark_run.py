@@ -17,7 +17,8 @@ from ..data.importers.catalog_writer import GALLERY
 from ..errors import DataError, UsageError
 from .benchmark_files import BenchmarkData, catalog_candidates, read_mcmr, read_qrels_folder
 from .evaluate import Evaluation, run_benchmark, try_scores
-from .protocol import ItemSet, make_benchmark
+from .item_sets import ItemSet
+from .protocol import make_benchmark
 from .public_benchmarks import PublicBenchmark, find_benchmark, not_comparable, published_rows
 from .relevance_judgements import Asked, askable_queries, read_ground_truth
 from moon2_lab.evaluation.retrieval_task import (
