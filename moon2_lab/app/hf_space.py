@@ -26,6 +26,7 @@ from ..errors import LabError, UsageError
 from ..files import read_json, sha256_hex, static_text, write_json, write_parquet
 from ..folders import model_name, whole_folder, write_checksums
 from ..model.encoder import Moon2Encoder
+from ..rivals.loading import explainable
 from ..reporting.hub import without_folders
 from ..runtime import progress
 
@@ -199,6 +200,9 @@ def export_space(
     with _new_folder(out) as folder:
         paths = [Path(path) for path in (model, model_b) if path]
         encoders = [open_model(path) for path in paths]
+        if not explainable(*encoders):
+            advice = "export a run of this workbench; moon2 demo shows a rival here"
+            raise UsageError("a rival cannot be given away as a Space", where=str(model), advice=advice)
         if not isinstance(catalog, Catalog):
             catalog = Catalog.load(catalog or catalogue_of(encoders[0], sample))
         part = pick_shown(catalog, split, products)

@@ -31,11 +31,11 @@ from ..config import REPORTED, VIEWS
 from ..data.catalog import Catalog
 from ..errors import LabError, UsageError
 from ..files import static_text
-from ..folders import model_name
 from ..model.encoder import Moon2Encoder
 from ..retrieval.query_input import MAX_LETTERS
 from ..retrieval.search import open_searcher
 from ..retrieval.vectors import VectorFile
+from ..rivals.loading import encoder_name
 
 # %% ../../nbs/app/870_interface.ipynb #0dafed35
 def _from_link(
@@ -390,7 +390,7 @@ def prepare(
     loaded = Catalog.load(folder)
     part = shown_part(loaded, split if split != "auto" else _embedded_split(vectors, uris))
     encoders = [first or train_tiny(loaded), open_model(model_b, device) if model_b else None]
-    names = [model_name(path) if path else "quick try" for path in (model, model_b)]
+    names = [encoder_name(path) if path else "quick try" for path in (model, model_b)]
     metrics = [scores_of(path, encoder) for path, encoder in zip((model, model_b), encoders) if encoder is not None]
     note = "" if first else _TINY_NOTE
     about = {"names": tuple(names), "note": note, "metrics": tuple(metrics), "vectors": vectors, "uris": uris}

@@ -30,7 +30,6 @@ from ..explain.attention import evaluating
 from ..explain.explainer import ExplainerCache
 from ..explain.heatmap_data import Attribution, PairMaps, trust_facts
 from ..files import cache_dir, read_json
-from ..folders import model_folder
 from ..model.encoder import Moon2Encoder
 from ..reporting.comparison import Comparison, compare_tables
 from ..retrieval.embed import LookupEncoder, cached_vectors
@@ -38,6 +37,8 @@ from ..retrieval.filters import FacetTable, field_values, fold_value
 from ..retrieval.query_input import named_query, query_note, read_upload
 from ..retrieval.search import MAX_K, Searcher, memory_searchers, milvus_searchers
 from ..retrieval.vectors import VectorBlock, VectorFile
+from ..rivals.adapters import RivalEncoder
+from ..rivals.loading import explainable, load_encoder
 from ..training.trainer import Trainer
 
 # %% ../../nbs/app/860_service.ipynb #06f6bb37
@@ -108,7 +109,7 @@ class SearchModel:
 
     def __init__(
         self,
-        encoder: Moon2Encoder,
+        encoder: Moon2Encoder | RivalEncoder,
         catalog: Catalog,  # the products that are shown
         name: str = "model",
         gallery: Gallery | None = None,  # None: its vectors in the cache
@@ -119,8 +120,9 @@ class SearchModel:
             gallery = _open_galleries({name: encoder}, catalog, facets)[name]
         self.searchers, self.read_vectors = gallery
         self.lock, self.slow_lock = threading.Lock(), threading.Lock()  # modules answer one caller at a time
-        self.slow = _shared_copy(encoder)  # explains, while `encoder` searches
-        self.explainers = ExplainerCache(self.slow, name)
+        # explains, while `encoder` searches; a rival has no tokens of ours to explain
+        self.slow = _shared_copy(encoder) if explainable(encoder) else None
+        self.explainers = ExplainerCache(self.slow, name) if self.slow is not None else None
 
     def search(
         self,
@@ -162,6 +164,8 @@ class SearchModel:
     @property
     def label(self) -> str:
         "What this model is, in a few words."
+        if self.explainers is None:
+            return f"{self.encoder.name}, a rival: no heatmaps"
         info, config = self.encoder.info, self.encoder.config
         steps = info.get("trained_steps", 0)
         trained = f"trained for {steps:,} steps" if steps else "no training recorded"
@@ -176,6 +180,9 @@ class SearchModel:
         tell: Callable[[float, str], None] = lambda share, what: None,  # hears how much is done, 0 to 1, and what
     ) -> PairMaps:
         "The maps of a query and an item, measured. `UsageError` for a method that does not fit the model."
+        if self.explainers is None:
+            what = f"{self.encoder.name} cannot be explained here: it is another model behind our interface"
+            raise UsageError(what, where="model", advice="choose a model of this workbench")
         with self.slow_lock:
             explainer = self.explainers.get(query, item)
             steps = []
@@ -400,9 +407,9 @@ class SearchService:
 _ENOUGH = 100  # products in a test split that is shown alone
 
 
-def open_model(folder: str | Path, device="auto") -> Moon2Encoder:
-    "The model in a run folder or in a folder of `save_pretrained`, on the device."
-    return Moon2Encoder.from_pretrained(model_folder(folder), device)
+def open_model(name: str | Path, device="auto") -> Moon2Encoder | RivalEncoder:
+    "The model in a run folder or in a folder of `save_pretrained`, or a rival by kind:name, on the device."
+    return load_encoder(name, device)
 
 
 def scores_of(

@@ -35,6 +35,7 @@ from ..reporting.tables import DIRECTION_WORDS
 from moon2_lab.retrieval.query_input import (
     MAX_LETTERS, category_paths, matches, named_item, pick_product, query_note, read_upload,
 )
+from ..rivals.loading import explainable
 
 # %% ../../nbs/app/865_tabs.ipynb #c34abb64
 VIEW_LABELS = [("title + picture", "mm"), ("title", "t"), ("picture", "i")]
@@ -126,7 +127,8 @@ def title_of(service: SearchService, letter: str) -> str:
 
 def method_choices(service: SearchService) -> list[tuple[str, str]]:
     "(name, key) of the methods that every model allows."
-    fitting = [fitting_methods(model.encoder) for model in service.models.values()]
+    encoders = [model.encoder if explainable(model.encoder) else None for model in service.models.values()]
+    fitting = [fitting_methods(encoder) for encoder in encoders]
     return [(method.title, key) for key, method in METHODS.items() if all(key in one for one in fitting)]
 
 

@@ -304,15 +304,14 @@ def embed_command(args: argparse.Namespace) -> Outcome:
     "Embed a catalogue into one file of vectors."
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.files import try_file
-    from moon2_lab.folders import model_folder
-    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.retrieval.embed import embed_catalog
+    from moon2_lab.rivals.loading import known_encoder, load_encoder
 
-    folder, device = model_folder(args.model), chosen_device(args)
+    name, device = known_encoder(args.model), chosen_device(args)
     try_file(args.out, "file of vectors")
     catalog = Catalog.load(args.catalog)
     options = {name: getattr(args, name) for name in ("split", "view", "dtype", "dim", "resume", "piece")}
-    encoder = Moon2Encoder.from_pretrained(folder, device)
+    encoder = load_encoder(name, device)
     done = embed_catalog(encoder, catalog, args.out, model=str(args.model), **options)
     lines = [f"{done.path}: {done.rows:,} products; next: moon2 index {done.path} --uri vectors.db"]
     if done.kept is not None:
@@ -341,14 +340,13 @@ def index_command(args: argparse.Namespace) -> Outcome:
 
 def search_command(args: argparse.Namespace) -> Outcome:
     "Search a file of vectors, or a store, by words, by a picture, or by both."
-    from moon2_lab.folders import model_folder
-    from moon2_lab.model.encoder import Moon2Encoder
     from moon2_lab.retrieval.query_input import query_item
     from moon2_lab.retrieval.search import open_searcher
+    from moon2_lab.rivals.loading import known_encoder, load_encoder
 
-    folder, device, query = model_folder(args.model), chosen_device(args), query_item(args.text, args.image)
+    name, device, query = known_encoder(args.model), chosen_device(args), query_item(args.text, args.image)
     with open_searcher(args.vectors, args.uri, args.view) as searcher:
-        searcher.bind(Moon2Encoder.from_pretrained(folder, device))
+        searcher.bind(load_encoder(name, device))
         hits = searcher.search(query, args.k, args.filter)[0]
     lines, facts = [], []
     for place, hit in enumerate(hits, 1):

@@ -79,7 +79,8 @@ def _encode(encoder: Moon2Encoder, products: Sequence[Product], view: str, batch
         return VectorBlock.of(products, view, encoder.encode(products, view, batch_size))
     vectors, blocks = encoder.encode_views(products, batch_size), []
     for name in VIEWS:
-        places = [place for place, product in enumerate(products) if _has_view(product, name)]
+        there = ~np.isnan(vectors[name]).any(axis=1)  # a model of words has no view of pictures
+        places = [place for place in np.flatnonzero(there) if _has_view(products[place], name)]
         blocks.append(VectorBlock.of([products[place] for place in places], name, vectors[name][places]))
     return VectorBlock.join(blocks)
 
@@ -103,7 +104,8 @@ def _embed_piece(encoder: Moon2Encoder, products: Sequence[Product], view: str, 
         usable, block, broken = _one_by_one(encoder, usable, view)
         left_out += broken
     views, widest = (VIEWS, "mm") if view == "all" else ((view,), view)
-    tokens = sum(map(len, encoder.rows_of([product.item(widest) for product in usable], views)))
+    rows = encoder.rows_of([product.item(widest) for product in usable], views) if hasattr(encoder, "rows_of") else []
+    tokens = sum(map(len, rows))
     return _Piece(block, len(usable), left_out, tokens)
 
 

@@ -115,6 +115,7 @@ class RivalEncoder(nn.Module):
 
     own_views: tuple[str, ...] = VIEWS  # ("t", "mm") for a model of words alone
     moe_blocks: tuple = ()  # no experts: what shows routing leaves it out
+    batch_size = 64
 
     def __init__(
         self,
@@ -141,8 +142,13 @@ class RivalEncoder(nn.Module):
         return weights_digest(self, json.dumps([type(self).__name__, self.about], sort_keys=True, default=str))
 
     @torch.no_grad()
-    def encode_views(self, products: Sequence[Product | Item]) -> dict[str, np.ndarray]:
+    def encode_views(
+        self,
+        products: Sequence[Product | Item],
+        batch_size: int | None = None,  # at most so many at a time; the model's own batches may be smaller
+    ) -> dict[str, np.ndarray]:
         "view -> (N, D) float32. A missing view is a row of NaN, and is listed in `last_missing[view]`."
+        self.batch_size = min(batch_size or self.batch_size, self.batch_size)
         items = [_as_item(product) for product in products]
         views = self._compute(items, VIEWS)
         if not self.order_checked and len({item.content for item in items}) > 1:
@@ -153,10 +159,13 @@ class RivalEncoder(nn.Module):
         return views
 
     @torch.no_grad()
-    def encode(self, products: Sequence[Product | Item], view: str = "mm") -> np.ndarray:
+    def encode(
+        self, products: Sequence[Product | Item], view: str = "mm", batch_size: int | None = None
+    ) -> np.ndarray:
         "(N, D) float32, l2-normalised, in the order given. A product without that view is a `DataError` that names it."
         if view not in VIEWS:
             raise DataError(f"unknown view {view!r}", where="view", advice=f"one of {', '.join(VIEWS)}")
+        self.batch_size = min(batch_size or self.batch_size, self.batch_size)
         items = [_as_item(product) for product in products]
         lacking = np.flatnonzero(~present_rows(items, self.own_views)[view])
         if len(lacking):

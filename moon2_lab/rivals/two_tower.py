@@ -218,9 +218,9 @@ def _train(tower: TwoTower, pairs: _Pairs, limit: float, steps: int) -> pd.DataF
 
 
 def _fits(elapsed: float, limit: float, rows: Sequence[dict]) -> bool:
-    "Whether one more step ends within the limit, if it takes as long as the longest of the last ones."
+    "Whether one more step ends within the limit, if it takes a quarter longer than the longest of the last ones."
     longest = max((row["seconds"] for row in rows[-20:]), default=0.0)
-    return elapsed + longest < limit
+    return elapsed + 1.25 * longest < limit
 
 
 def _optimizer(tower: TwoTower) -> torch.optim.AdamW:
