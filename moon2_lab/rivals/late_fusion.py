@@ -22,6 +22,9 @@ from ..files import read_json, write_json
 from .adapters import RivalEncoder
 
 # %% ../../nbs/rivals/588_late_fusion.ipynb #0479234f
+_LEAST = 0.001  # of either part: without the first one a text and a picture would have nothing in common
+
+
 def fuse_late(
     cross: Mapping[str, np.ndarray],  # t and i of the cross-modal encoder, (N, D1), NaN where missing
     words: np.ndarray,  # t of the text encoder, (N, D2)
@@ -30,7 +33,8 @@ def fuse_late(
     "Unit vectors whose dot product is the fused score, see the table."
     if not 0 <= image_share <= 1:
         raise UsageError(f"image_share={image_share}", where="image_share", advice="between 0 and 1")
-    first, second = np.float32(image_share**0.5), np.float32((1 - image_share) ** 0.5)
+    kept = min(max(image_share, _LEAST), 1 - _LEAST)
+    first, second = np.float32(kept**0.5), np.float32((1 - kept) ** 0.5)
     text = np.concatenate([first * cross["t"], second * words], axis=1)
     image = np.concatenate([cross["i"], np.where(np.isnan(cross["i"][:, :1]), np.nan, 0) * np.ones_like(words)], axis=1)
     both = np.concatenate([first * cross["i"], second * words], axis=1)
