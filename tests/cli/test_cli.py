@@ -379,13 +379,17 @@ def test_a_training_that_the_system_stops_can_be_resumed(drawn_catalogue, tmp_pa
         "train", "--catalog", str(drawn_catalogue), "--out", str(run), *SMALL[:-3], "max_steps=100000",
         "save_minutes=0.002", *SMALL[-2:],
     ]
-    code = f"import sys; from moon2_lab.cli.main import main; sys.exit(main({words!r}))"
+    heard = f"import signal; signal.signal(signal.{name}, signal.SIG_DFL)"  # under nohup a hang-up is not heard
+    code = f"{heard}; import sys; from moon2_lab.cli.main import main; sys.exit(main({words!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    end = time.monotonic() + 240
-    while not list(run.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
-    _, err = process.communicate(timeout=120)
+    try:
+        end = time.monotonic() + 240
+        while not list(run.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, name))
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130 and err.splitlines()[-1].startswith("moon2: stopped"), err
     newest = max(run.glob("checkpoints/step-*"))
     assert len(pd.read_parquet(newest / "history.parquet")) == int(newest.name[5:]) >= 1
