@@ -2261,8 +2261,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'moon2_lab/evaluation/dual_evidence.py'),
                                                     'moon2_lab.evaluation.dual_evidence.Visibility.visible_values': ( 'evaluation/dual_evidence.html#visibility.visible_values',
                                                                                                                       'moon2_lab/evaluation/dual_evidence.py'),
-                                                    'moon2_lab.evaluation.dual_evidence._configured_names': ( 'evaluation/dual_evidence.html#_configured_names',
-                                                                                                              'moon2_lab/evaluation/dual_evidence.py'),
                                                     'moon2_lab.evaluation.dual_evidence._deepest': ( 'evaluation/dual_evidence.html#_deepest',
                                                                                                      'moon2_lab/evaluation/dual_evidence.py'),
                                                     'moon2_lab.evaluation.dual_evidence._draw': ( 'evaluation/dual_evidence.html#_draw',

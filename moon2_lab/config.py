@@ -340,6 +340,7 @@ class TrainConfig(EncoderConfig):
     expanded_images: str = "one"  # of their expanded pictures: one a step, all, or none
     noise: float = 0.0  # share of the training triplets that is spoilt on purpose, to see what the filter finds
     holdout: str = ""  # a ground truth, or a file with one product id a line: these products are not trained on
+    visible_attributes: str = ""  # names with commas between: seen on the picture, besides those whose name says so
     # loop
     lora_r: int = 0  # 0 = train the decoder itself; r > 0 = LoRA of rank r on attention and experts (see lora_experts)
     lora_alpha: int = 16  # LoRA scaling numerator

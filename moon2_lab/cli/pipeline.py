@@ -95,6 +95,7 @@ def load_catalogue(folder: str | Path, config: TrainConfig):
 
 def _valid_scorer(
     catalog,  # Catalog
+    config: TrainConfig,
     limit: int = 500,  # products
 ):
     "A function encoder -> scores on the valid split; None where there is no such split."
@@ -103,7 +104,7 @@ def _valid_scorer(
     from moon2_lab.evaluation.evaluate import run_benchmark
     from moon2_lab.evaluation.protocol import make_benchmark
 
-    question = make_benchmark(catalog, "valid", limit=limit)
+    question = make_benchmark(catalog, "valid", limit=limit, visible_attributes=config.visible_attributes)
 
     def score(encoder) -> dict[str, float]:
         directions = run_benchmark(encoder, question, baselines=False, labels=False, resamples=0).metrics["directions"]
@@ -126,7 +127,7 @@ def build_trainer(
 
     fields = config.encoder_fields()
     encoder = Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields)
-    return Trainer(encoder, catalog, config, evaluate_fn=_valid_scorer(catalog, valid_limit), out=out, **options)
+    return Trainer(encoder, catalog, config, evaluate_fn=_valid_scorer(catalog, config, valid_limit), out=out, **options)
 
 # %% ../../nbs/cli/900_pipeline.ipynb #518538c1
 def plan_lines(
@@ -396,7 +397,8 @@ def _rival_run(
     train = training_products(catalog, config.holdout)
     own, objective, triplets = variant_parts(rival, train, config.replace(max_steps=0, max_minutes=minutes))
     train_run(catalog, out, own, command=command, objective=objective, triplets=triplets)
-    return evaluate_model(out, catalog, out=out, device=config.device, baselines=False)
+    options = {"baselines": False, "visible_attributes": config.visible_attributes}
+    return evaluate_model(out, catalog, out=out, device=config.device, **options)
 
 # %% ../../nbs/cli/900_pipeline.ipynb #3d8b5f8b
 _MINUTES = {"drawn": 5.0, "own": 25.0, "tiny": 0.3}  # of training steps
@@ -437,7 +439,8 @@ def _main_job(
     trainer = train_run(catalog, out, config, command=command, within=within, valid_limit=_VALID_PRODUCTS)
     started = time.perf_counter()
     _log.info(f"scoring {len(catalog.split('test')):,} test products, and the baselines beside the model")
-    metrics = evaluate_model(out, catalog, out=out, device=config.device)
+    visible = config.visible_attributes
+    metrics = evaluate_model(out, catalog, out=out, device=config.device, visible_attributes=visible)
     _log.info(f"evaluated in {time.perf_counter() - started:.0f} s")
     minutes = trainer.seconds["steps"] / 60
     beside = {name: _rival_run(name, catalog, Path(out) / name, config, minutes, command) for name in rivals}

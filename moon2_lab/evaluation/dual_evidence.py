@@ -123,19 +123,20 @@ def _stands_in(value: str, bare: set[str]) -> bool:
 def dual_direction(
     catalog: Catalog,  # the whole catalogue: decides which values are frequent
     products: Sequence[Product],  # the gallery
-    names: Sequence[str] | None = None,  # visible attributes besides those whose name says so; None: of settings.ini
+    names: str | None = None,  # visible attributes besides those whose name says so, commas between; None: settings.ini
 ) -> tuple[Direction | None, dict]:
     """The direction `dual->mm` (None when nothing can be asked) and what a reader must know of it.
 
     The gallery is main image + bare title of every product, and keeps its place; a query's hit keys are places."""
-    visibility = Visibility.of(catalog, _configured_names() if names is None else names)
+    named = lab_settings().get("visible_attributes", "") if names is None else names
+    visibility = Visibility.of(catalog, [name.strip() for name in named.split(",") if name.strip()])
     asked, seen = {}, any(product.has_image for product in products)
     for product in products if seen else ():
         if conditions := Conditions.of(product, visibility):
             asked.setdefault(conditions, product.product_id)
     frequent = {pair[0] for pair in visibility.counts if visibility.is_eligible(pair)}
     about = {"visible": sorted(filter(visibility.is_visible, frequent))}
-    about |= {"at_least": _AT_LEAST, "measures": _MEASURES}
+    about |= {"visible_attributes": named, "at_least": _AT_LEAST, "measures": _MEASURES}
     if not asked:
         why = "no product has a category and a visible value that need title and picture"
         return None, about | {"skipped": why if seen else "no product has a picture"}
@@ -154,8 +155,3 @@ _MEASURES = (
     "R@k: a right product among the first k; P@10: right ones among the first 10, over 10; nDCG@10: binary; MAP@10: "
     "sum of the precision at each right one among the first 10, over all right ones"
 )
-
-
-def _configured_names() -> list[str]:
-    "The setting `visible_attributes` of settings.ini."
-    return [name.strip() for name in lab_settings().get("visible_attributes", "").split(",") if name.strip()]

@@ -433,6 +433,7 @@ def evaluate(
     gallery: str | Path | Sequence[str] | None = None,  # triplets-v1: file with one product id per line, or the ids
     lexicon: Lexicon | None = None,  # made already, to save the second it takes
     stored: Callable[[np.ndarray], np.ndarray] | None = None,  # what a store keeps of the gallery's vectors
+    visible_attributes: str | None = None,  # catalog-v2: names with commas between; None: those of settings.ini
 ) -> dict:
     """The dictionary of metrics.json.
 
@@ -440,7 +441,7 @@ def evaluate(
     place that cannot be written is a `LabError` before the work; one that fails later a `NotSaved` with the scores."""
     place = contextlib.nullcontext() if out is None else held(try_scores(out), folder=False)
     with place:  # a second evaluation into one file is refused while the first one works
-        benchmark = make_benchmark(catalog, split, protocol, limit, gallery, lexicon)
+        benchmark = make_benchmark(catalog, split, protocol, limit, gallery, lexicon, visible_attributes)
         result = run_benchmark(encoder, benchmark, baselines, labels, resamples, seed, stored)
         if out is not None:
             try:

@@ -194,7 +194,9 @@ class Benchmark:
         return planned, skipped | ({DUAL: why} if why else {})
 
 
-def _catalog_benchmark(catalog: Catalog, split: str, limit: int | None, lexicon: Lexicon) -> Benchmark:
+def _catalog_benchmark(
+    catalog: Catalog, split: str, limit: int | None, lexicon: Lexicon, visible_attributes: str | None
+) -> Benchmark:
     "Queries made from the products of the split, which are the gallery; catalog-v2 also asks by conditions."
     products = pick_products(catalog, split, limit, lexicon.protocol)
     gallery, queries = gallery_items(products), catalog_queries(products, lexicon)
@@ -202,7 +204,7 @@ def _catalog_benchmark(catalog: Catalog, split: str, limit: int | None, lexicon:
     about = {"query_images": _query_image_counts(products), "note": note}
     dual = None
     if lexicon.protocol != "catalog-v1":
-        dual, about["dual_evidence"] = dual_direction(catalog.whole, products)
+        dual, about["dual_evidence"] = dual_direction(catalog.whole, products, visible_attributes)
     return Benchmark(catalog.whole, products, gallery, queries, gallery, about, dual)
 
 
@@ -230,6 +232,7 @@ def make_benchmark(
     limit: int | None = None,
     gallery: str | Path | Sequence[str] | None = None,  # triplets-v1: a file with one product id per line, or ids
     lexicon: Lexicon | None = None,  # of the protocol: made already, to save the second it takes
+    visible_attributes: str | None = None,  # catalog-v2, as in `dual_direction`
 ) -> Benchmark:
     "The benchmark of the named protocol. `UsageError` for an unknown one, `DataError` where the split has no queries."
     protocol = protocol or (lexicon.protocol if lexicon else PROTOCOLS[0])
@@ -242,7 +245,7 @@ def make_benchmark(
         raise UsageError(f"{protocol} has a fixed gallery", where="gallery", advice="leave it out, or use triplets-v1")
     else:
         words = lexicon if lexicon and lexicon.protocol == protocol else Lexicon(catalog, protocol)
-        benchmark = _catalog_benchmark(catalog, split, limit, words)
+        benchmark = _catalog_benchmark(catalog, split, limit, words, visible_attributes)
     folder, content = benchmark.catalog.folder, benchmark.catalog.data_hash
     about = {"name": protocol, "split": split, "hit_rule": "same product key"}
     about |= {"catalog": Path(folder).resolve().name if folder else "in memory", "catalog_hash": content}

@@ -38,7 +38,9 @@ def stored_benchmark(
     protocol: dict,  # the entry of metrics.json
 ) -> Benchmark:
     "Queries and gallery of an evaluation, made again as it made them."
-    return make_benchmark(catalog, protocol["split"], protocol["name"], protocol.get("limit"))
+    visible = protocol.get("dual_evidence", {}).get("visible_attributes")
+    asked = protocol["split"], protocol["name"], protocol.get("limit")
+    return make_benchmark(catalog, *asked, visible_attributes=visible)
 
 
 def query_hits(
