@@ -103,10 +103,11 @@ class Moon2Encoder(nn.Module):
         folder: str | Path,
         device="auto",  # as in `place`
         base: str | Path | None = None,  # where a base that is only named is read; None: where it was read before
+        merge: bool = True,  # False: LoRA beside a named base stays beside it
     ) -> "Moon2Encoder":
         """An encoder saved by `save_pretrained`, on the device. Raises `DataError` naming the file when something is
         missing or cut, and for another base."""
-        return restore_encoder(cls._upcycled, Path(folder), base).eval().place(device)
+        return restore_encoder(cls._upcycled, Path(folder), base, merge).eval().place(device)
 
     @property
     def fingerprint(self) -> str:

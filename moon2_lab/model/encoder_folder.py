@@ -47,6 +47,7 @@ def restore_encoder(
     make: Callable[[Backbone, EncoderConfig], nn.Module],  # an encoder around a backbone, its experts in place
     folder: Path,
     base: str | Path | None = None,  # where a base that is only named is read; None: where it was read before
+    merge: bool = True,  # False: LoRA beside a named base stays beside it
 ) -> nn.Module:
     "The encoder of a model folder, on the CPU. `DataError` names the file that is missing, cut or of another model."
     saved = read_json(folder / "config.json")
@@ -60,7 +61,7 @@ def restore_encoder(
         advice = "give a folder written by save_pretrained"
         raise DataError("not a moon2_lab model", where=str(folder / "config.json"), advice=advice)
     if "base" in saved:
-        encoder = _on_base(make, saved, folder, base)
+        encoder = _on_base(make, saved, folder, base, merge)
     else:
         encoder = _described(make, saved, folder)
         _load_weights(encoder, folder / "model.safetensors")
@@ -82,8 +83,8 @@ def _described(make: Callable, saved: dict, folder: Path) -> nn.Module:
         raise DataError(what, where=where, advice="it is damaged: copy the model folder again") from error
 
 
-def _on_base(make: Callable, saved: dict, folder: Path, base: str | Path | None) -> nn.Module:
-    "The encoder of a folder that names its base: the trained part on the base's weights, LoRA merged."
+def _on_base(make: Callable, saved: dict, folder: Path, base: str | Path | None, merge: bool) -> nn.Module:
+    "The encoder of a folder that names its base: the trained part on the base's weights, LoRA merged if so wanted."
     config = EncoderConfig.of_saved(saved["encoder"])
     name, config.backbone = config.backbone, place_of_base(saved["base"], base)
     encoder = make(build_backbone(config), config)
@@ -92,7 +93,7 @@ def _on_base(make: Callable, saved: dict, folder: Path, base: str | Path | None)
         encoder.add_lora(**saved["base"]["lora"])
     load_trained(encoder, folder, saved["base"])
     encoder.on_pretrained = not encoder.lora
-    return encoder.merged()
+    return encoder.merged() if merge else encoder
 
 
 def _load_weights(encoder: nn.Module, path: Path) -> None:

@@ -313,6 +313,7 @@ class VectorFile:
         self,
         size: int = 4096,  # lines at a time
         payload: bool = True,  # read what stands beside the vectors, too
+        checked: bool = True,  # False: vectors that are not finite, or not of length 1, are read as they are
     ) -> Iterator[VectorBlock]:
         "The lines in order. `DataError` for one without id or view, of another length, not finite or not of length 1."
         start, dim = 0, self.dim
@@ -324,26 +325,27 @@ class VectorFile:
                 if (batch := next(batches, None)) is None:
                     return
                 block = self._block(batch, start, dim, payload)
+                if checked:
+                    self._check_lengths(block.vectors, block.ids)
             start, dim = start + len(block), block.vectors.shape[1]
             yield block
 
-    def read(self, payload: bool = True) -> VectorBlock:
+    def read(self, payload: bool = True, checked: bool = True) -> VectorBlock:
         "All lines as one block. `DataError` as in `blocks`, and for a file without any."
-        blocks = list(self.blocks(payload=payload))
+        blocks = list(self.blocks(payload=payload, checked=checked))
         if not blocks:
             advice = "embed a catalogue with products that have this view"
             raise DataError("no rows", where=str(self.path), advice=advice)
         return VectorBlock.join(blocks)
 
     def _block(self, batch: pa.RecordBatch, start: int, dim: int | None, payload: bool) -> VectorBlock:
-        "A batch whose first line is number `start` of the file, as checked float32 vectors of length `dim`."
+        "A batch whose first line is number `start` of the file, as float32 vectors of length `dim`."
         ids, views = batch.column("product_id").to_pylist(), batch.column("view").to_pylist()
         for place, pair in enumerate(zip(ids, views, strict=True)):
             if wrong := _wrong_name(*pair):
                 advice = f"ids are text, views one of {', '.join(VIEWS)}"
                 raise DataError(wrong, where=f"{self.path}, row {start + place}", advice=advice)
         vectors = self._vectors(batch.column("vector"), start, dim)
-        self._check_lengths(vectors, ids)
         return VectorBlock(ids, views, vectors, self._payload_of(batch) if payload else None)
 
     def _payload_of(self, batch: pa.RecordBatch) -> pd.DataFrame:
