@@ -21,7 +21,7 @@ SMALL = [
 ]
 COMMANDS = (
     ["data", "check"], ["data", "synth"], ["backbone", "check"],
-    ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["demo"],
+    ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["doctor"], ["demo"],
     ["report"], ["push"], ["run"],
 )
 
