@@ -18,6 +18,7 @@ _HOMES = {  # module -> its public names
     "data.importers.importer": "import_catalog",
     "data.synthetic.generator": "make_catalog",
     "model.encoder": "Moon2Encoder",
+    "evaluation.benchmark_run": "run_public_benchmark",
     "evaluation.evaluate": "evaluate",
     "augment.pipeline": "augment_catalog",
     "objective.objective": "Moon2Objective",

@@ -257,7 +257,7 @@ def graded_ndcg_at(
     k: int,
     gains: Sequence[dict[int, float]],  # (Q,) gallery position -> grade over 0; what is not named gains nothing
 ) -> np.ndarray:
-    "nDCG@k (Q,) with the grades as gains (trec_eval's ndcg_cut): sum of grade / log2(place + 1) / that of a perfect list."
+    "nDCG@k (Q,) with grades as gains (trec_eval's ndcg_cut): sum of grade / log2(place + 1) / that of the best."
     discount, values = 1 / np.log2(np.arange(2, k + 2)), np.zeros((len(ranks), k))
     ideal = np.zeros((len(ranks), k))
     if len(gains) != len(ranks) or not 1 <= k <= ranks.top_index.shape[1]:

@@ -166,7 +166,7 @@ def _require_some(vectors: np.ndarray, which: str, view: str) -> None:
     "`DataError` when a model gives no vector at all."
     if np.isnan(vectors).any(axis=1).all():
         what = f"the model gives no vectors of the view {view}"
-        raise DataError(what, where=which, advice="it cannot do this task: choose a model that reads words and pictures")
+        raise DataError(what, where=which, advice="this task needs a model of words and pictures")
 
 
 def score_task(
@@ -188,7 +188,8 @@ def score_task(
     if baselines:
         others, skipped = _baseline_ranks(encoder, task, seed)
         for name, other in others.items():
-            trivial[name] = _paired_block(measured, query_scores(other, task.gains, task.metrics), group, resamples, seed)
+            scores = query_scores(other, task.gains, task.metrics)
+            trivial[name] = _paired_block(measured, scores, group, resamples, seed)
     rate = len(task.candidates) / max(seconds, 1e-9)
     facts = {"directions": {direction: block}, "trivial": {direction: trivial}, "skipped_baselines": skipped}
     facts["timing"] = {"encode_seconds": seconds, "products_per_second": rate}

@@ -38,7 +38,7 @@ class Holdout:
     def sentence(self) -> str:
         "What was held out, for a reader."
         twins = f", {self.twins:,} of them because they share a title or picture with a named one" if self.twins else ""
-        known = f"{self.named - self.unknown:,} of the {self.named:,} ids of {Path(self.file).name} are in the catalogue"
+        known = f"{self.named - self.unknown:,} of the {self.named:,} ids of {Path(self.file).name} are known"
         return f"held out of training: {len(self.product_ids):,} products of the train split{twins} ({known})"
 
 
@@ -46,7 +46,7 @@ def find_holdout(
     catalog: Catalog,
     file: str | Path,  # ground truth, qrels, or ids; "" = nothing is held out
 ) -> Holdout | None:
-    "The products of the file that leave the train split. `DataError` for a file that names no product of the catalogue."
+    "The products of a file that leave the train split. `DataError` for a file that names none of the catalogue."
     if not str(file):
         return None
     named = read_relevant_ids(file)
@@ -75,8 +75,8 @@ def training_products(
     train, held = _train(catalog), find_holdout(catalog, holdout)
     left = train.without(held.keys) if held else train
     if not len(left):
-        advice = "hold fewer products out"
-        raise DataError(f"all {len(train):,} products of the train split are held out", where=str(holdout), advice=advice)
+        what = f"all {len(train):,} products of the train split are held out"
+        raise DataError(what, where=str(holdout), advice="hold fewer products out")
     return left
 
 
