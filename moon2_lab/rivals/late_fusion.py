@@ -16,7 +16,7 @@ from ..data.catalog import Catalog
 from ..data.products import Item
 from ..errors import DataError, UsageError
 from ..evaluation.item_sets import Direction
-from ..evaluation.protocol import make_benchmark, plan_directions
+from ..evaluation.protocol import make_benchmark
 from ..evaluation.ranking import hit_at
 from ..files import read_json, write_json
 from .adapters import RivalEncoder
@@ -86,7 +86,7 @@ def choose_share(
         what = "the share is chosen on the test split"
         raise UsageError(what, where="split", advice="choose on valid, report on test")
     benchmark = make_benchmark(catalog, split, **asking)
-    planned, _ = plan_directions(benchmark.queries, benchmark.gallery, benchmark.cross)
+    planned, _ = benchmark.plan()
     asked = next((one for one in planned if one.name == direction), None)
     if asked is None:
         advice = f"one of {', '.join(one.name for one in planned)}"

@@ -8,7 +8,7 @@ __all__ = ['BUDGETS', 'MAIN_VARIANTS', 'chosen_products', 'StudyRun', 'Study', '
 
 # %% ../../nbs/studies/742_ablation.ipynb #679da320
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 import gc
 import hashlib
 import logging
@@ -26,7 +26,8 @@ from ..files import read_json, write_json, write_parquet
 from ..folders import held, require_free, whole_folder
 from ..runtime import run_settings
 from ..training.holdout import training_products
-from .variants import find_variant, is_augmented, same_as, variant_parts
+from ..rivals.two_tower import beside, train_two_tower
+from .variants import TOWERS, find_variant, is_augmented, same_as, variant_parts
 
 # %% ../../nbs/studies/742_ablation.ipynb #52070530
 def chosen_products(
@@ -168,22 +169,37 @@ def _make_run(
     "Train, score, write."
     from moon2_lab.evaluation.evaluate import run_benchmark
 
+    train = _train_tower if run.variant in TOWERS else _train_recipe
+    encoder, history, settings = train(study, run, steps)
+    result = run_benchmark(encoder, question, baselines=False)
+    about = {**_marks(study), **asdict(run), "config": asdict(_settings_of(study, run, steps))}
+    with whole_folder(run.folder(study.out)) as folder:
+        result.write(folder)
+        write_parquet(folder / "history.parquet", history)
+        write_json(folder / "run_settings.json", settings | {"study": about})
+        if study.keep_models:
+            encoder.save_pretrained(folder / "model")
+
+
+def _train_recipe(study: Study, run: StudyRun, steps: int) -> tuple:
+    "(trained encoder, its history, its run_settings) of a variant of our recipe."
     trainer = _trainer_of(study, run, steps)
     trainer.prepare_features()  # before the clock runs
     trainer.train()
-    result = run_benchmark(trainer.encoder, question, baselines=False)
     settings = run_settings(trainer.config, study.command, study.catalog.data_hash, trainer.choices)
-    settings |= {
-        "steps": trainer.step, "seconds": trainer.seconds, "skipped_steps": trainer.skipped,
-        "triplets": len(trainer.triplets),
-        "study": {**_marks(study), **asdict(run), "config": asdict(_settings_of(study, run, steps))},
-    }
-    with whole_folder(run.folder(study.out)) as folder:
-        result.write(folder)
-        write_parquet(folder / "history.parquet", trainer.table())
-        write_json(folder / "run_settings.json", settings)
-        if study.keep_models:
-            trainer.encoder.save_pretrained(folder / "model")
+    settings |= {"steps": trainer.step, "seconds": trainer.seconds, "skipped_steps": trainer.skipped}
+    return trainer.encoder, trainer.table(), settings | {"triplets": len(trainer.triplets)}
+
+
+def _train_tower(study: Study, run: StudyRun, steps: int) -> tuple:
+    "The same of a dual tower."
+    config = _settings_of(study, run, steps)
+    limit = {"steps": steps} if run.budget == "steps" else {"minutes": study.minutes}
+    own = beside(TOWERS[run.variant], config, same_batches=run.budget == "steps")
+    tower = train_two_tower(study.part(), replace(own, holdout=""), device=config.device, **limit)  # held out already
+    settings = run_settings(config, study.command, study.catalog.data_hash) | {"tower": asdict(tower.config)}
+    settings |= {"steps": tower.info["trained_steps"], "seconds": {"steps": tower.info["seconds"]}}
+    return tower, tower.history, settings | {"triplets": tower.info["products"]}
 
 
 def _trainer_of(study: Study, run: StudyRun, steps: int):
