@@ -68,30 +68,27 @@ def benchmark_command(args: argparse.Namespace) -> Outcome:
     from moon2_lab.data.catalog import Catalog
     from moon2_lab.evaluation.benchmark_run import run_public_benchmark
     from moon2_lab.evaluation.public_benchmarks import benchmark_lines
-    from moon2_lab.rivals.loading import known_encoder, load_encoder
+    from moon2_lab.evaluation.retrieval_task import trained_products
+    from moon2_lab.rivals.loading import known_encoder, load_encoder, rival_kind
 
     known_encoder(args.model)  # a wrong name, or device, is told before anything is read
     device, folder = chosen_device(args), args.catalog
     if folder is None and Path(args.folder, "products.parquet").is_file():
         folder = args.folder
     options = {"task": args.task, "candidates": args.candidates, "unknown_limit": args.unknown_limit}
-    options |= {"settings": _settings_of(args.model), "catalog": Catalog.load(folder) if folder else None}
+    options["catalog"] = catalog = Catalog.load(folder) if folder else None
+    options["trained"] = None if rival_kind(args.model) else trained_products(_run_of(args.model), catalog)
     metrics = run_public_benchmark(load_encoder(args.model, device), args.name, args.folder, args.out, **options)
     for warning in metrics["protocol"]["warnings"]:
         logging.getLogger("moon2_lab").warning(warning)
     return Outcome("\n".join(benchmark_lines(metrics)), metrics)
 
 
-def _settings_of(model: str) -> dict | None:
-    "run_settings.json of the run that a model is of; None for a rival, or where it is not beside the model."
-    from moon2_lab.files import read_json
+def _run_of(model: str) -> Path:
+    "The folder of the run that a model is of."
     from moon2_lab.folders import model_folder
-    from moon2_lab.rivals.loading import rival_kind
 
-    if rival_kind(model):
-        return None
-    path = model_folder(model).resolve().parent / "run_settings.json"
-    return read_json(path) if path.is_file() else None
+    return model_folder(model).resolve().parent
 
 # %% ../../nbs/cli/914_study_commands.ipynb #38f8268f
 def run_catalogue(

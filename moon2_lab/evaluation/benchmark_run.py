@@ -7,6 +7,7 @@ __all__ = ['run_public_benchmark']
 
 # %% ../../nbs/evaluation/449_benchmark_run.ipynb #a3f4a901
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ def run_public_benchmark(
     task: str = "text-image",  # of a ground truth
     candidates: str = "fused",  # of mcmr: fused, image or text
     unknown_limit: float = 0.9,  # share of the relevant documents that need not be there
-    settings: dict | None = None,  # run_settings.json of the encoder's run: what it was trained on
+    trained: Iterable[str] | None = None,  # ids of what the encoder was trained on, of `trained_products`
     baselines: bool = True,
     resamples: int = 1000,  # 0 = no intervals and tests
     seed: int = 0,  # of random signs and of ties in BM25
@@ -145,7 +146,7 @@ def run_public_benchmark(
         else:
             task = {"mcmr": candidates, "qrels": "fused"}.get(benchmark.layout, task)
             result, task, relevant, catalog = _scored(encoder, benchmark, folder, task, catalog, unknown_limit, options)
-        _put_beside(result.metrics, benchmark, task, training_overlap(settings, catalog, relevant))
+        _put_beside(result.metrics, benchmark, task, training_overlap(trained, catalog, relevant))
         if path is not None:
             result.write_held(path)
     return result.metrics

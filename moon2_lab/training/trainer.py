@@ -451,11 +451,13 @@ class Trainer:
         return folder
 
     def _save_run(self) -> None:
-        """Write model/, history.parquet, run_settings.json, quarantine.parquet and filter_ledger.parquet into the run
-        folder."""
+        """Write model/, history.parquet, run_settings.json, quarantine.parquet, filter_ledger.parquet and the ids of
+        training_products.parquet into the run folder."""
         tables = {
             "history": self.table(), "filter_ledger": self.ledger.to_frame(), "quarantine": self.catalog.quarantine,
         }
+        ids = {product.product_id for triplet in self.triplets for product in (triplet.positive, *triplet.negatives)}
+        tables["training_products"] = pd.DataFrame({"product_id": sorted(ids)})
         settings = run_settings(self.config, self.command, self.catalog.data_hash, self.choices)
         self.folder.save_run(self.encoder, tables, settings | {
             "max_steps": self.max_steps, "steps": self.step, "seconds": self.seconds, "sampler": self.sampler.ledger,

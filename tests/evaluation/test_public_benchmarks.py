@@ -232,6 +232,7 @@ def test_a_document_of_two_views(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- what was trained on
 
+PAIR = ("held", "plain")
 TINY = {
     "backbone": "tiny", "num_layers": 1, "image_size": 32, "visual_tokens": 4, "query_variants": 1, "max_steps": 2,
     "per_device_train_batch_size": 4, "num_threads": 1, "device": "cpu",
@@ -263,13 +264,15 @@ def test_a_run_says_what_it_held_out(runs, drawn_catalogue, truth_of_drawn):
     "run_settings.json has the products; no triplet has one of them; the other run has nothing."
     from moon2_lab.training.trainer import training_triplets
 
-    held, plain = (json.loads((runs / name / "run_settings.json").read_text()) for name in ("held", "plain"))
+    trained = {name: set(pd.read_parquet(runs / name / "training_products.parquet")["product_id"]) for name in PAIR}
+    held, plain = (json.loads((runs / name / "run_settings.json").read_text()) for name in PAIR)
     catalog = Catalog.load(drawn_catalogue)
     keys = {catalog.product_key(name) for name in read_ground_truth(truth_of_drawn).relevant_ids() if name in catalog}
     expected = [product.product_id for product in catalog.split("train") if product.key in keys]
     assert held["holdout"]["product_ids"] == expected and len(expected) >= 10
     assert (held["holdout"]["named"], held["holdout"]["unknown"], plain["holdout"]) == (16, 1, None)
     assert held["data_hash"] == plain["data_hash"] == catalog.data_hash
+    assert trained["plain"] >= set(expected) and not trained["held"] & set(expected)
     triplets = training_triplets(catalog, TrainConfig(**TINY, holdout=str(truth_of_drawn)))
     used = {product.key for triplet in triplets for product in (triplet.positive, *triplet.negatives)}
     assert used and not used & keys
@@ -319,7 +322,7 @@ def test_the_command_warns_where_answers_were_trained_on(moon2, runs, drawn_cata
     metrics = json.loads(out)
     assert code == 0 and "IN-DOMAIN" not in err
     assert metrics["protocol"]["training_overlap"]["n_trained"] == 0
-    assert metrics["protocol"]["warnings"][0].startswith("in-domain: trained on this catalogue, without the relevant")
+    assert metrics["protocol"]["warnings"][0].startswith("in-domain: trained on ")
     assert any("in-domain" in reason for reason in metrics["published"][0]["why_not"])
     assert list(metrics["trivial"]["t->i"]) == ["untrained"] and "bm25" in metrics["skipped_baselines"]
     table = pd.read_parquet(tmp_path / "plain.per_query.parquet")

@@ -545,6 +545,7 @@ def test_what_a_run_leaves(catalog, straight, tmp_path):
     trainer.train()
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints", "filter_ledger.parquet", "history.parquet", "model", "quarantine.parquet", "run_settings.json",
+        "training_products.parquet",
     ]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "step-000004", "step-000006",
