@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDY_COLUMNS', 'EvaluatedRun', 'read_run', 'study_folders', 'read_runs', 'common_directions', 'hit_matrix',
-           'study_tests', 'study_lines']
+           'study_tests', 'study_lines', 'write_study_tests']
 
 # %% ../../nbs/studies/744_study_tests.ipynb #1e48ce33
 import math
@@ -22,7 +22,8 @@ from ..errors import DataError, UsageError
 from ..evaluation.evaluate import is_one_evaluation
 from ..evaluation.seed_statistics import queries_needed, seed_paired_test
 from ..evaluation.statistics import LEVEL, holm_corrected, p_text
-from ..files import read_json
+from ..files import read_json, write_parquet
+from .ablation import finished_runs
 
 # %% ../../nbs/studies/744_study_tests.ipynb #a712ea51
 @dataclass(frozen=True)
@@ -253,3 +254,22 @@ def study_lines(
     if not tests["seeds_covered"].all():
         lines.append("one run each: the seeds are not covered, p speaks of these runs and not of their recipes")
     return lines
+
+# %% ../../nbs/studies/744_study_tests.ipynb #2adcf886
+def write_study_tests(
+    out: str | Path,  # folder of `moon2 ablate`
+    against: str = "full",
+) -> pd.DataFrame:  # budget and the columns of `study_tests`; empty where there is nothing to compare yet
+    "Test every variant of a study against one, for each budget, and write tests.parquet into its folder."
+    runs = {}
+    for run, folder in sorted(finished_runs(out).items(), key=lambda item: (item[0].budget, item[0].seed)):
+        runs.setdefault(run.budget, {}).setdefault(run.variant, []).append(folder)
+    tables = [
+        study_tests(variants, against).assign(budget=budget) for budget, variants in runs.items()
+        if against in variants and len(variants) > 1
+    ]
+    columns = ["budget", *STUDY_COLUMNS]
+    table = pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+    if len(table):
+        write_parquet(Path(out) / "tests.parquet", table)
+    return table
