@@ -51,15 +51,17 @@ def ablate_command(args: argparse.Namespace) -> Outcome:
     "Train variants of the recipe with several seeds, under equal steps or equal minutes, and compare them on a page."
     from moon2_lab.reporting.ablation_report import ablation_lines, write_ablation_report
     from moon2_lab.studies.ablation import run_study, study_plan
+    from moon2_lab.studies.study_tests import write_study_tests
 
     study = _study_of(args)
     if args.plan:
         plan = study_plan(study)
         return Outcome(_plan_words(plan), plan)
     table = run_study(study)
+    tests = write_study_tests(study.out)
     page, trouble = written(lambda: write_ablation_report(study.out))
     facts = {"folder": str(study.out), "page": page, "copies": {n: list(c) for n, c in study.copies().items()}}
-    facts["scores"] = table.to_dict("records")
+    facts |= {"scores": table.to_dict("records"), "tests": tests.to_dict("records")}
     return Outcome(f"{ablation_lines(study.out)}\n{page}", facts, trouble=trouble)
 
 # %% ../../nbs/cli/914_study_commands.ipynb #71af22f8
@@ -150,3 +152,47 @@ def doctor_command(args: argparse.Namespace) -> Outcome:
         page, trouble = written(lambda: write_health_page(examined, args.out))
         lines, facts = [*lines, page], facts | {"page": page}
     return Outcome("\n".join(lines), facts, 0 if examined.health.healthy else 1, trouble)
+
+# %% ../../nbs/cli/914_study_commands.ipynb #40bfe2b4
+def tests_command(args: argparse.Namespace) -> Outcome:
+    "Test scored runs against others: paired over product keys and seeds, corrected over all directions."
+    from moon2_lab.studies.study_tests import study_folders, study_lines, study_tests
+
+    metrics = [name.strip() for name in args.metrics.split(",") if name.strip()]
+    if len(args.runs) == 1 and not (Path(args.runs[0]) / "metrics.json").is_file():
+        names = args.against or ["full"]
+        if len(names) > 1:
+            advice = "name one variant of the study, or give the run folders of both sides"
+            raise UsageError("several variants to compare with", where="--against", advice=advice)
+        runs, against = study_folders(args.runs[0]), names[0]
+    elif not args.against:
+        raise UsageError("nothing to compare with", where="--against", advice="give the run folders of the other side")
+    else:
+        runs, against = {"A": args.runs, "B": args.against}, "B"
+    tests = study_tests(runs, against, metrics, paired_seeds=args.paired_seeds)
+    facts = {"runs": {name: list(map(str, folders)) for name, folders in runs.items()}, "tests": tests.to_dict("records")}
+    return Outcome("\n".join(study_lines(tests)), facts)
+
+# %% ../../nbs/cli/914_study_commands.ipynb #b3698eda
+def stress_command(args: argparse.Namespace) -> Outcome:
+    "Which modality a model uses: drop, swap and shuffle titles and pictures at test time, and measure what falls."
+    from moon2_lab.data.catalog import Catalog
+    from moon2_lab.files import try_file
+    from moon2_lab.reporting.html import page_file
+    from moon2_lab.reporting.stress_report import write_stress_page
+    from moon2_lab.rivals.loading import encoder_name, known_encoder, load_encoder, rival_kind
+    from moon2_lab.studies.modality_stress import stress_study
+
+    known_encoder(args.model)
+    device = chosen_device(args)
+    if args.out:
+        try_file(page_file(args.out, "stress.html"), "page")
+    if not args.catalog and rival_kind(args.model):
+        raise UsageError("no catalogue was given", where=args.model, advice="give it with --catalog")
+    catalog = Catalog.load(args.catalog) if args.catalog else run_catalogue(args.model)
+    study = stress_study(load_encoder(args.model, device), catalog, args.split, args.limit)
+    lines, facts, trouble = study.lines(), study.as_json() | {"catalog": str(catalog.folder)}, None
+    if args.out:
+        page, trouble = written(lambda: write_stress_page(study, args.out, encoder_name(args.model)))
+        lines, facts = [*lines, page], facts | {"page": page}
+    return Outcome("\n".join(lines), facts, trouble=trouble)
