@@ -79,7 +79,7 @@ _NAMES = 7  # categories of a level that have a colour
 _TITLES = {"category_l1": "category, level 1", "category_l2": "category, level 2", "category_l3": "category, level 3"}
 
 
-def _level(products: Sequence, level: str) -> tuple[dict, list[int]] | None:
+def _level_names(products: Sequence, level: str) -> tuple[dict, list[int]] | None:
     "Title and names of a level of categories, and the number of each product's name; None where all are in one."
     values = [getattr(product, level, None) or "none" for product in products]
     frequent = [name for name, _ in Counter(values).most_common(_NAMES)]
@@ -103,7 +103,7 @@ def _map_data(
         made = projections({view: rows[places] for view, rows in examined.views.items()})
     except DataError:
         return None
-    levels = [level for name in LEVELS if (level := _level(shown, name)) is not None]
+    levels = [level for name in LEVELS if (level := _level_names(shown, name)) is not None]
     entries = []
     for row, (place, product) in enumerate(zip(places, shown)):
         entry = {"id": printable(examined.ids[place], 60), "title": printable(getattr(product, "title", None), 120)}
