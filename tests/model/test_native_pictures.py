@@ -68,7 +68,9 @@ def test_the_grid_is_that_of_the_own_processor(name):
     images = [noise(*size) for size in ((64, 96), (96, 64), (90, 70), (50, 50))]
     features, sizes = vision(images)
     alone = [vision([image])[0] for image in images]
-    assert all(torch.equal(*pair) for pair in zip(features.split([size.tokens for size in sizes]), alone, strict=True))
+    parts = features.split([size.tokens for size in sizes])
+    for together, single in zip(parts, alone, strict=True):  # several threads may round another way
+        torch.testing.assert_close(together, single, rtol=0, atol=1e-5)
     if "mistral3" not in name:  # there a side is rounded up, and bounded instead of the area
         own = pil_processor(folder_of(name))(images=images, return_tensors="pt")
         given = vision.inputs(images)
