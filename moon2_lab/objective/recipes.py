@@ -227,12 +227,13 @@ class QueryObjective(Moon2Objective):
         "() the weighted InfoNCE of one query view."
         views, keys = batch.views, batch.keys
         query, positive, negatives = (views.embedding[role][v] for role, v in (("q", view), ("p", "mm"), ("n", "mm")))
-        bias = self.log_weights(batch, query)
-        if bias is not None:
-            bias = bias.masked_fill(torch.eye(*bias.shape, dtype=torch.bool, device=bias.device), 0.0)
+        asks, bias = views.present["q"][view] & views.present["p"]["mm"], self.log_weights(batch, query)
+        if bias is not None:  # what a row without the view would weigh is not a number
+            own = torch.eye(*bias.shape, dtype=torch.bool, device=bias.device)
+            bias = bias.masked_fill(own | ~asks[:, None], 0.0)
         return inter_product_loss(
             query, positive, negatives, batch.config.temperature, masks=masks, bias=bias, dims=batch.dims,
-            mask=views.present["q"][view] & views.present["p"]["mm"], positive_mask=views.present["p"]["mm"],
+            mask=asks, positive_mask=views.present["p"]["mm"],
             negative_mask=views.present["n"]["mm"] & keys.negative_mask,
         )
 

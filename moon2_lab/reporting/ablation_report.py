@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config import DIRECTIONS
+from ..config import DIRECTIONS, REPORTED
 from ..errors import DataError
 from ..evaluation.statistics import LEVEL, p_text
 from ..files import read_json
@@ -29,7 +29,7 @@ def _directions(
 ) -> list[str]:
     "The directions that were scored, the known ones first."
     found = list(dict.fromkeys(means.direction))
-    return [name for name in DIRECTIONS if name in found] + [name for name in found if name not in DIRECTIONS]
+    return [name for name in REPORTED if name in found] + [name for name in found if name not in REPORTED]
 
 
 def _paper_number(
@@ -39,6 +39,12 @@ def _paper_number(
     "The paper's number for a cell."
     known = row in PAPER_RESULTS.index and column in PAPER_RESULTS
     return float(PAPER_RESULTS.loc[row, column]) if known else math.nan
+
+
+def _read_tests(path: Path) -> pd.DataFrame | None:  # of write_study_tests
+    "The tests of a study; None where nothing was tested."
+    tests = pd.read_parquet(path) if path.is_file() else None
+    return None if tests is None or tests.empty else tests
 
 
 def _test_of(
@@ -51,7 +57,7 @@ def _test_of(
         return None
     of = (tests.variant_a == variant) & (tests.variant_b == _AGAINST) & (tests.direction == direction)
     rows = tests[of & (tests.metric == _METRIC)].to_dict("records")
-    return rows[0] | {"p_text": p_text({"p_bound": False} | rows[0])} if rows else None
+    return rows[0] | {"p_text": p_text(rows[0])} if rows else None
 
 # %% ../../nbs/reporting/792_ablation_report.ipynb #d1903b64
 def _label_means(
@@ -150,11 +156,13 @@ def _outcome_words(parts: list[dict]) -> str:
 _BUDGET_WORDS = {"steps": "steps", "minutes": "wall-clock"}
 
 
-def _study_badges(note: dict, means: pd.DataFrame) -> list[tuple[str, str]]:
+def _study_badges(note: dict, means: pd.DataFrame, tests: pd.DataFrame | None) -> list[tuple[str, str]]:
     "How far to trust the page: (warning or plain, text)."
     badges = [("warning", "the paper's numbers are of different data")]
     seeds, queries = int(means.seeds.max()), int(means.queries.max())
     badges.append(("warning", "one seed: another may say otherwise") if seeds == 1 else ("plain", f"{seeds} seeds"))
+    if tests is not None and not tests.seeds_covered.all():
+        badges.append(("warning", "tests speak of these runs, not of new seeds"))
     if means.groupby(["budget", "variant"]).seeds.max().nunique() > 1:
         badges.append(("warning", "not every variant has all its seeds yet"))
     if note["config"]["backbone"] == "tiny":
@@ -186,11 +194,11 @@ def ablation_page(
     means, note = seed_means(out, _METRIC), read_json(out / "study.json")
     if not len(means):
         raise DataError("no finished run", where=str(out), advice="moon2 ablate makes them")
-    tests = pd.read_parquet(out / "tests.parquet") if (out / "tests.parquet").is_file() else None
+    tests = _read_tests(out / "tests.parquet")
     table, labels, parts = ablation_table(out), _label_means(out), []
     for budget in (name for name in BUDGETS if name in set(means.budget)):
         cost = table[table.budget == budget].groupby("variant")[["steps", "minutes"]].mean()
-        known = tests if tests is None or "budget" not in tests else tests[tests.budget == budget]
+        known = None if tests is None else tests[tests.budget == budget]
         parts.append(_budget_part(budget, means[means.budget == budget], cost, labels, known, note))
     runs = sum(len(group) for _, group in table.groupby(["budget", "variant", "seed"]).size().groupby("budget"))
     summary = (
@@ -201,7 +209,7 @@ def ablation_page(
     return render(
         "ablation.html", title=f"What each part is worth: ablation on {note['catalog']}",
         summary=f"{summary} {_outcome_words(parts)}", parts=parts, tested=tests is not None,
-        badges=_study_badges(note, means), facts_made=_study_facts(note), names=names,
+        badges=_study_badges(note, means, tests), facts_made=_study_facts(note), names=names,
         budget_words=_BUDGET_WORDS, commands=[line for line in note.get("commands", []) if line],
         differs=note.get("differs_from_paper") or {},
     )

@@ -21,7 +21,7 @@ import pandas as pd
 from ..config import TrainConfig
 from ..data.catalog import Catalog
 from ..errors import DataError, UsageError
-from ..evaluation.statistics import share_interval
+from ..evaluation.seed_statistics import seed_interval
 from ..files import read_json, write_json, write_parquet
 from ..folders import held, require_free, whole_folder
 from ..runtime import run_settings
@@ -267,12 +267,11 @@ def run_study(
         steps = _study_steps(study, noted)
         if noted.get("steps") and steps:
             _require_same(noted, {"steps": steps}, path)
+        there = {run: _is_finished(study, run, steps) for run in study.runs()}  # all are looked at before one is made
         write_json(path, _note(study, noted, steps))
-        runs = list(study.runs())
-        for number, run in enumerate(runs, 1):
-            kept = _is_finished(study, run, steps)
+        for number, (run, kept) in enumerate(there.items(), 1):
             what = f"{run.variant}, seed {run.seed}, equal {run.budget}{', is there' * kept}"
-            _log.info(f"run {number} of {len(runs)}: {what}")
+            _log.info(f"run {number} of {len(there)}: {what}")
             if not kept:
                 question = question or make_benchmark(study.catalog, study.split)
                 _make_run(study, run, steps, question)
@@ -320,7 +319,7 @@ def seed_means(
     out: str | Path,  # folder of a study
     metric: str = "R@10",
 ) -> pd.DataFrame:  # budget, variant, direction, value, lo, hi, least, most, seeds, queries
-    "R@k of each variant and direction: mean over its seeds, interval over product keys, least and most of a seed."
+    "R@k of each variant and direction: mean over its seeds, interval over keys and seeds, least and most of a seed."
     k, groups, rows = int(metric.partition("@")[2]), {}, []
     for run, folder in finished_runs(out).items():
         columns = ["query_id", "direction", "rank", "hit_ids", "key"]
@@ -330,7 +329,7 @@ def seed_means(
             groups.setdefault((run.budget, run.variant, direction), []).append(part.set_index("query_id"))
     for (budget, variant, direction), seeds in groups.items():
         hits = pd.concat([part.hit for part in seeds], axis=1, join="inner")
-        interval = share_interval(hits.mean(axis=1).to_numpy(), seeds[0].key.loc[hits.index].to_numpy())
+        interval = seed_interval(hits.to_numpy().T, seeds[0].key.loc[hits.index].to_numpy())
         by_seed = hits.mean()
         values = by_seed.mean(), *interval, by_seed.min(), by_seed.max()
         rows.append([budget, variant, direction, *values, len(seeds), len(hits)])
