@@ -4030,6 +4030,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'moon2_lab/reporting/ablation_report.py'),
                                                      'moon2_lab.reporting.ablation_report._paper_number': ( 'reporting/ablation_report.html#_paper_number',
                                                                                                             'moon2_lab/reporting/ablation_report.py'),
+                                                     'moon2_lab.reporting.ablation_report._read_tests': ( 'reporting/ablation_report.html#_read_tests',
+                                                                                                          'moon2_lab/reporting/ablation_report.py'),
                                                      'moon2_lab.reporting.ablation_report._study_badges': ( 'reporting/ablation_report.html#_study_badges',
                                                                                                             'moon2_lab/reporting/ablation_report.py'),
                                                      'moon2_lab.reporting.ablation_report._study_facts': ( 'reporting/ablation_report.html#_study_facts',
