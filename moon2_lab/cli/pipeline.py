@@ -127,7 +127,8 @@ def build_trainer(
 
     fields = config.encoder_fields()
     encoder = Moon2Encoder.from_backbone(fields.pop("backbone"), seed=config.seed, **fields)
-    return Trainer(encoder, catalog, config, evaluate_fn=_valid_scorer(catalog, config, valid_limit), out=out, **options)
+    scorer = _valid_scorer(catalog, config, valid_limit)
+    return Trainer(encoder, catalog, config, evaluate_fn=scorer, out=out, **options)
 
 # %% ../../nbs/cli/900_pipeline.ipynb #518538c1
 def plan_lines(

@@ -170,7 +170,8 @@ def tests_command(args: argparse.Namespace) -> Outcome:
     else:
         runs, against = {"A": args.runs, "B": args.against}, "B"
     tests = study_tests(runs, against, metrics, paired_seeds=args.paired_seeds)
-    facts = {"runs": {name: list(map(str, folders)) for name, folders in runs.items()}, "tests": tests.to_dict("records")}
+    facts = {"runs": {name: list(map(str, folders)) for name, folders in runs.items()}}
+    facts["tests"] = tests.to_dict("records")
     return Outcome("\n".join(study_lines(tests)), facts)
 
 # %% ../../nbs/cli/914_study_commands.ipynb #b3698eda

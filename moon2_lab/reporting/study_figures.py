@@ -20,13 +20,17 @@ from .tables import objective_series
 _TRADES = (("t->mm", "i->mm"), ("i->t", "t->i"))  # x and y: search by words against search by pictures
 
 
+_SHAPES = {True: {"size": 13, "symbol": "star"}, False: {"size": 9, "symbol": "circle"}}  # whether it is full
+
+
 def _panel_of(table: pd.DataFrame, pair: tuple[str, str]) -> pd.DataFrame:
     "One row for each variant that was scored in both directions: x, y, their intervals, image_share."
     wide = [table[table["direction"] == direction].set_index("variant") for direction in pair]
     known = [name for name in wide[0].index if name in wide[1].index]
     columns = {"image_share": wide[0].loc[known, "image_share"]}
     for axis, part in zip("xy", wide):
-        columns |= {f"{axis}{end}": part.loc[known, name] for end, name in (("", "value"), ("_lo", "lo"), ("_hi", "hi"))}
+        names = {"": "value", "_lo": "lo", "_hi": "hi"}
+        columns |= {f"{axis}{end}": part.loc[known, name] for end, name in names.items()}
     return pd.DataFrame(columns)
 
 
@@ -54,7 +58,7 @@ def _trade_traces(panel: pd.DataFrame, legend: bool) -> list:
         one = others.loc[[name]]
         marks.append(go.Scatter(
             x=[row.x], y=[row.y], mode="markers", error_x=_bars(one, "x"), error_y=_bars(one, "y"), name=str(name),
-            marker={"size": 13 if name == "full" else 9, "color": color, "symbol": "star" if name == "full" else "circle"},
+            marker={"color": color} | _SHAPES[name == "full"],
             showlegend=legend, legendgroup=str(name),
         ))
     return ([curve] if len(mixes) else []) + marks
@@ -110,7 +114,7 @@ def omega_paths_figure(
 def omega_summary(
     histories: Mapping[str, pd.DataFrame],
 ) -> pd.DataFrame:  # mode, steps, first, last, objective, sum_last, alarms
-    """How the weights of each mode began and ended: the largest share at the first and last step, and of which objective.
+    """How the weights of each mode began and ended: the largest share at the first and last step, and its objective.
 
     alarms: what `moon2_lab.objective.omega_alarm` says of the run; empty where all is well."""
     rows = []
@@ -123,5 +127,6 @@ def omega_summary(
         printed = history["omega_sum_raw"] if "omega_sum_raw" in history else omega.sum(axis=1)
         row = {"mode": name, "steps": len(omega), "first": float(shares.iloc[0].max())}
         row |= {"last": float(shares.iloc[-1].max()), "objective": str(shares.iloc[-1].idxmax())}
-        rows.append(row | {"sum_last": float(printed.iloc[-1]), "alarms": "; ".join(omega_alarms_of_run(omega, printed))})
+        alarms = "; ".join(omega_alarms_of_run(omega, printed))
+        rows.append(row | {"sum_last": float(printed.iloc[-1]), "alarms": alarms})
     return pd.DataFrame(rows)

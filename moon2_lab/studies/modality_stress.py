@@ -236,7 +236,7 @@ def _conflict(encoder, gallery: ItemSet, queries: ItemSet, views: dict[str, np.n
 @dataclass
 class StressStudy:
     "What an encoder does when a modality is missing, wrong or out of order. Made by `stress_study`."
-    falls: pd.DataFrame  # side, stress, direction, metric, value, stressed, difference, lo, hi, p, ..., verdict, changed
+    falls: pd.DataFrame  # side, stress, direction, metric, value, stressed, difference, lo, hi, p, verdict ...
     cosines: pd.DataFrame  # items, stress, n, cosine, lo, hi
     conflict: pd.DataFrame  # query, n, words_first, lo, hi, words_R@10, picture_R@10, leans
     about: dict  # protocol, split, catalogue, model
