@@ -342,7 +342,7 @@ def study_plan(
 ) -> dict:  # runs: list of {budget, variant, seed, is_there, minutes}, copies, minutes of steps to come; None: unknown
     "What `run_study` would do. Nothing is trained, made or written."
     require_free(study.out)
-    table = ablation_table(study.out) if study.out.is_dir() else ablation_table("")
+    table = ablation_table(study.out)
     took = table.groupby(["budget", "variant"]).minutes.mean().to_dict()
     rows = []
     for run in study.runs():
