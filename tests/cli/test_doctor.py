@@ -228,3 +228,31 @@ def test_a_trained_model_is_healthy(moon2, drawn_catalogue, tmp_path, monkeypatc
     assert code == 0, out + err
     Moon2Encoder.from_backbone("tiny").save_pretrained(tmp_path / "untrained")
     assert moon2("doctor", tmp_path / "untrained", "--catalog", shop, "--split", "all", "--device", "cpu")[0] == 1
+
+
+def test_what_was_trained_beside_a_base(trained, tmp_path):
+    "LoRA that stands beside a named base is merged for a check, and the numbers that were trained are counted."
+    import torch
+
+    from moon2_lab.data.catalog import Catalog
+    from moon2_lab.studies.doctor import examine_model
+    from moon2_lab.tiny_models import tiny_model
+
+    base = tiny_model("qwen3_vl", tmp_path / "base")
+    options = {"image_size": 64, "num_experts": 2, "top_k": 1, "experts": "lowrank", "expert_rank": 2}
+    encoder = Moon2Encoder.from_backbone(str(base), **options)
+    encoder.add_lora(2, 4)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    encoder.save_pretrained(tmp_path / "model", base="named")
+    health = examine_model(tmp_path / "model", Catalog.load(trained[1]), "cpu", most=20).health
+    figures, notes = health.figures, {x.check: x.what for x in health.findings if x.severity == "note"}
+    assert figures["adapter"]["rank"] == 2 and figures["adapter"]["by_merging"] < 1e-4
+    assert "LoRA of rank 2" in notes["adapter"]
+    assert figures["base"]["lora"]["rank"] == 2 and figures["base"]["trained"]["LoRA"] > 0
+    assert "numbers" in notes["base"]
+    merged = Moon2Encoder.from_pretrained(tmp_path / "model", "cpu")
+    beside = Moon2Encoder.from_pretrained(tmp_path / "model", "cpu", merge=False)
+    assert (bool(merged.lora), bool(beside.lora)) == (False, True)
