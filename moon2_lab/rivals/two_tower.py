@@ -215,12 +215,13 @@ def train_two_tower(
         require_new(out, "give another folder")
     tower = TwoTower(config or TwoTowerConfig(), device)
     pairs = _Pairs(tower, list(training_products(catalog, tower.config.holdout)))
-    tower.history = history = _train(tower, pairs, 60 * minutes, steps)
-    tower.info |= {"trained_steps": len(history), "seconds": float(history["seconds"].sum())}
+    started = time.perf_counter()
+    tower.history = _train(tower, pairs, 60 * minutes, steps)
+    tower.info |= {"trained_steps": len(tower.history), "seconds": time.perf_counter() - started}
     tower.info |= {"products": len(pairs.titles), "catalog": catalog.whole.data_hash, "minutes": minutes or None}
     if out is not None:
         tower.save_pretrained(Path(out) / "model")
-        write_parquet(Path(out) / "history.parquet", history)
+        write_parquet(Path(out) / "history.parquet", tower.history)
     return tower
 
 
@@ -230,7 +231,7 @@ def _train(tower: TwoTower, pairs: _Pairs, limit: float, steps: int) -> pd.DataF
     optimizer, position = _optimizer(tower), 0.0
     if not config.train_layers:
         pairs.keep_states()
-    before = 0.0
+    before = time.perf_counter() - started
     while len(rows) < steps if steps else _fits(time.perf_counter() - started, limit, rows):
         position = len(rows) / steps if steps else (time.perf_counter() - started) / limit
         set_learning_rate(optimizer, lr_factor(int(1000 * position), 1000, config))

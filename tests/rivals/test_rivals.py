@@ -150,6 +150,25 @@ def test_the_clock_is_kept_whatever_a_step_takes(monkeypatch):
     assert 30 - 2.5 <= tower.info["seconds"] <= 30 and tower.info["trained_steps"] > 20
 
 
+def test_states_that_take_long_leave_time_for_steps(monkeypatch):
+    "What frozen layers compute once is on the clock, but no measure of how long a step takes."
+    now, usual = [0.0], (two_tower._Pairs.loss, two_tower._Pairs.keep_states)
+
+    def slow(method, seconds):
+        def call(pairs):
+            now[0] += seconds
+            return method(pairs)
+
+        return call
+
+    monkeypatch.setattr(two_tower._Pairs, "loss", slow(usual[0], 1.0))
+    monkeypatch.setattr(two_tower._Pairs, "keep_states", slow(usual[1], 20.0))
+    monkeypatch.setattr(two_tower.time, "perf_counter", lambda: now[0])
+    frozen = TwoTowerConfig(**{**TOWER.__dict__, "train_layers": 0})
+    tower = train_two_tower(shop(40), frozen, minutes=0.5, device="cpu")
+    assert tower.info["trained_steps"] == 9 and tower.info["seconds"] == 29.0
+
+
 def test_what_lacks_a_side_is_no_pair_and_equal_keys_are_no_negatives():
     "Products without a picture or title are left out; a batch of one key alone has nothing to learn from."
     mixed = shop(60, mixed=True)
