@@ -27,6 +27,8 @@ _HOMES = {  # module -> its public names
     "retrieval.embed": "embed_catalog",
     "retrieval.search": "Searcher open_searcher",
     "retrieval.vectors": "VectorFile",
+    "studies.study_tests": "study_tests",
+    "studies.modality_stress": "stress_study",
     "reporting.comparison": "compare_encoders",
     "reporting.hub": "push_to_hub",
     "widgets.heatmap": "heatmap compare_heatmaps",

@@ -5266,6 +5266,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                   'moon2_lab/studies/modality_balance.py')},
             'moon2_lab.studies.modality_stress': { 'moon2_lab.studies.modality_stress.StressStudy': ( 'studies/modality_stress.html#stressstudy',
                                                                                                       'moon2_lab/studies/modality_stress.py'),
+                                                   'moon2_lab.studies.modality_stress.StressStudy._better_without': ( 'studies/modality_stress.html#stressstudy._better_without',
+                                                                                                                      'moon2_lab/studies/modality_stress.py'),
                                                    'moon2_lab.studies.modality_stress.StressStudy.as_json': ( 'studies/modality_stress.html#stressstudy.as_json',
                                                                                                               'moon2_lab/studies/modality_stress.py'),
                                                    'moon2_lab.studies.modality_stress.StressStudy.leaning': ( 'studies/modality_stress.html#stressstudy.leaning',

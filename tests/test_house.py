@@ -365,7 +365,8 @@ TORCH_FREE = (  # useful without a model
     "reporting.comparison_report", "cli.options", "cli.commands", "cli.main", "data.text_fields",
     "data.category_fields", "data.attribute_fields", "data.image_fields", "data.image_folder", "data.images",
     "data.products", "data.catalog_tables", "data.catalog", "data.queries", "data.negatives", "data.triplets",
-    "data.sampler", "data.label_noise",
+    "data.sampler", "data.label_noise", "evaluation.seed_statistics", "studies.study_tests",
+    "studies.modality_balance", "studies.modality_stress", "reporting.stress_report", "reporting.study_figures",
 )
 HEAVY = (
     "torch", "transformers", "peft", "accelerate", "captum", "gradio", "plotly", "matplotlib", "sklearn", "ipywidgets",
