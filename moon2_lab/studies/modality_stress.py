@@ -264,7 +264,19 @@ class StressStudy:
                 f" A product's vector keeps a cosine of {near['drop_picture']:.2f} without its picture and"
                 f" {near['drop_title']:.2f} without its title."
             )
-        return text
+        return text + self._better_without()
+
+    def _better_without(self) -> str:
+        "A sentence for what the gallery finds better without a modality; empty where nothing is."
+        if not len(self.falls):
+            return ""
+        known = self.falls[self.falls["metric"] == self.falls["metric"].iloc[-1]]  # the largest k
+        known = known[(known["side"] == "gallery") & known["stress"].str.startswith("drop")]
+        rises = known[known["verdict"] == "above"]
+        parts = [
+            f"{row.direction} {STRESSES[row.stress]} ({row.difference:+.1%} {row.metric})" for row in rises.itertuples()
+        ]
+        return f" Better without: {', '.join(parts)}." if parts else ""
 
     def as_json(self) -> dict:
         "All numbers as plain data, for `--json`."

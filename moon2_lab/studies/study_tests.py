@@ -23,7 +23,6 @@ from ..evaluation.evaluate import is_one_evaluation
 from ..evaluation.seed_statistics import queries_needed, seed_paired_test
 from ..evaluation.statistics import LEVEL, holm_corrected, p_text
 from ..files import read_json, write_parquet
-from .ablation import finished_runs
 
 # %% ../../nbs/studies/744_study_tests.ipynb #a712ea51
 @dataclass(frozen=True)
@@ -261,6 +260,8 @@ def write_study_tests(
     against: str = "full",
 ) -> pd.DataFrame:  # budget and the columns of `study_tests`; empty where there is nothing to compare yet
     "Test every variant of a study against one, for each budget, and write tests.parquet into its folder."
+    from moon2_lab.studies.ablation import finished_runs  # which knows of training, and loads torch
+
     runs = {}
     for run, folder in sorted(finished_runs(out).items(), key=lambda item: (item[0].budget, item[0].seed)):
         runs.setdefault(run.budget, {}).setdefault(run.variant, []).append(folder)
