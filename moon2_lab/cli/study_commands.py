@@ -125,7 +125,7 @@ def _examined(args: argparse.Namespace):
     from moon2_lab.studies.doctor import examine_model, examine_vectors
 
     device = chosen_device(args)
-    if Path(args.subject).is_file():
+    if Path(args.subject).is_file() or Path(args.subject).suffix == ".parquet":
         catalog = Catalog.load(args.catalog) if args.catalog else None
         return examine_vectors(args.subject, catalog), {"catalog": args.catalog, "split": None}
     known_encoder(args.subject)

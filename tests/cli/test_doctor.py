@@ -114,7 +114,9 @@ def test_a_catalogue_that_is_not_what_it_was(moon2, trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, said", [(["none"], "no such folder"), (["frozen:tiny"], "no catalogue"), ([], "--help")], ids=str
+    "words, said",
+    [(["none"], "no such folder"), (["no.parquet"], "no such file"), (["frozen:tiny"], "no catalogue"), ([], "--help")],
+    ids=str,
 )
 def test_wrong_usage(moon2, words, said):
     code, out, err = moon2("doctor", *words)
