@@ -7,6 +7,7 @@ __all__ = ['ablation_page', 'write_ablation_report', 'ablation_lines']
 
 # %% ../../nbs/reporting/792_ablation_report.ipynb #0a7ffb62
 import math
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -137,18 +138,18 @@ def _legend(rows: list[dict]) -> list[tuple[str, str, int]]:
 
 # %% ../../nbs/reporting/792_ablation_report.ipynb #e44417f6
 def _outcome_words(parts: list[dict]) -> str:
-    "How many differences are separated, and which."
+    "How many differences are separated, and for each recipe in how many directions it is above and below."
     words = []
     for part in parts:
         rows = [row for row in part["rows"] if not row["same"]]
         tests = [(row["name"], cell["test"]) for row in rows for cell in row["cells"] if cell and cell["test"]]
-        clear = {kind: sorted({name for name, test in tests if test["verdict"] == kind}) for kind in ("above", "below")}
+        counts = {name: Counter(test["verdict"] for of, test in tests if of == name) for name, _ in tests}
+        named = [f"{name} {count['above']} / {count['below']}" for name, count in counts.items()]
         if tests:
             separated = sum(test["verdict"] != "level" for _, test in tests)
-            named = [f"{', '.join(names)} {kind} full somewhere" for kind, names in clear.items() if names]
             words.append(
                 f"Equal {_BUDGET_WORDS[part['name']]}: {separated} of {len(tests)} differences from the full recipe "
-                f"are separated (p after Holm below {LEVEL}){': ' if named else ''}{'; '.join(named)}."
+                f"are separated (p after Holm below {LEVEL}); directions above / below it: {', '.join(named)}."
             )
     return " ".join(words) or "The differences were not tested: what differs by less than the intervals may be chance."
 

@@ -8,7 +8,7 @@ import torch
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.errors import UsageError
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective.recipes import RIVALS, mixed_queries
+from moon2_lab.objective.recipes import RIVALS, DenseObjective, mixed_queries
 from moon2_lab.studies.ablation import chosen_products
 from moon2_lab.studies.variants import VARIANTS, find_variant, same_as, variant_parts
 from moon2_lab.training.trainer import Trainer
@@ -67,7 +67,9 @@ def test_a_mix_is_the_same_whatever_else_is_in_the_list(sample):
 def test_one_registry_with_the_rivals(monkeypatch, sample):
     monkeypatch.setitem(RIVALS, "mine", replace(RIVALS["dense"], title="mine"))
     assert VARIANTS["mine"].title == "mine" and find_variant("mine") is RIVALS["mine"]
-    assert same_as("mine", ["dense"], settings(), False) is None  # not the same objective: another function made it
+    assert same_as("mine", ["dense"], settings(), False) == ("dense", "these are its settings")
+    monkeypatch.setitem(RIVALS, "mine", replace(RIVALS["mine"], objective=lambda config: DenseObjective(0.1)))
+    assert same_as("mine", ["dense"], settings(), False) is None
     with pytest.raises(UsageError, match="nearest: no-filter"):
         find_variant("no-filtr")
 
