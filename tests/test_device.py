@@ -301,7 +301,12 @@ def test_a_step_of_a_model_of_transformers_waits_once(fake, tmp_path, family, fi
     assert len(encoder.moe_blocks) == 4 and dict(waits) == {"copy to cpu": 1} and np.isfinite(row["loss"])
 
 
-@pytest.mark.parametrize("recipe", [recipes.UnalignedObjective, lambda config: recipes.DenseObjective()])
+OTHER_RECIPES = {"unaligned": recipes.UnalignedObjective} | {
+    name: rival.objective for name, rival in recipes.RIVALS.items()
+}
+
+
+@pytest.mark.parametrize("recipe", OTHER_RECIPES.values(), ids=OTHER_RECIPES)
 def test_a_step_of_another_recipe_waits_once(fake, recipe):
     config = settings(device="auto", dtype="bfloat16", filter_warmup_ratio=0.0)
     trainer = Trainer(tiny(), shop(40, mixed=True), config, objective=recipe(config))

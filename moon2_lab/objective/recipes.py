@@ -27,6 +27,7 @@ from .contrastive import CandidateMasks, candidate_masks, inter_product_loss
 from moon2_lab.objective.objective import (
     Moon2Objective, ObjectiveBatch, TripletKeys, TripletRouting, TripletViews, aux_loss,
 )
+from ..runtime import to_device
 
 # %% ../../nbs/objective/540_recipes.ipynb #c12aa898
 _DENSE_TERMS = (("t", "mm"), ("i", "mm"), ("i", "t"), ("t", "i"))  # (query view, item view)
@@ -179,7 +180,7 @@ class MixedObjective(SingleLossObjective):
         if known.keys.answers is not None:
             masks = masks.without(known.keys.answers[place, rows])
         device = keys.positive.device
-        place, rows, masks = place.to(device), rows.to(device), masks.to(device)
+        place, rows, masks = to_device(place, device), to_device(rows, device), masks.to(device)
         query = torch.stack([views.embedding["q"][view] for view in VIEWS])[place, rows]
         return inter_product_loss(
             query, views.embedding["p"]["mm"], views.embedding["n"]["mm"], batch.config.temperature,
@@ -312,7 +313,7 @@ class AttributeObjective(QueryObjective):
         "(B, B + B K)"
         keys = batch.keys.on_cpu()
         overlap = self.overlap(keys.positive, torch.cat([keys.positive, keys.negative.flatten()]))
-        return (1 + overlap.tanh()).to(query.device)
+        return to_device(1 + overlap.tanh(), query.device)
 
     def candidates(self, batch: ObjectiveBatch, masks: CandidateMasks) -> CandidateMasks:
         "Without those whose cosine to the positive is above delta, after the warm-up."
