@@ -84,7 +84,9 @@ def trained_products(
     noted = read_json(settings) if settings.is_file() else {}
     if catalog is None or noted.get("data_hash") != catalog.data_hash:
         return None
-    return {product.product_id for product in catalog if product.split == "train" or not catalog.splits}
+    held = set((noted.get("holdout") or {}).get("product_ids", ()))
+    train = (product.product_id for product in catalog if product.split == "train" or not catalog.splits)
+    return {name for name in train if name not in held}
 
 
 def training_overlap(
