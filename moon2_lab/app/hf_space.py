@@ -26,8 +26,8 @@ from ..errors import LabError, UsageError
 from ..files import read_json, sha256_hex, static_text, write_json, write_parquet
 from ..folders import model_name, whole_folder, write_checksums
 from ..model.encoder import Moon2Encoder
-from ..rivals.loading import explainable
 from ..reporting.hub import without_folders
+from ..rivals.loading import explainable
 from ..runtime import progress
 
 # %% ../../nbs/app/875_hf_space.ipynb #a4c8aa53

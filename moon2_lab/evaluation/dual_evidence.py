@@ -7,7 +7,7 @@ __all__ = ['Conditions', 'dual_direction']
 
 # %% ../../nbs/evaluation/408_dual_evidence.ipynb #6ac5936c
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from ..data.products import Item, Product
 from ..data.queries import IDENTIFYING
 from ..data.words import fold, folded_terms, term_spans, terms
 from .item_sets import Direction, ItemSet
-from .label_tasks import LEVELS
+from .label_tasks import LEVELS, attribute_values
 
 # %% ../../nbs/evaluation/408_dual_evidence.ipynb #8fb1b0f1
 _VISIBLE = ("colour", "color", "pattern", "material", "shape", "sleeve", "neck", "style")  # parts of attribute names
@@ -64,8 +64,7 @@ class Visibility:
 
 def _values(product: Product) -> list[tuple[str, str]]:
     "(attribute, value) of every value, in the order of the table; cells are split at |."
-    cells = ((name, part.strip()) for name, cell in product.attributes.items() for part in (cell or "").split("|"))
-    return [(name, value) for name, value in cells if value]
+    return [(name, value) for name in product.attributes for value in attribute_values(product, name)]
 
 # %% ../../nbs/evaluation/408_dual_evidence.ipynb #6700e966
 _NOT_ASKED = IDENTIFYING | {"model", "season"}
@@ -84,10 +83,14 @@ class Conditions:
         values = [self.seen[1], *([self.read[1]] if self.read else []), self.category[1]]
         return " ".join(values).lower()
 
+    @property
+    def wanted(self) -> set[tuple[str, ...]]:
+        "Every condition, as `_facts` writes what is true of a product."
+        return {self.seen, ("category", *self.category), *([self.read] if self.read else [])}
+
     def hold_for(self, product: Product) -> bool:
         "Whether a product satisfies every condition."
-        wanted = {self.seen, *([self.read] if self.read else [])}
-        return _deepest(product) == self.category and wanted <= set(_values(product))
+        return self.wanted <= _facts(product)
 
     @classmethod
     def of(cls, product: Product, visibility: Visibility) -> "Conditions | None":
@@ -112,6 +115,12 @@ def _deepest(product: Product) -> tuple[str, str] | None:
     "The deepest level that is filled, and its name."
     filled = [(level, getattr(product, level)) for level in LEVELS if getattr(product, level)]
     return filled[-1] if filled else None
+
+
+def _facts(product: Product) -> set[tuple[str, ...]]:
+    "What is true of a product by the table: (attribute, value), and its deepest category as (category, level, name)."
+    category = _deepest(product)
+    return {*_values(product), *([("category", *category)] if category else [])}
 
 
 def _stands_in(value: str, bare: set[str]) -> bool:
@@ -143,7 +152,11 @@ def dual_direction(
     places = np.arange(len(products))
     bare = [Item(visibility.bare_title(p), p.image_ref() if p.has_image else None, p.product_id) for p in products]
     gallery = ItemSet("bare products", [product.product_id for product in products], bare, places, places)
-    rights = [[n for n, product in enumerate(products) if conditions.hold_for(product)] for conditions in asked]
+    holders = defaultdict(set)  # fact -> places of the products of which it is true
+    for place, product in enumerate(products):
+        for fact in _facts(product):
+            holders[fact].add(place)
+    rights = [sorted(set.intersection(*(holders[fact] for fact in conditions.wanted))) for conditions in asked]
     queries = [Item(conditions.text, None, name) for conditions, name in asked.items()]
     order = np.arange(len(queries))
     question = ItemSet("conditions", list(asked.values()), queries, [np.array(right) for right in rights], order)

@@ -13,8 +13,10 @@ import numpy as np
 
 from ..config import VIEWS
 from ..errors import DataError
-from .embedding_figures import EQUAL, duplicated, equal_groups, hub_figures, neighbour_counts
-from .embedding_figures import pair_figures, row_faults, sample_places, spread_figures
+from moon2_lab.evaluation.embedding_figures import (
+    EQUAL, duplicated, equal_groups, hub_figures, neighbour_counts, pair_figures, row_faults, sample_places,
+    spread_figures,
+)
 
 # %% ../../nbs/evaluation/448_embedding_health.ipynb #87dce6cf
 SEVERITIES = ("error", "warning", "note")

@@ -41,13 +41,20 @@ def _product_classes(
     return {" > ".join(path): path[-1]} if path else {}
 
 
+def attribute_values(
+    product: Product,
+    name: str,
+) -> list[str]:
+    "The product's values of an attribute, in the order of its cell, which is split at |."
+    return [value for part in (product.attributes.get(name) or "").split("|") if (value := part.strip())]
+
+
 def _product_values(
     product: Product,
     name: str,
 ) -> dict[str, str]:
     "Value text -> value of each of the product's values of this attribute."
-    values = [part.strip() for part in (product.attributes.get(name) or "").split("|")]
-    return {f"{name.replace('_', ' ')}: {value}": value for value in values if value}
+    return {f"{name.replace('_', ' ')}: {value}": value for value in attribute_values(product, name)}
 
 # %% ../../nbs/evaluation/407_label_tasks.ipynb #1c7bf0df
 def _product_labels(product: Product) -> dict[tuple[str, str], dict[str, str]]:

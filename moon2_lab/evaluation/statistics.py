@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVEL', 'key_draws', 'percentile_ci', 'bootstrap_ci', 'share_interval', 'with_interval', 'paired_test',
-           'paired_test_tables', 'holm', 'holm_corrected', 'p_text']
+           'paired_test_tables', 'table_hits', 'holm', 'holm_corrected', 'p_text']
 
 # %% ../../nbs/evaluation/400_statistics.ipynb #0b7d9e35
 import math
@@ -214,9 +214,17 @@ def paired_test_tables(
         what = f"{len(only)} queries are in one run only, first {only[0]!r}"
         raise DataError(what, where=direction, advice=advice)
     runs = run_a, run_b.loc[run_a.index]
-    hits = [((run["rank"] <= k) & (run["hit_ids"].map(len) > 0)).to_numpy() for run in runs]
+    hits = [table_hits(run, k).to_numpy() for run in runs]
     keys = run_a["key"].to_numpy() if "key" in run_a else None
     return paired_test(*hits, keys=keys, resamples=resamples, seed=seed)
+
+
+def table_hits(
+    table,  # rows of per_query.parquet
+    k: int,
+):  # Series of bool, in the order of the table
+    "Whether each query found a right product among the first k; never where the gallery holds none."
+    return (table["rank"] <= k) & (table["hit_ids"].map(len) > 0)
 
 
 def _queries_of(table, name: str, direction: str):

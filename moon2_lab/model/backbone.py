@@ -303,6 +303,13 @@ class Backbone(nn.Module):
         self.cache_features(refs)
         return self.features.get(self._keys(refs))
 
+    def pooled_features(self, refs: Sequence[ImageRef]) -> np.ndarray:
+        "(N, C) float32: the mean of each picture's frozen features."
+        features = self.vision_features(refs).astype(np.float32)
+        starts = np.cumsum([0, *(size.tokens for size in self.picture_sizes(refs))])
+        means = [features[start:stop].mean(axis=0) for start, stop in zip(starts, starts[1:], strict=False)]
+        return np.array(means, dtype=np.float32).reshape(len(means), self.vision.channels)
+
     def _keys(self, refs: Sequence[ImageRef]) -> list[bytes]:
         return [bytes.fromhex(sha256_hex(ref.key.encode())) for ref in refs]
 

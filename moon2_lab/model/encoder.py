@@ -401,10 +401,7 @@ class Moon2Encoder(nn.Module):
 
     def vision_features(self, refs: Sequence[ImageRef]) -> np.ndarray:
         "(N, C) float32: mean frozen vision features, the trivial baseline for image search."
-        features = self.backbone.vision_features(refs).astype(np.float32)
-        starts = np.cumsum([0, *(size.tokens for size in self.backbone.picture_sizes(refs))])
-        means = [features[start:stop].mean(axis=0) for start, stop in zip(starts, starts[1:], strict=False)]
-        return np.array(means, dtype=np.float32).reshape(len(means), self.backbone.vision.channels)
+        return self.backbone.pooled_features(refs)
 
 
 def _as_item(product: Product | Item, view: str) -> Item:

@@ -16,8 +16,8 @@ import numpy as np
 from ..errors import DataError, printable
 from ..evaluation.embedding_figures import sample_places
 from ..evaluation.embedding_health import LIMITS, Limit, SEVERITIES, WHERE
-from ..evaluation.projection import projections
 from ..evaluation.label_tasks import LEVELS
+from ..evaluation.projection import projections
 from ..files import plain
 from .html import render, write_page
 from .tables import VIEW_WORDS

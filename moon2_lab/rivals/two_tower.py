@@ -34,7 +34,7 @@ from ..model.named_base import read_tensors, save_tensors
 from ..model.token_rows import TokenRow
 from ..objective.contrastive import intra_product_loss
 from .adapters import SeparateEncoder
-from .pretrained import in_batches, pooled_features
+from .pretrained import in_batches
 from ..runtime import pick_device
 from ..training.holdout import training_products
 from ..training.optim import lr_factor, set_learning_rate
@@ -142,7 +142,7 @@ class TwoTower(SeparateEncoder):
 
     def vision_features(self, refs: Sequence[ImageRef]) -> np.ndarray:
         "(N, C) float32: the mean frozen features of each picture, from the cache."
-        return pooled_features(self.backbone, refs)
+        return self.backbone.pooled_features(refs)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         "(N, D)."

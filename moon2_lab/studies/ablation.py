@@ -22,12 +22,13 @@ from ..config import TrainConfig
 from ..data.catalog import Catalog
 from ..errors import DataError, UsageError
 from ..evaluation.seed_statistics import seed_interval
+from ..evaluation.statistics import table_hits
 from ..files import read_json, write_json, write_parquet
 from ..folders import held, require_free, whole_folder
-from ..runtime import run_settings
-from ..training.holdout import training_products
 from ..rivals.two_tower import beside, train_two_tower
+from ..runtime import run_settings
 from .variants import TOWERS, find_variant, is_augmented, same_as, variant_parts
+from ..training.holdout import training_products
 
 # %% ../../nbs/studies/742_ablation.ipynb #52070530
 def chosen_products(
@@ -324,8 +325,7 @@ def seed_means(
     for run, folder in finished_runs(out).items():
         columns = ["query_id", "direction", "rank", "hit_ids", "key"]
         table = pd.read_parquet(folder / "per_query.parquet", columns=columns)
-        hits = (table["rank"] <= k) & (table["hit_ids"].map(len) > 0)
-        for direction, part in table.assign(hit=hits.astype(float)).groupby("direction", sort=False):
+        for direction, part in table.assign(hit=table_hits(table, k).astype(float)).groupby("direction", sort=False):
             groups.setdefault((run.budget, run.variant, direction), []).append(part.set_index("query_id"))
     for (budget, variant, direction), seeds in groups.items():
         hits = pd.concat([part.hit for part in seeds], axis=1, join="inner")

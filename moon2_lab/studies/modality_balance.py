@@ -20,7 +20,9 @@ from ..config import DIRECTIONS
 from ..errors import DataError
 from ..evaluation.seed_statistics import seed_interval, seed_paired_test
 from ..evaluation.statistics import holm_corrected, key_draws, percentile_ci
-from .study_tests import EvaluatedRun, common_directions, hit_matrix, read_runs, recall_k, variant_pairs
+from moon2_lab.studies.study_tests import (
+    EvaluatedRun, common_directions, hit_matrix, read_runs, recall_k, variant_pairs,
+)
 
 # %% ../../nbs/studies/746_modality_balance.ipynb #7db36852
 @dataclass(frozen=True)

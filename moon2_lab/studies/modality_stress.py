@@ -18,10 +18,12 @@ from ..config import VIEWS
 from ..data.catalog import Catalog
 from ..data.products import Item
 from ..errors import UsageError
-from ..evaluation.item_sets import TOP, Direction, ItemSet
+from ..evaluation.item_sets import Direction, ItemSet, TOP
 from ..evaluation.protocol import make_benchmark
 from ..evaluation.ranking import Ranks, dot_rows, hit_at, ranks_chunked
-from ..evaluation.statistics import bootstrap_ci, holm_corrected, p_text, paired_test, share_interval, with_interval
+from moon2_lab.evaluation.statistics import (
+    bootstrap_ci, holm_corrected, p_text, paired_test, share_interval, with_interval,
+)
 from ..files import plain
 from ..runtime import progress
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from ..evaluation.statistics import table_hits
 
 # %% ../../nbs/studies/744_study_tests.ipynb #3e6ae21f
 from ..config import REPORTED
@@ -45,8 +46,7 @@ class EvaluatedRun:
     ) -> pd.Series:  # bool by query id
         "Whether each query of a direction found a right product among the first k."
         rows = self.table[self.table["direction"] == direction]
-        found = (rows["rank"] <= k) & (rows["hit_ids"].map(len) > 0)
-        return pd.Series(found.to_numpy(), index=rows["query_id"].to_numpy())
+        return pd.Series(table_hits(rows, k).to_numpy(), index=rows["query_id"].to_numpy())
 
     def keys(self, direction: str) -> pd.Series:
         "The product key of each query of a direction; a table without keys has a key for each query."
@@ -260,7 +260,7 @@ def write_study_tests(
     against: str = "full",
 ) -> pd.DataFrame:  # budget and the columns of `study_tests`; empty where there is nothing to compare yet
     "Test every variant of a study against one, for each budget, and write tests.parquet into its folder."
-    from moon2_lab.studies.ablation import finished_runs  # which knows of training, and loads torch
+    from moon2_lab.studies.ablation import finished_runs# which knows of training, and loads torch
 
     runs = {}
     for run, folder in sorted(finished_runs(out).items(), key=lambda item: (item[0].budget, item[0].seed)):

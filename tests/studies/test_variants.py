@@ -8,7 +8,7 @@ import torch
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.errors import UsageError
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.objective.recipes import RIVALS, DenseObjective, mixed_queries
+from moon2_lab.objective.recipes import DenseObjective, RIVALS, mixed_queries
 from moon2_lab.studies.ablation import chosen_products
 from moon2_lab.studies.variants import VARIANTS, find_variant, same_as, variant_parts
 from moon2_lab.training.trainer import Trainer
