@@ -190,6 +190,7 @@ def _recall_rows(metrics: Mapping, name: str) -> list[dict]:
         if trivial:
             known = BASELINE_WORDS.get(trivial["baseline"], trivial["baseline"])
             row["standing"] = " · ".join(filter(None, (known, trivial["verdict"], trivial["p"])))
+            row["judged"] = None if trivial["metric"] == "R@10" else (trivial["metric"], trivial["value"])
         rows.append(row)
     return rows
 

@@ -261,6 +261,8 @@ def score_lines(
             first, tenth, other = rows[direction, "R@1"], rows[direction, "R@10"], beside.get(direction)
             standing = other and ", ".join(filter(None, (other.verdict, other.p)))
             against = f"{other.baseline_value:.3f} {other.baseline} ({standing})" if other else "-"
+            if other and other.metric != "R@10":
+                against = f"{other.metric} {other.value:.3f} against {against}"
             interval = f"{tenth.lower:.3f} to {tenth.upper:.3f}"
             lines.append(f"{direction:<10} {first.value:>6.3f} {tenth.value:>6.3f}  {interval} {against}")
     for direction, block in metrics["directions"].items():

@@ -32,7 +32,8 @@ from .item_sets import Direction, ItemSet, TOP, checked_vectors
 from .label_tasks import LabelTask, label_tasks
 from .protocol import Benchmark, equal_titles, make_benchmark, unseen_queries
 from moon2_lab.evaluation.ranking import (
-    Ranks, average_precision_at, classification_scores, expected_hit_at, hit_at, ndcg_at, nearest_class, precision_at,
+    Ranks, average_precision_at, classification_scores, expected_hit_at, expected_ndcg_at, hit_at, ndcg_at,
+    nearest_class, precision_at,
 )
 from .statistics import holm_corrected, paired_test, with_interval
 from ..files import NotSaved, atomic_path, json_text, sync, try_file
@@ -65,14 +66,13 @@ def _recall_block(
     group: np.ndarray,  # (Q,) resampled keys
     scoring: _Scoring,
     chosen: np.ndarray | None = None,  # (Q,) bool, score only these queries
-    hit: Callable[[Ranks, int], np.ndarray] = hit_at,  # expected_hit_at for baselines
 ) -> dict:
-    "R@1, R@5, R@10 with intervals; in triplets-v1 also mAP@k, Prec@k of the model; empty without queries."
+    "R@1, R@5, R@10 with intervals; in triplets-v1 also mAP@k, Prec@k ; empty without queries."
     chosen = np.ones(len(ranks), dtype=bool) if chosen is None else chosen
     if not chosen.any():
         return {}
-    measures = {"R": hit}
-    if scoring.protocol == "triplets-v1" and hit is hit_at:
+    measures = {"R": hit_at}
+    if scoring.protocol == "triplets-v1":
         measures |= {"mAP": average_precision_at, "Prec": precision_at}
     entries = [(f"{name}@{k}", measure(ranks, k)) for name, measure in measures.items() for k in _KS]
     return {name: scoring.interval(values[chosen], group[chosen]) for name, values in entries}
@@ -123,13 +123,17 @@ def _baseline_block(
     baseline: Ranks,
     scoring: _Scoring,
 ) -> dict:
-    """The baseline's entry for a direction: its R@k, each with `paired`, the test of model minus baseline.
+    """The baseline's entry for a direction: its R@k, in dual->mm its nDCG@10, each with `paired`, the test of model
+    minus baseline.
 
-    R@k is expected over random orders of equal scores. A baseline has no mAP@k and Prec@k: with ties against it they
+    They are expected over random orders of equal scores. A baseline has no mAP@k and Prec@k: with ties against it they
     would flatter the model. No test without resamples."""
-    block = _recall_block(baseline, direction.group, scoring, hit=expected_hit_at)
-    for k in _KS if scoring.resamples else ():
-        block[f"R@{k}"]["paired"] = scoring.test(hit_at(ranks, k), expected_hit_at(baseline, k), direction.group)
+    compared = {f"R@{k}": (hit_at(ranks, k), expected_hit_at(baseline, k)) for k in _KS}
+    if direction.name == DUAL:
+        compared[f"nDCG@{TOP}"] = ndcg_at(ranks, TOP), expected_ndcg_at(baseline, TOP)
+    block = {name: scoring.interval(values, direction.group) for name, (_, values) in compared.items()}
+    for name, pair in compared.items() if scoring.resamples else ():
+        block[name]["paired"] = scoring.test(*pair, direction.group)
     return block
 
 
@@ -157,7 +161,7 @@ def _not_above(
     trivial: dict,  # corrected
     verdict: str,  # below or level
 ) -> list[dict]:
-    "One entry for each direction, baseline and R@k with this verdict."
+    "One entry for each direction, baseline and metric with this verdict."
     tests = [
         (direction, baseline, metric, entry)
         for direction, blocks in trivial.items()

@@ -154,11 +154,11 @@ _RULES = {  # how the numbers of metrics.json come about, in the file itself
     "Student's t over keys",
     "macro_interval": "95 %: percentile bootstrap over product keys; left out where a class has fewer than "
     f"{RARE} product keys",
-    "p_value": "two-sided sign flips over product keys, mid-p; Holm over all directions and k of one baseline, "
+    "p_value": "two-sided sign flips over product keys, mid-p; Holm over all directions and metrics of one baseline, "
     "and over all tasks of one view for labels; level where p after Holm is 0.05 or more",
     "ties": {
         "model": "against the model: equal scores stand before the right answer",
-        "baselines": "R@k is expected over random orders of equal scores",
+        "baselines": "R@k and nDCG@10 are expected over random orders of equal scores",
     },
 }
 

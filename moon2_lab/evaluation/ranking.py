@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['normalised', 'dot_rows', 'Ranks', 'rank_scores', 'ranks_chunked', 'hit_at', 'recall_at', 'expected_hit_at',
-           'precision_at', 'recall_share_at', 'average_precision_at', 'ndcg_at', 'reciprocal_rank_at', 'graded_ndcg_at',
-           'nearest_class', 'classification_scores']
+           'precision_at', 'recall_share_at', 'average_precision_at', 'ndcg_at', 'expected_ndcg_at',
+           'reciprocal_rank_at', 'graded_ndcg_at', 'nearest_class', 'classification_scores']
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #85342603
 from collections.abc import Callable, Sequence
@@ -77,17 +77,21 @@ def _top_places(
     scores: np.ndarray,  # (q, G) from `_pessimistic`
     hits: np.ndarray,  # (q, G) bool
     k: int,  # length of the list
-) -> np.ndarray:
-    "Gallery positions (q, k), best first; -1 where the gallery is shorter than k."
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gallery positions (q, k), best first, -1 where the gallery is shorter than k; and (q, k) the chance that a hit
+    stands at each place when equal scores come in random order."""
     count, width = scores.shape
     keep = min(k, width)
     threshold = scores.max(axis=1) if keep == 1 else np.partition(scores, width - keep, axis=1)[:, width - keep]
-    top = np.full((count, k), -1, dtype=np.int64)
+    top, chance = np.full((count, k), -1, dtype=np.int64), np.zeros((count, k))
     for row in range(count):
         candidates = np.flatnonzero(scores[row] >= threshold[row])  # more than k when scores tie
         order = np.lexsort((candidates, hits[row, candidates], -scores[row, candidates]))
         top[row, :keep] = candidates[order[:keep]]
-    return top
+        _, level, size = np.unique(scores[row, candidates], return_inverse=True, return_counts=True)
+        share = np.bincount(level, hits[row, candidates]) / size
+        chance[row, :keep] = share[level[order[:keep]]]
+    return top, chance
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #c34af2e6
 @dataclass
@@ -101,6 +105,7 @@ class Ranks:
     n_gallery: int  # G
     n_above: np.ndarray | None = None  # (Q,) int64, non-hits with a higher score than the best hit
     n_level_hits: np.ndarray | None = None  # (Q,) int64, hits with the score of the best one
+    top_chance: np.ndarray | None = None  # (Q, k) float, chance of a hit at each place, equal scores in random order
 
     def __len__(self) -> int:
         return len(self.rank)
@@ -139,19 +144,20 @@ def rank_scores(
             what = f"scores of shape {raw.shape}, expected {(stop - start, len(gallery_keys))}"
             raise DataError(what, where="score_rows")
         chunks.append(_rank_chunk(raw, _hit_mask(query_keys[start:stop], gallery_keys), k))
-    *fields, above, level_hits = (np.concatenate(column) for column in zip(*chunks))
-    return Ranks(*fields, n_gallery=len(gallery_keys), n_above=above, n_level_hits=level_hits)
+    *fields, above, level_hits, chance = (np.concatenate(column) for column in zip(*chunks))
+    ties = {"n_above": above, "n_level_hits": level_hits, "top_chance": chance}
+    return Ranks(*fields, n_gallery=len(gallery_keys), **ties)
 
 
 def _rank_chunk(raw: np.ndarray, hits: np.ndarray, k: int) -> tuple[np.ndarray, ...]:
-    "The fields of `Ranks` for some rows, `n_above` and `n_level_hits` last."
+    "The fields of `Ranks` for some rows, those of ties last."
     scores = _pessimistic(raw, hits)
-    top = _top_places(scores, hits, k)
+    top, chance = _top_places(scores, hits, k)
     known = top >= 0
     top_score = np.where(known, np.take_along_axis(raw, np.maximum(top, 0), axis=1), np.nan).astype(np.float32)
     top_hit = known & np.take_along_axis(hits, np.maximum(top, 0), axis=1)
     above, level, level_hits = _tie_counts(scores, hits)
-    return 1 + above + level, hits.sum(axis=1, dtype=np.int64), top, top_score, top_hit, above, level_hits
+    return 1 + above + level, hits.sum(axis=1, dtype=np.int64), top, top_score, top_hit, above, level_hits, chance
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #ecd2be80
 _WIDE_BYTES = 2**30  # memory that the float64 copy of a gallery may take
@@ -241,9 +247,23 @@ def average_precision_at(
 
 def ndcg_at(ranks: Ranks, k: int) -> np.ndarray:
     "nDCG@k (Q,) with binary gains: sum of 1 / log2(place + 1) over found hits / the same for a perfect list."
-    discount = 1 / np.log2(np.arange(2, k + 2))
-    ideal = np.concatenate([[0.0], discount.cumsum()])[np.minimum(ranks.n_hits, k)]
-    gain = _top_hits(ranks, k) @ discount
+    return _ndcg(_top_hits(ranks, k), ranks.n_hits)
+
+
+def expected_ndcg_at(
+    ranks: Ranks,  # of `rank_scores`
+    k: int,
+) -> np.ndarray:
+    "nDCG@k (Q,), expected over random orders of equal scores."
+    _top_hits(ranks, k)  # refuses a k beyond the kept lists
+    return _ndcg(ranks.top_chance[:, :k], ranks.n_hits)
+
+
+def _ndcg(found: np.ndarray, n_hits: np.ndarray) -> np.ndarray:
+    "(Q,) from (Q, k) hits, or chances of one."
+    discount = 1 / np.log2(np.arange(2, found.shape[1] + 2))
+    ideal = np.concatenate([[0.0], discount.cumsum()])[np.minimum(n_hits, found.shape[1])]
+    gain = found @ discount
     return np.divide(gain, ideal, out=np.zeros_like(gain), where=ideal > 0)
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #b19302d5
@@ -285,7 +305,7 @@ def nearest_class(
     for start in range(0, len(vectors), chunk):
         rows = slice(start, start + chunk)
         scores = _pessimistic(dot_rows(vectors[rows], class_vectors), truth[rows])
-        predicted[rows] = _top_places(scores, truth[rows], 1)[:, 0]
+        predicted[rows] = _top_places(scores, truth[rows], 1)[0][:, 0]
     return np.where(np.isfinite(vectors).all(axis=1), predicted, -1)
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #65232be7

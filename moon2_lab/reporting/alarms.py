@@ -17,8 +17,8 @@ from ..data.products import describe_large_key
 from ..errors import printable
 from ..objective.omega_alarm import omega_alarms_of_run
 from moon2_lab.reporting.tables import (
-    BASELINE_WORDS, DIRECTION_WORDS, METRICS, VIEW_WORDS, against_baselines, columns_like, label_table, last_load,
-    objective_series, score_table, section,
+    BASELINE_WORDS, DIRECTION_WORDS, HEADLINE, METRICS, VIEW_WORDS, against_baselines, columns_like, headline_metric,
+    label_table, last_load, objective_series, score_table, section,
 )
 
 # %% ../../nbs/reporting/754_alarms.ipynb #5f61f652
@@ -30,16 +30,16 @@ class Alarm:
 
 # %% ../../nbs/reporting/754_alarms.ipynb #c91e72a9
 def _baseline_alarms(scores: pd.DataFrame) -> list[Alarm]:  # scores: of score_table
-    "Directions below a trivial baseline at any R@k, and those level with one at R@10, by the paired test of metrics."
+    "Directions below a trivial baseline at any metric, and those level with one at their own, by the paired test."
     level, below = [], {}
-    for metric in METRICS:
+    for metric in (*METRICS, *HEADLINE.values()):
         for row in against_baselines(scores, metric).itertuples():
             baseline = printable(BASELINE_WORDS.get(row.baseline, row.baseline), 40)
             words = f"{metric} {row.value:.1%} against {row.baseline_value:.1%} of {baseline} ({row.p})"
             name = f"{row.direction} ({DIRECTION_WORDS[row.direction]})"
             if row.verdict == "below":
                 below.setdefault(name, []).append(words)
-            elif row.verdict == "level" and metric == "R@10":
+            elif row.verdict == "level" and metric == headline_metric(scores, row.direction):
                 level.append(Alarm("note", f"{name} is not clearly above a trivial baseline: {words}."))
     warnings = [f"{name} is below a trivial baseline: {'; '.join(words)}." for name, words in below.items()]
     return [Alarm("warning", text) for text in warnings] + level

@@ -64,13 +64,15 @@ def _cell(value) -> str:
 def _score_rows(metrics: dict) -> list[dict]:
     "A row for each direction that was measured."
     rows, table = [], score_table(metrics)
-    best = against_baselines(table, "R@10").set_index("direction")
+    best = against_baselines(table).set_index("direction")
     for direction in REPORTED:
         block = section(metrics, "directions", direction)
         if not block:
             continue
         rival = best.loc[direction] if direction in best.index else None
         baseline = "–" if rival is None else f"{percent(rival.baseline_value)} ({rival.baseline}: {rival.verdict})"
+        if rival is not None and rival.metric != "R@10":
+            baseline = f"{rival.metric} {percent(rival.value)} against {baseline}"
         rows.append({
             "direction": DIRECTION_WORDS[direction], "at_1": _interval(block.get("R@1")),
             "at_10": _interval(block.get("R@10")), "baseline": baseline,

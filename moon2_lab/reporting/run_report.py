@@ -27,8 +27,8 @@ from moon2_lab.reporting.run_figures import (
     reliability_figure,
 )
 from moon2_lab.reporting.tables import (
-    METRICS, OBJECTIVE_WORDS, PAPER_RESULTS, VIEW_WORDS, against_baselines, beside_paper, estimate, label_table,
-    last_load, number, objective_series, preference_matrix, score_table, section,
+    METRICS, OBJECTIVE_WORDS, PAPER_RESULTS, VIEW_WORDS, against_baselines, beside_paper, estimate, headline_metric,
+    label_table, last_load, number, objective_series, preference_matrix, score_table, section,
 )
 
 # %% ../../nbs/reporting/780_run_report.ipynb #ed8510f9
@@ -148,7 +148,7 @@ def _score_part(metrics: dict, scores: pd.DataFrame) -> dict:
             tracks.append((metric, [(direction, list(rows.itertuples())) for direction, rows in known]))
     marks = [(kind, name, others.index(name) + 1 if kind == "comparison" else 0)
              for kind, name in dict.fromkeys(zip(scores.kind, scores.name))]
-    head = ["Direction", *METRICS, "Best trivial baseline, R@10", "Against it"]
+    head = ["Direction", *METRICS, "Best trivial baseline", "Against it"]
     return {
         "tracks": tracks, "legend": sorted(marks, key=lambda mark: mark[0] != "run"), "head": head, "others": others,
         "rows": _rows_by_direction(scores, others), "balance": number(section(metrics, "balance").get("ratio")),
@@ -278,11 +278,11 @@ def _settings_part(settings: dict) -> dict:
     return {"differs": differs, "rest": pairs} if differs or pairs else {}
 
 # %% ../../nbs/reporting/780_run_report.ipynb #2d957aa2
-def _cards(scores: pd.DataFrame) -> list[tuple]:  # direction, its row of R@10, its row of R@1 or None
-    "R@10 of the five directions, to be shown large."
+def _cards(scores: pd.DataFrame) -> list[tuple]:  # direction, its row of what it is judged by, its row of R@1 or None
+    "What each direction is judged by, to be shown large: nDCG@10 of dual->mm, R@10 of the others."
     rows = {(row.direction, row.metric): row for row in scores[scores.kind == "run"].itertuples()}
-    known = [direction for direction in REPORTED if (direction, "R@10") in rows]
-    return [(direction, rows[direction, "R@10"], rows.get((direction, "R@1"))) for direction in known]
+    judged = {direction: (direction, headline_metric(scores, direction)) for direction in REPORTED}
+    return [(name, rows[own], rows.get((name, "R@1"))) for name, own in judged.items() if own in rows]
 
 
 def _match_part(heatmap: PairHeatmap) -> dict:
