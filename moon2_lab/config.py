@@ -93,7 +93,7 @@ def parse_value(
 # %% ../nbs/010_config.ipynb #8025152a
 PAPER = {  # every field of the method, as printed in the sources; what they leave open as in moon2_lab's defaults
     "num_experts": 4, "top_k": 2, "gate_scale": False, "moe_layers": "all", "router_std": 0.02, "attention": "causal",
-    "experts": "full",
+    "experts": "full", "pooling": "tokens",
     "omega_mode": "faithful", "omega_routing": "per_view", "omega_floor": 0.5, "omega_times_m": False,
     "intra_omega": True, "intra_negatives": "other_polarity", "intra_symmetric": False, "temperature": 0.05,
     "intra_temperature": 0.05, "aux_weight": 0.01, "sparsity_weight": 0.01, "balance_temperature": 0.5,
@@ -220,6 +220,7 @@ class EncoderConfig(LiveConfig):
     expert_alpha: int = 32  # lowrank: the differences are multiplied by expert_alpha / expert_rank
     router_std: float = 0.02  # standard deviation of the initial router and W*
     attention: str = "causal"  # causal (one pass gives image and multimodal) or bidirectional (separate passes)
+    pooling: str = "modalities"  # of mm: tokens (mean over all) or modalities (half of it the picture's, half the text's)
     max_text_tokens: int = 64  # longer text is cut here, alike with and without an image
     weights_dtype: str = "float32"  # of what is not trained: float32 or bfloat16; what is trained stays float32
 
@@ -281,14 +282,14 @@ class EncoderConfig(LiveConfig):
 
     @classmethod
     def of_saved(cls, fields: dict[str, Any]) -> "EncoderConfig":
-        "The config that a model was saved with; what is not in it yet has its default, whatever settings.ini says."
-        return cls(**{f.name: f.default for f in dataclasses.fields(cls) if f.name in _LATER} | fields)
+        "The config that a model was saved with; what is not in it yet is as it was then, whatever settings.ini says."
+        return cls(**_LATER | fields)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that a model's fingerprint covers: of those that came later, what is not at its default; of a
+        """The fields that a model's fingerprint covers: of those that came later, what is not as it was before; of a
         backbone's folder its name."""
-        fields = {f.name: f.default for f in dataclasses.fields(EncoderConfig)}
-        values = {n: getattr(self, n) for n, v in fields.items() if n not in _LATER or getattr(self, n) != v}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(EncoderConfig)}
+        values = {name: value for name, value in values.items() if value != _LATER.get(name)}
         backbone = Path(self.backbone)
         return values | ({"backbone": backbone.name} if backbone.is_absolute() else {})
 
@@ -296,9 +297,13 @@ class EncoderConfig(LiveConfig):
 _ENCODER_CHOICES = {
     "attention": ("causal", "bidirectional"), "experts": ("full", "lowrank", "native"),
     "weights_dtype": ("float32", "bfloat16"), "image_fit": ("square", "native"),
+    "pooling": ("tokens", "modalities"),
 }
 _MANY = 100_000  # layers, where their number is not known before the model is read
-_LATER = ("experts", "expert_rank", "expert_alpha", "weights_dtype", "image_fit")  # saved models may be without them
+_LATER = {  # saved models may be without them: what they were before they could be chosen
+    "experts": "full", "expert_rank": 16, "expert_alpha": 32, "weights_dtype": "float32", "image_fit": "square",
+    "pooling": "tokens",
+}
 # 0: of tiny and mini this, of another model its own
 FROM_MODEL = {"num_layers": 4, "image_size": 192, "visual_tokens": 16}
 

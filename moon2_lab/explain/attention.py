@@ -103,10 +103,11 @@ def attention_of(
     even: list[list] = [[] for _ in sides]
 
     def take(layer, place, inputs, positions):
-        mean = row_mean(positions, inputs.query.shape[1])
+        share = sides[place].weights
+        mean = row_mean(positions, inputs.query.shape[1], share)
         part = inputs.mix(mean, chunk) if rows == "pooled" else inputs.rows(positions, chunk)
         weights[place].append(part[..., positions].cpu().numpy())
-        even[place].append(inputs.even(positions)[positions].cpu().numpy())
+        even[place].append(inputs.even(positions, share)[positions].cpu().numpy())
 
     names = _record_items(encoder, sides, view, take, layers, heads)
     found = zip(sides, weights, even, strict=True)
@@ -141,7 +142,7 @@ def word_attention(
     side, parts = side_tokens(encoder, item, view), []
     table, places = side.word_table(), side.places
     mixes = np.zeros((1 + len(table), len(side.row)))
-    mixes[0, places] = 1 / len(side)
+    mixes[0, places] = side.weights
     mixes[1:, places[side.patches :]] = table / table.sum(1, keepdims=True)  # means over pieces
     mixes = torch.from_numpy(mixes)
 
@@ -177,7 +178,8 @@ def rollout(
     A layer without attention is passed over, as if each token kept to itself. Errors as in `attention_of`."""
     side, stack = side_tokens(encoder, item, view), []
     _record_items(encoder, [side], view, lambda layer, place, inputs, positions: stack.append(inputs))
-    start = row_mean(torch.from_numpy(side.places).to(stack[0].query.device), len(side.row))[0]
+    places = torch.from_numpy(side.places).to(stack[0].query.device)
+    start = row_mean(places, len(side.row), side.weights)[0]
     return side, _roll_down(stack, start, chunk).cpu().numpy()[side.places]
 
 # %% ../../nbs/explain/615_attention.ipynb #4bbf3212

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..errors import LabError, UsageError
 from ..model.packing import Packing
+import numpy as np
 
 # %% ../../nbs/explain/610_attention_recorder.ipynb #f25bad33
 def widest(device: torch.device) -> torch.dtype:
@@ -26,9 +27,11 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def row_mean(positions: torch.Tensor, length: int) -> torch.Tensor:
-    "(1, length) weights of the mean over rows at `positions`."
-    return torch.bincount(positions, minlength=length).unsqueeze(0).to(widest(positions.device)) / len(positions)
+def row_mean(positions: torch.Tensor, length: int, weights: np.ndarray | None = None) -> torch.Tensor:
+    "(1, length) weights of the mean over rows at `positions`; `weights` says what each row counts, None: all alike."
+    alike = np.full(len(positions), 1 / max(len(positions), 1))
+    share = torch.from_numpy(alike if weights is None else weights).to(widest(positions.device)).to(positions.device)
+    return torch.zeros(length, dtype=share.dtype, device=share.device).index_add(0, positions, share).unsqueeze(0)
 
 
 @dataclass
@@ -68,11 +71,12 @@ class HeadInputs:
             rows = self.seen_rows(part)
             out[..., : rows.shape[2]] += weights[:, part].to(rows) @ rows
         return out
-    def even(self, positions: torch.Tensor) -> torch.Tensor:
-        "(T,) attention, averaged over the rows at `positions`, of a model that looks evenly at all that they see."
+    def even(self, positions: torch.Tensor, weights: np.ndarray | None = None) -> torch.Tensor:
+        "(T,) attention, `row_mean` of the rows at `positions`, of a model that looks evenly at all that they see."
         blank = torch.zeros(1, *self.query.shape[1:], dtype=widest(self.query.device), device=self.query.device)
         mask = None if self.mask is None else self.mask[:1]
-        return replace(self, query=blank, key=blank, mask=mask).mix(row_mean(positions, self.query.shape[1]))[0, 0]
+        mean = row_mean(positions, self.query.shape[1], weights)
+        return replace(self, query=blank, key=blank, mask=mask).mix(mean)[0, 0]
 
 # %% ../../nbs/explain/610_attention_recorder.ipynb #48f4c29c
 _PLAIN = ("sdpa", "eager", "moon2_packed", "moon2_probed")  # attention functions that compute softmax(q k) v

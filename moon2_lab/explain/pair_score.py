@@ -32,11 +32,14 @@ class _RowScore(nn.Module):
         slots: Mapping[str, Sequence[int]],  # patches, words -> their places in the row
         other: torch.Tensor,  # (D,) l2-normalised
         pooled: Sequence[int],  # places whose mean is the embedding
+        weights: Sequence[float] | None = None,  # what each of them weighs in it, summing to 1; None: all alike
     ):
         super().__init__()
         self.row, self.other, self.parts = row.detach(), other, tuple(slots)
         self.slots = [torch.as_tensor(list(places), device=row.device) for places in slots.values()]
         self.pooled = torch.as_tensor(list(pooled), device=row.device)
+        weights = [1 / len(self.pooled)] * len(self.pooled) if weights is None else weights
+        self.weights = torch.as_tensor(weights, dtype=torch.promote_types(row.dtype, torch.float32), device=row.device)
         self.inlets = nn.ModuleList(nn.Identity() for _ in slots)
 
     @property
@@ -59,7 +62,7 @@ class _RowScore(nn.Module):
             tokens = tokens.index_copy(1, places, layer(part))
         hidden = self.decode(tokens)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).index_select(1, self.pooled)
-        return F.normalize(hidden.mean(1), dim=1) @ self.other
+        return F.normalize(self.weights.to(hidden) @ hidden, dim=1) @ self.other
 
 
 class EncoderScore(_RowScore):
@@ -74,7 +77,8 @@ class EncoderScore(_RowScore):
     ):
         spans = {"patches": side.row.patches, "words": [side.row.words]}
         slots = {name: [at for span in parts for at in range(span.start, span.stop)] for name, parts in spans.items()}
-        super().__init__(row, {name: places for name, places in slots.items() if places}, other, side.places)
+        slots = {name: places for name, places in slots.items() if places}
+        super().__init__(row, slots, other, side.places, side.weights)
         self.encoder, self.side = encoder, side
         self._packed: dict[int, Packing] = {}  # rows -> their packing, the last one
 

@@ -92,6 +92,7 @@ class SideTokens:
     row: TokenRow  # that gives the view
     spans: list[tuple[int, int]]  # (start, end) of each piece in the text
     fit: NativeFit | None = None  # of the vision encoder
+    pooling: str = "tokens"  # of the encoder
 
     def __len__(self) -> int:
         return self.patches + len(self.spans)
@@ -124,6 +125,11 @@ class SideTokens:
     def places(self) -> np.ndarray:
         "(C + L,) int64: where the tokens lie in the row."
         return np.concatenate([np.arange(span.start, span.stop) for span in (*self.row.patches, self.row.words)])
+
+    @property
+    def weights(self) -> np.ndarray:
+        "(C + L,) float64: what each token weighs in the mean that the embedding is; they sum to 1."
+        return self.row.weights(self.row.views[-1], self.pooling)
 
     @property
     def text(self) -> str:
@@ -186,4 +192,5 @@ def side_tokens(
         raise DataError(f"nothing to show in view {view}: {lacking}", where=item.item_id or "item",
                         advice="choose another view or another item")
     vision = encoder.backbone.vision  # None: saved without it, explains texts only
-    return SideTokens(read, rows[0], [tuple(span) for span in spans], vision and vision.fit)
+    spans = [tuple(span) for span in spans]
+    return SideTokens(read, rows[0], spans, vision and vision.fit, encoder.config.pooling)

@@ -24,7 +24,7 @@ from .backbone import Backbone
 from .certify import build_backbone
 from .copies import full_experts_copy, merged_copy, without_training
 from .encoder_folder import restore_encoder, save_encoder
-from .item_views import ItemViews, LayerGates, join_views, mean_by_item, pool_index
+from .item_views import ItemViews, LayerGates, join_views, mean_by_item, pool_index, pool_weights
 from .lora import add_lora
 from .memory import checkpoint_gradients, freeze_base, weights_digest
 from .moe import ExpertLayer, KERNELS, LayerRouting, faster_kernel, measured_once
@@ -334,7 +334,9 @@ class Moon2Encoder(nn.Module):
             out.known[view] = torch.zeros(count, dtype=torch.bool).index_fill(0, owners, True)
             weight = weight.index_add(0, places, copies[view][owners])
             places, owners = to_device(places, device), to_device(owners, device)
-            out.embedding[view] = F.normalize(mean_by_item(hidden, places, owners, count), dim=1)
+            weights = pool_weights(rows, view, self.config.pooling)
+            weights = None if weights is None else to_device(weights.to(hidden.dtype), device)
+            out.embedding[view] = F.normalize(mean_by_item(hidden, places, owners, count, weights), dim=1)
             out.routing[view] = mean_by_item(spread, places, owners, count)
         weight = to_device(weight.to(hidden.dtype), device)
         out.layers = [LayerGates(routing.gates, routing.selected, weight) for routing in tape]

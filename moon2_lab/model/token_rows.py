@@ -59,6 +59,15 @@ class TokenRow:
         spans = {"i": self.patches, "t": words, "mm": [*self.patches, *words]}
         return {view: spans[view] for view in self.views}
 
+    def weights(self, view: str, pooling: str = "tokens") -> np.ndarray:
+        """(n,) what each token of a view weighs in the view's mean, in the order of `serves`; they sum to 1. Pooled by
+        modalities, half of what a picture and a text give is the picture's, however many patches it has."""
+        spans = self.serves[view]
+        groups = [spans] if pooling == "tokens" else [self.patches, [self.words] if self.ids else []]
+        sizes = [sum(span.stop - span.start for span in group if span in spans) for group in groups]
+        sizes = [size for size in sizes if size]
+        return np.repeat([1 / (len(sizes) * size) for size in sizes], sizes)
+
     def pieces(self) -> Iterator[tuple[str, int | Sequence[int]]]:
         "What the row is made of, in order: ('ids', token ids of the frame or of the text) or ('picture', its place)."
         yield "ids", self.frame.start
