@@ -41,6 +41,12 @@ def mixed():
 # ---------------------------------------------------------------------------------------------- the reference
 
 
+def halves(hidden, seen, pooling):
+    "The mean of a view whose first `seen` tokens are of pictures."
+    parts = [hidden] if pooling == "tokens" else [part for part in (hidden[:seen], hidden[seen:]) if len(part)]
+    return sum(part.mean(0) for part in parts) / len(parts)
+
+
 def apart(encoder, items):
     """Each view of each item by a forward of its own: one row at a time, with the attention of transformers, nothing
     packed, nothing shared.
@@ -70,7 +76,8 @@ def apart(encoder, items):
                 for block in blocks:
                     block.tape = tape
                 hidden = decoder(inputs_embeds=torch.cat(parts)[None], use_cache=False).last_hidden_state[0]
-                vectors.append(F.normalize(hidden.mean(0), dim=0))
+                seen = sum(map(len, parts[: len(item.pictures) if view != "t" else 0]))
+                vectors.append(F.normalize(halves(hidden, seen, encoder.config.pooling), dim=0))
                 routings.append(torch.stack([layer.spread().mean(0) for layer in tape]).mean(0))
                 for place, layer in enumerate(tape):
                     gates[place].append(layer.gates)

@@ -197,7 +197,10 @@ def apart(encoder, items):
             tape.clear()
             hidden = stock(encoder.backbone, rows[0], pictures_of(item, rows[0]), gradients=True)
             places = [place for span in rows[0].serves[view] for place in range(span.start, span.stop)]
-            vectors.append(F.normalize(hidden[places].mean(0), dim=0))
+            spans = [rows[0].patches, [rows[0].words]] if view == "mm" else [rows[0].serves[view]]
+            halves = [torch.cat([hidden[span] for span in some]) for some in spans if some]
+            halves = [part.mean(0) for part in halves if len(part)]  # pooling=modalities
+            vectors.append(F.normalize(sum(halves) / len(halves), dim=0))
             routings.append(torch.stack([layer.spread()[places].mean(0) for layer in tape]).mean(0))
             for place, layer in enumerate(tape):  # frame tokens serve no view: no load of theirs is balanced
                 gates[place].append(layer.gates[places])
