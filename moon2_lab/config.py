@@ -207,7 +207,7 @@ class LiveConfig:
 class EncoderConfig(LiveConfig):
     "What the encoder is: saved beside its weights."
     backbone: str = "mini"  # mini (pretrained parts), tiny (random), or a multimodal model: its folder or hub id
-    num_layers: int = 0  # decoder layers used, from the bottom; 0: 4 of tiny and mini, all of another model
+    num_layers: int = 0  # decoder layers used, from the bottom; 0: 2 of mini, 4 of tiny, all of another model
     image_size: int = 0  # side of the square given to the vision encoder, pixels; 0: 192, or what suits the model
     image_fit: str = "square"  # square (padded with white) or native: own aspect, area of at most image_size**2 pixels
     visual_tokens: int = 0  # tokens per image after pooling (a square number); 0: 16, or the model's own
@@ -215,12 +215,12 @@ class EncoderConfig(LiveConfig):
     top_k: int = 2  # experts a token is sent to; top_k = num_experts is the dense formula as printed
     gate_scale: bool = False  # multiply a mixture by the sum of its chosen gates, as Switch does: top_k = 1 needs it
     moe_layers: str = "all"  # all, none, half (every second), every:N, last:N, or layer ids with commas between
-    experts: str = "full"  # full (copies of the FFN), lowrank (differences on a frozen FFN), native (a sparse model's)
+    experts: str = "auto"  # full (copies of the FFN), lowrank (differences on it), native; auto: lowrank, on tiny full
     expert_rank: int = 16  # lowrank: rank of each expert's differences
     expert_alpha: int = 32  # lowrank: the differences are multiplied by expert_alpha / expert_rank
     router_std: float = 0.02  # standard deviation of the initial router and W*
     attention: str = "causal"  # causal (one pass gives image and multimodal) or bidirectional (separate passes)
-    pooling: str = "modalities"  # of mm: tokens (mean over all) or modalities (half of it the picture's, half the text's)
+    pooling: str = "modalities"  # of mm: mean over all tokens, or modalities: half of it the picture's, half the text's
     max_text_tokens: int = 64  # longer text is cut here, alike with and without an image
     weights_dtype: str = "float32"  # of what is not trained: float32 or bfloat16; what is trained stays float32
 
@@ -231,8 +231,8 @@ class EncoderConfig(LiveConfig):
 
     def settle(self) -> None:
         super().settle()
-        for name, default in FROM_MODEL.items():
-            if self.is_small and not getattr(self, name):
+        for name, default in FROM_MODEL.get(self.backbone, {"experts": "lowrank"}).items():
+            if getattr(self, name) in (0, "auto"):
                 setattr(self, name, default)
 
     def check(self) -> None:
@@ -304,8 +304,10 @@ _LATER = {  # saved models may be without them: what they were before they could
     "experts": "full", "expert_rank": 16, "expert_alpha": 32, "weights_dtype": "float32", "image_fit": "square",
     "pooling": "tokens",
 }
-# 0: of tiny and mini this, of another model its own
-FROM_MODEL = {"num_layers": 4, "image_size": 192, "visual_tokens": 16}
+FROM_MODEL = {  # what 0 and auto mean on the backbones that are made here; another model has its own
+    "tiny": {"num_layers": 4, "image_size": 192, "visual_tokens": 16, "experts": "full"},
+    "mini": {"num_layers": 2, "image_size": 192, "visual_tokens": 16, "experts": "lowrank"},
+}
 
 # %% ../nbs/010_config.ipynb #99829b3a
 @dataclass(init=False)
@@ -353,7 +355,7 @@ class TrainConfig(EncoderConfig):
     gradient_checkpointing: bool = False  # keep one vector a layer and token for backward, and compute the rest again
     train_word_embeddings: bool = False  # the 28 M word embeddings of mini stay as they are
     per_device_train_batch_size: int = 64  # triplets a step
-    learning_rate: float = 1e-4  # attention and norms, and the experts
+    learning_rate: float = 1e-3  # attention and norms, and the experts
     connector_learning_rate: float = 1e-3  # image connector
     router_learning_rate: float = 1e-3  # router and W*
     weight_decay: float = 0.01  # AdamW, not on norms, biases and W*

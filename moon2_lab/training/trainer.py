@@ -53,7 +53,7 @@ def _encoder_settings(
     other = [
         f"{name}: {config.given[name]} -> {value}"
         for name, value in fields.items()
-        if config.given.get(name, value) not in (value, 0 if name in FROM_MODEL else value)
+        if config.given.get(name, value) not in (value, 0 if name in FROM_MODEL["mini"] else value)
     ]
     if other:
         what = f"the encoder was made otherwise than the config says, and stays as it is ({', '.join(other)})"
