@@ -90,7 +90,8 @@ def test_rows_are_those_of_the_stock_model_inside_pictures_too(family, exact_fea
         mine = stock[:, :, side.places][..., side.places]
         np.testing.assert_allclose(found.weights, mine, atol=2e-5)
         pooled = attention_of(encoder, item, view).weights[:, :, 0]
-        np.testing.assert_allclose(pooled, mine.mean(2), atol=2e-5)
+        halves = [part.mean(2) for part in np.split(mine, [side.patches], axis=2) if part.shape[2]]
+        np.testing.assert_allclose(pooled, sum(halves) / len(halves), atol=2e-5)  # pooling=modalities
         assert (len(side.row) == len(side)) == np.allclose(pooled.sum(-1), 1, atol=1e-5)
     if family in ("gemma3", "paligemma", "paligemma2"):  # patches see the patches behind them
         assert np.triu(attention_of(encoder, item, rows="each").weights[-1, 0], 1).max() > 0.01
@@ -278,7 +279,8 @@ def test_weights_of_16_bits_are_explained_as_they_are(family, experts):
     for name in METHODS:
         whole, coarse = (found[dtype][name] for dtype in (torch.float32, torch.bfloat16))
         assert np.corrcoef(whole.values, coarse.values)[0, 1] > 0.98, name
-    assert "add up to" in found[torch.bfloat16]["ig"].note and found[torch.bfloat16]["ig"].settings["steps"] <= 256
+    gradients = found[torch.bfloat16]["ig"]
+    assert "add up to" in gradients.note and gradients.settings["steps"] < gradients.settings["most_steps"]
 
 
 def test_focus_leaves_the_frame_out():
