@@ -2369,6 +2369,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'moon2_lab/evaluation/evaluate.py'),
                                                'moon2_lab.evaluation.evaluate._encoded': ( 'evaluation/evaluate.html#_encoded',
                                                                                            'moon2_lab/evaluation/evaluate.py'),
+                                               'moon2_lab.evaluation.evaluate._for_encoder': ( 'evaluation/evaluate.html#_for_encoder',
+                                                                                               'moon2_lab/evaluation/evaluate.py'),
                                                'moon2_lab.evaluation.evaluate._label_block': ( 'evaluation/evaluate.html#_label_block',
                                                                                                'moon2_lab/evaluation/evaluate.py'),
                                                'moon2_lab.evaluation.evaluate._metrics_file': ( 'evaluation/evaluate.html#_metrics_file',

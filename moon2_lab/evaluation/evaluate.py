@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 # %% ../../nbs/evaluation/430_evaluate.ipynb #a00a9c39
-from ..config import DUAL
+from ..config import DUAL, VIEWS
 from ..data.catalog import Catalog
 from ..data.products import Item, Product
 from ..data.queries import Lexicon, PROTOCOLS
 from ..data.words import folded_terms
-from ..errors import LabError
+from ..errors import DataError, LabError
 from .baselines import APPLICABLE, baseline_rankers, single_modality, string_match
 from .item_sets import Direction, ItemSet, TOP, checked_vectors
 from .label_tasks import LabelTask, label_tasks
@@ -363,7 +363,7 @@ def run_benchmark(
 ) -> Evaluation:
     "Encode once, then score everything the benchmark asks."
     scoring = _Scoring(benchmark.catalog, resamples, seed, benchmark.about["name"])
-    planned, skipped = benchmark.plan()
+    planned, skipped = _for_encoder(encoder, *benchmark.plan())
     views, seconds = _encoded(encoder, benchmark)
     ranked = [(direction, direction.ranks(views, stored)) for direction in planned]
     unanswerable = "no query has a right answer among the products that are searched"
@@ -387,6 +387,20 @@ def run_benchmark(
     metrics["timing"] = _timing(seconds, len(benchmark.products))
     per_query = pd.concat([_per_query_table(*pair) for pair in ranked], ignore_index=True)
     return Evaluation(metrics, per_query, views)
+
+
+def _for_encoder(
+    encoder, planned: list[Direction], skipped: dict[str, str]
+) -> tuple[list[Direction], dict[str, str]]:
+    "The directions for which it has the views (`own_views`, where it says so). `DataError` when there is none."
+    own = getattr(encoder, "own_views", VIEWS)
+    lacking = {d.name: [view for view in (d.query_view, d.gallery_view) if view not in own] for d in planned}
+    fitting = [direction for direction in planned if not lacking[direction.name]]
+    if not fitting:
+        advice = "choose an encoder that reads what the queries are made of"
+        raise DataError("no direction has views that the encoder gives", where=", ".join(own) or "no view", advice=advice)
+    reasons = {name: f"the encoder has no view {views[0]}" for name, views in lacking.items() if views}
+    return fitting, skipped | reasons
 
 
 def _named(ranked: list[tuple[Direction, Ranks]], name: str) -> tuple[Direction, Ranks]:
