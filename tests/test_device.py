@@ -293,7 +293,7 @@ def test_a_step_waits_for_the_device_once(fake, case, kernel):
 @pytest.mark.filterwarnings("ignore:the encoder was made otherwise")
 def test_a_step_of_a_model_of_transformers_waits_once(fake, tmp_path, family, fields):
     "Positions with three axes, pictures as blocks, windows, states, levels, each kind of experts."
-    encoder = Moon2Encoder.from_backbone(str(tiny_model(family, tmp_path / family)), **fields)
+    encoder = Moon2Encoder.from_backbone(str(tiny_model(family, tmp_path / family)), **{"experts": "full"} | fields)
     config = settings(device="auto", dtype="bfloat16", filter_warmup_ratio=0.0, per_device_train_batch_size=4)
     trainer = Trainer(encoder, shop(20, mixed=True), config)
     trainer.encoder.set_expert_kernel("masked" if fields.get("experts") == "lowrank" else "grouped")
