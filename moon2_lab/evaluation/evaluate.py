@@ -398,7 +398,8 @@ def _for_encoder(
     fitting = [direction for direction in planned if not lacking[direction.name]]
     if not fitting:
         advice = "choose an encoder that reads what the queries are made of"
-        raise DataError("no direction has views that the encoder gives", where=", ".join(own) or "no view", advice=advice)
+        what = "no direction has views that the encoder gives"
+        raise DataError(what, where=", ".join(own) or "no view", advice=advice)
     reasons = {name: f"the encoder has no view {views[0]}" for name, views in lacking.items() if views}
     return fitting, skipped | reasons
 
