@@ -8,6 +8,7 @@ __all__ = ['BUDGETS', 'MAIN_VARIANTS', 'chosen_products', 'StudyRun', 'Study', '
 
 # %% ../../nbs/studies/742_ablation.ipynb #679da320
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 import gc
 import hashlib
@@ -21,10 +22,11 @@ import pandas as pd
 from ..config import TrainConfig
 from ..data.catalog import Catalog
 from ..errors import DataError, UsageError
+from ..evaluation.protocol import make_benchmark
 from ..evaluation.seed_statistics import seed_interval
 from ..evaluation.statistics import table_hits
-from ..files import read_json, write_json, write_parquet
-from ..folders import held, require_free, whole_folder
+from ..files import locked, read_json, write_json, write_parquet
+from ..folders import Hold, whole_folder, write_errors
 from ..rivals.two_tower import beside, train_two_tower
 from ..runtime import run_settings
 from .variants import TOWERS, find_variant, is_augmented, same_as, variant_parts
@@ -256,32 +258,69 @@ def _base_fields(config: TrainConfig | dict) -> dict:
 def run_study(
     study: Study,
 ) -> pd.DataFrame:  # ablation_table
-    """Make the runs that are missing, in order, and write ablation.parquet and study.json into the folder. `UsageError`
-    for a folder with a study of another catalogue or other settings."""
-    from moon2_lab.evaluation.protocol import make_benchmark
+    """Make the runs that are missing, in order, and write ablation.parquet and study.json into the folder. Several
+    calls may work on one folder at a time: a run that another one is making is passed over. `UsageError` for a folder
+    with a study of another catalogue or other settings."""
+    steps = _begin_study(study)
+    runs, question = list(study.runs()), None
+    for number, run in enumerate(runs, 1):
+        with _taken(study, run) as mine:
+            state = "is made elsewhere" if not mine else "is there" if _is_finished(study, run, steps) else "is made"
+            _log.info(f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}, equal {run.budget}: {state}")
+            if state == "is made":
+                question = question or make_benchmark(study.catalog, study.split)
+                _make_run(study, run, steps, question)
+                gc.collect()
+                _write_table(study, steps)
+    return _write_table(study, steps)
 
-    with held(study.out):
-        path, question = study.out / "study.json", None
+
+def _begin_study(study: Study) -> int:
+    "Write study.json, once what is there fits; the steps of a run under equal steps. The first call finds them."
+    with _alone(study) as path:
         noted = read_json(path) if path.is_file() else {}
         if noted:
             _require_same(noted | _base_fields(noted["config"]), _marks(study) | _base_fields(study.config), path)
         steps = _study_steps(study, noted)
         if noted.get("steps") and steps:
             _require_same(noted, {"steps": steps}, path)
-        there = {run: _is_finished(study, run, steps) for run in study.runs()}  # all are looked at before one is made
+        for run in study.runs():  # all are looked at before one is made
+            _is_finished(study, run, steps)
         write_json(path, _note(study, noted, steps))
-        for number, (run, kept) in enumerate(there.items(), 1):
-            what = f"{run.variant}, seed {run.seed}, equal {run.budget}{', is there' * kept}"
-            _log.info(f"run {number} of {len(there)}: {what}")
-            if not kept:
-                question = question or make_benchmark(study.catalog, study.split)
-                _make_run(study, run, steps, question)
-                gc.collect()
-                write_parquet(study.out / "ablation.parquet", ablation_table(study.out))
+        return steps
+
+
+def _write_table(study: Study, steps: int) -> pd.DataFrame:
+    "ablation.parquet and study.json, of all runs that are there by now."
+    with _alone(study) as path:
         table = ablation_table(study.out)
         write_parquet(study.out / "ablation.parquet", table)
         write_json(path, _note(study, read_json(path), steps))
         return table
+
+
+@contextmanager
+def _alone(study: Study) -> Iterator[Path]:
+    "study.json, while no other call writes what all share."
+    with write_errors(study.out):
+        study.out.mkdir(parents=True, exist_ok=True)
+    with locked(study.out / ".study.lock"):
+        yield study.out / "study.json"
+
+
+@contextmanager
+def _taken(study: Study, run: StudyRun) -> Iterator[bool]:
+    "Whether the run is this call's to make, for the length of the block; False while another one makes it."
+    hold = Hold(run.folder(study.out), folder=False)
+    try:
+        hold.take()
+    except UsageError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        hold.release()
 
 # %% ../../nbs/studies/742_ablation.ipynb #4a15135f
 def finished_runs(
@@ -341,7 +380,6 @@ def study_plan(
     study: Study,
 ) -> dict:  # runs: list of {budget, variant, seed, is_there, minutes}, copies, minutes of steps to come; None: unknown
     "What `run_study` would do. Nothing is trained, made or written."
-    require_free(study.out)
     table = ablation_table(study.out)
     took = table.groupby(["budget", "variant"]).minutes.mean().to_dict()
     rows = []
