@@ -57,6 +57,7 @@ _ABLATIONS: dict[str, Rival] = {
        for mode in sorted(CHOICES["omega_mode"])},
     **{f"Z-{count}": _experts(count) for count in (1, 2, 4, 8)},
     "low-rank": Rival("low-rank experts", Moon2Objective, _changed(experts="lowrank")),
+    "full-experts": Rival("experts as full copies", Moon2Objective, _changed(experts="full")),
 }
 
 # %% ../../nbs/studies/740_variants.ipynb #026b2977
