@@ -16,16 +16,6 @@ KEPT = (  # of study.json
 )
 
 
-def by_budget(out: Path) -> dict[str, dict[str, list[Path]]]:
-    "budget -> variant -> its run folders, by seed."
-    from moon2_lab.studies.ablation import finished_runs
-
-    runs = {}
-    for run, folder in sorted(finished_runs(out).items(), key=lambda item: (item[0].budget, item[0].seed)):
-        runs.setdefault(run.budget, {}).setdefault(run.variant, []).append(folder)
-    return runs
-
-
 def omega_paths(runs: dict[str, list[Path]], most: int = 60) -> pd.DataFrame:
     "Step and omega of each run that has them, thinned."
     tables = []
@@ -45,13 +35,13 @@ def tables_of(out: Path) -> dict[str, pd.DataFrame]:
 
     means = [ablation.seed_means(out, metric).assign(metric=metric) for metric in ("R@1", "R@10")]
     tables = {"scores": ablation.ablation_table(out), "means": pd.concat(means, ignore_index=True)}
-    tables["tests"] = study_tests.write_study_tests(out)
+    tables["tests"], runs_of = study_tests.write_study_tests(out), ablation.runs_by_budget(out)
     makers = {
         "balance": modality_balance.balance_table, "worst": modality_balance.worst_direction_tests,
         "trade_off": modality_balance.trade_off_table, "omega": omega_paths,
     }
     for name, make in makers.items():
-        parts = [make(runs).assign(budget=budget) for budget, runs in by_budget(out).items()]
+        parts = [make(runs).assign(budget=budget) for budget, runs in runs_of.items()]
         tables[name] = pd.concat(parts, ignore_index=True)
     return tables
 

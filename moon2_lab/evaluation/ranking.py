@@ -77,21 +77,34 @@ def _top_places(
     scores: np.ndarray,  # (q, G) from `_pessimistic`
     hits: np.ndarray,  # (q, G) bool
     k: int,  # length of the list
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gallery positions (q, k), best first, -1 where the gallery is shorter than k; and (q, k) the chance that a hit
-    stands at each place when equal scores come in random order."""
+) -> np.ndarray:
+    "Gallery positions (q, k), best first; -1 where the gallery is shorter than k."
     count, width = scores.shape
     keep = min(k, width)
     threshold = scores.max(axis=1) if keep == 1 else np.partition(scores, width - keep, axis=1)[:, width - keep]
-    top, chance = np.full((count, k), -1, dtype=np.int64), np.zeros((count, k))
+    top = np.full((count, k), -1, dtype=np.int64)
     for row in range(count):
         candidates = np.flatnonzero(scores[row] >= threshold[row])  # more than k when scores tie
         order = np.lexsort((candidates, hits[row, candidates], -scores[row, candidates]))
         top[row, :keep] = candidates[order[:keep]]
-        _, level, size = np.unique(scores[row, candidates], return_inverse=True, return_counts=True)
-        share = np.bincount(level, hits[row, candidates]) / size
-        chance[row, :keep] = share[level[order[:keep]]]
-    return top, chance
+    return top
+
+
+def _hit_chances(
+    scores: np.ndarray,  # (q, G) from `_pessimistic`
+    hits: np.ndarray,  # (q, G) bool
+    top: np.ndarray,  # (q, k) of `_top_places`
+) -> np.ndarray:
+    "(q, k) chance that a hit stands at each place when equal scores come in random order."
+    known, at = top >= 0, np.maximum(top, 0)
+    kept = np.take_along_axis(scores, at, axis=1)
+    chance = (known & np.take_along_axis(hits, at, axis=1)).astype(float)
+    reached = np.count_nonzero(scores >= kept.min(axis=1, keepdims=True), axis=1)
+    tied = (kept[:, 1:] == kept[:, :-1]).any(axis=1) | (reached > known.sum(axis=1))
+    for row in np.flatnonzero(tied):
+        for score in np.unique(kept[row]):
+            chance[row, known[row] & (kept[row] == score)] = hits[row, scores[row] == score].mean()
+    return chance
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #c34af2e6
 @dataclass
@@ -152,12 +165,12 @@ def rank_scores(
 def _rank_chunk(raw: np.ndarray, hits: np.ndarray, k: int) -> tuple[np.ndarray, ...]:
     "The fields of `Ranks` for some rows, those of ties last."
     scores = _pessimistic(raw, hits)
-    top, chance = _top_places(scores, hits, k)
+    top = _top_places(scores, hits, k)
     known = top >= 0
     top_score = np.where(known, np.take_along_axis(raw, np.maximum(top, 0), axis=1), np.nan).astype(np.float32)
     top_hit = known & np.take_along_axis(hits, np.maximum(top, 0), axis=1)
     above, level, level_hits = _tie_counts(scores, hits)
-    return 1 + above + level, hits.sum(axis=1, dtype=np.int64), top, top_score, top_hit, above, level_hits, chance
+    return 1 + above + level, hits.sum(axis=1, dtype=np.int64), top, top_score, top_hit, above, level_hits, _hit_chances(scores, hits, top)
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #ecd2be80
 _WIDE_BYTES = 2**30  # memory that the float64 copy of a gallery may take
@@ -305,7 +318,7 @@ def nearest_class(
     for start in range(0, len(vectors), chunk):
         rows = slice(start, start + chunk)
         scores = _pessimistic(dot_rows(vectors[rows], class_vectors), truth[rows])
-        predicted[rows] = _top_places(scores, truth[rows], 1)[0][:, 0]
+        predicted[rows] = _top_places(scores, truth[rows], 1)[:, 0]
     return np.where(np.isfinite(vectors).all(axis=1), predicted, -1)
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #65232be7

@@ -260,13 +260,10 @@ def write_study_tests(
     against: str = "full",
 ) -> pd.DataFrame:  # budget and the columns of `study_tests`; empty where there is nothing to compare yet
     "Test every variant of a study against one, for each budget, and write tests.parquet into its folder."
-    from moon2_lab.studies.ablation import finished_runs# which knows of training, and loads torch
+    from moon2_lab.studies.ablation import runs_by_budget# which knows of training, and loads torch
 
-    runs = {}
-    for run, folder in sorted(finished_runs(out).items(), key=lambda item: (item[0].budget, item[0].seed)):
-        runs.setdefault(run.budget, {}).setdefault(run.variant, []).append(folder)
     tables = [
-        study_tests(variants, against).assign(budget=budget) for budget, variants in runs.items()
+        study_tests(variants, against).assign(budget=budget) for budget, variants in runs_by_budget(out).items()
         if against in variants and len(variants) > 1
     ]
     columns = ["budget", *STUDY_COLUMNS]
