@@ -170,7 +170,8 @@ def _rank_chunk(raw: np.ndarray, hits: np.ndarray, k: int) -> tuple[np.ndarray, 
     top_score = np.where(known, np.take_along_axis(raw, np.maximum(top, 0), axis=1), np.nan).astype(np.float32)
     top_hit = known & np.take_along_axis(hits, np.maximum(top, 0), axis=1)
     above, level, level_hits = _tie_counts(scores, hits)
-    return 1 + above + level, hits.sum(axis=1, dtype=np.int64), top, top_score, top_hit, above, level_hits, _hit_chances(scores, hits, top)
+    chance = _hit_chances(scores, hits, top)
+    return 1 + above + level, hits.sum(axis=1, dtype=np.int64), top, top_score, top_hit, above, level_hits, chance
 
 # %% ../../nbs/evaluation/405_ranking.ipynb #ecd2be80
 _WIDE_BYTES = 2**30  # memory that the float64 copy of a gallery may take
