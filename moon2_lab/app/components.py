@@ -19,7 +19,7 @@ from ..data.images import ImageRef
 from ..data.products import Product
 from ..errors import LabError
 from ..evaluation.statistics import p_text
-from ..explain.heatmap_data import PairMaps
+from ..explain.heatmap_data import PairMaps, trust_words
 from ..model.vision import square
 from ..reporting.comparison import KINDS
 from ..reporting.heatmap_page import heat_page
@@ -120,9 +120,17 @@ def experts_html(
     return card("experts", [(name, values.tolist()) for name, values in read.items()], best)
 
 
-def heat_html(maps: PairMaps, method: str | None = None, heading: str = "Why was it found?") -> Markup:
+def heat_html(
+    maps: PairMaps, method: str | None = None, heading: str = "Why was it found?", later: str = ""
+) -> Markup:
     "The heatmap of a pair, the same as in a notebook, in a frame that is closed off from the page."
-    return card("heatmap", heading, heat_page(maps, method))
+    return card("heatmap", heading, heat_page(maps, method, later))
+
+
+def trust_html(maps: PairMaps, method: str) -> Markup:
+    "How far the map of each side can be trusted, for a map that was shown before it was measured."
+    lines = [(side.side, side.faith.get(method)) for side in (maps.query, maps.item)]
+    return card("trust", [(side, bool(faith and faith.warning), trust_words(faith)) for side, faith in lines])
 
 # %% ../../nbs/app/855_components.ipynb #5bd57f61
 _KIND_WORDS = {"won": "▲ won", "lost": "▼ lost", "moved": "◆ moved", "same": "= same"}

@@ -178,6 +178,7 @@ class SearchModel:
         item: Item,  # `product.item(view)`, or one's own
         methods: Sequence[str] = ("ig", "attention"),
         tell: Callable[[float, str], None] = lambda share, what: None,  # hears how much is done, 0 to 1, and what
+        measure: bool = True,  # how far each map can be trusted
     ) -> PairMaps:
         "The maps of a query and an item, measured. `UsageError` for a method that does not fit the model."
         if self.explainers is None:
@@ -189,14 +190,15 @@ class SearchModel:
             for method in methods:
                 for side in ("query", "item"):
                     steps.append((explainer.map, side, method, f"{side}: {method}"))
-                    steps.append((explainer.faith, side, method, f"{side}: how far {method} can be trusted"))
+                    trust = (explainer.faith, side, method, f"{side}: how far {method} can be trusted")
+                    steps += [trust] if measure else []
             for number, (make, side, method, what) in enumerate(steps):
                 def report(done: int, total: int, number=number, what=what):
                     tell((number + done / max(total, 1)) / len(steps), what)
 
                 report(0, 1)
                 make(side, method, report)
-            return explainer.maps(methods)  # each map is there already
+            return explainer.maps(methods, measure)  # each map is there already
 
     def explain_place(
         self, query: Item, item: Item, method: str, layer: int | None, head: int | None

@@ -22,13 +22,15 @@ from markupsafe import Markup
 
 from moon2_lab.app.components import (
     about_html, agreement_html, card, compare_html, experts_html, gallery_value, heat_html, product_html, shared_ranks,
+    trust_html,
 )
 from .service import COMPARED, MAX_HITS, ProductHit, SearchService
 from ..config import REPORTED, VIEWS
-from ..data.products import Item
+from ..data.products import Item, Product
 from ..errors import LabError, UsageError, printable
 from ..evaluation.label_tasks import LEVELS
 from ..explain.attribution import METHODS, fitting_methods
+from ..explain.heatmap_data import PairMaps
 from ..files import atomic_path, sha256_hex
 from ..reporting.comparison import direction_queries
 from ..reporting.tables import DIRECTION_WORDS
@@ -136,7 +138,7 @@ def _method_box(service: SearchService, **how) -> gr.Dropdown:
     "A choice of methods."
     choices = method_choices(service)
     keys = [key for _, key in choices]
-    return gr.Dropdown(choices, value="ig" if "ig" in keys else keys[0], label="Explained by", **how)
+    return gr.Dropdown(choices, value=keys[0], label="Explained by", **how)
 
 
 def _model_box(service: SearchService, both: bool = False) -> gr.Radio:
@@ -199,6 +201,7 @@ def search_tab(service: SearchService) -> dict:
             boxes["details"] = gr.HTML(elem_id="moon2-details", elem_classes="moon2")
             boxes["method"] = _method_box(service, visible=False)
             boxes["heat"] = gr.HTML(elem_id="moon2-heat", elem_classes="moon2")
+            boxes["trust"] = gr.HTML(elem_id="moon2-trust", elem_classes="moon2")
     boxes["columns"], boxes["galleries"] = (
         {letter: panel[place] for letter, panel in panels.items()} for place in (0, 1)
     )
@@ -219,7 +222,7 @@ def look_up(
     columns = [gr.Column(visible=letter in hits) for letter in service.models]
     pictures = [gallery_value(hits.get(letter, []), shared) for letter in service.models]
     search = {"words": words, "image": image, "direction": direction, "hits": hits}
-    return search, agreement_html(hits), *columns, *pictures, "", "", {}, gr.Dropdown(visible=False)
+    return search, agreement_html(hits), *columns, *pictures, "", "", "", {}, gr.Dropdown(visible=False)
 
 
 def _clicked_hit(search: Mapping, letter: str, place: int) -> ProductHit:
@@ -248,9 +251,33 @@ def _hit_html(service: SearchService, search: Mapping, letter: str, place: int) 
     return product_html(product, where, matches(service.catalog, query, product), experts)
 
 
-def _with_attention(service: SearchService, method: str) -> list[str]:
-    "The methods that a heatmap opens with: the chosen one, and attention, which can be looked into by layer and head."
-    return [method] + [key for _, key in method_choices(service) if key == "attention" != method]
+_AT_ONCE = "cross"  # the method whose map is shown before it is measured
+_MEASURING = "Measuring how far this map can be trusted ..."
+
+
+def explained_pair(
+    service: SearchService,
+    query: Item,
+    item: Item,
+    method: str,
+    letter: str,  # of the model
+    tell: Callable[[float, str], None],
+    heading: str = "Why was it found?",
+) -> tuple[PairMaps, Markup, Markup | str]:
+    """The maps that a heatmap opens with, its page, and what stands below it: the chosen method, and attention, which
+    can be looked into by layer and head. The cross map takes one pass: it is shown at once, and measured after that."""
+    model = service.model(letter)
+    if method == _AT_ONCE:
+        pair = model.explain(query, item, [method], tell, measure=False)
+        return pair, heat_html(pair, method, heading, "measured below."), card("line", _MEASURING, "status")
+    shown = [method] + [key for _, key in method_choices(service) if key == "attention" != method]
+    pair = model.explain(query, item, shown, tell)
+    return pair, heat_html(pair, method, heading), ""
+
+
+def measured_pair(service: SearchService, query: Item, item: Item, method: str, letter: str) -> Markup | str:
+    "How far a map that was shown at once can be trusted; empty for one that was measured before."
+    return trust_html(service.model(letter).explain(query, item, [method]), method) if method == _AT_ONCE else ""
 
 
 def _report_to(progress: Callable) -> Callable[[float, str], None]:
@@ -264,32 +291,38 @@ def connect_search(service: SearchService, boxes: Mapping) -> dict:  # options o
     def show(search, letter, event: gr.SelectData):
         asking = card("line", "Asking the model why it was found ...", "status")
         product = _clicked_hit(search, letter, event.index).product
-        return _hit_html(service, search, letter, event.index), asking, {"letter": letter, "product": product}
+        return _hit_html(service, search, letter, event.index), asking, "", {"letter": letter, "product": product}
+
+    def clicked_pair(search, clicked):
+        return query_again(service, search), clicked["product"].item(search["direction"])
 
     def explain(search, clicked, method, progress=_PROGRESS):
         if not clicked:
-            return "", gr.Dropdown(visible=False)
-        query, item = query_again(service, search), clicked["product"].item(search["direction"])
-        model = service.model(clicked["letter"])
-        pair = model.explain(query, item, _with_attention(service, method), _report_to(progress))
-        return heat_html(pair, method), gr.Dropdown(visible=True)
+            return "", "", gr.Dropdown(visible=False)
+        pair, tell = clicked_pair(search, clicked), _report_to(progress)
+        return *explained_pair(service, *pair, method, clicked["letter"], tell)[1:], gr.Dropdown(visible=True)
+
+    def measure(search, clicked, method):
+        return measured_pair(service, *clicked_pair(search, clicked), method, clicked["letter"]) if clicked else ""
 
     inputs = [boxes[name] for name in ("text", "image", "direction", "k", "filter", "shown")]
     outputs = [boxes["search"], boxes["agreement"], *boxes["columns"].values(), *boxes["galleries"].values()]
-    outputs += [boxes[name] for name in ("details", "heat", "clicked", "method")]
+    outputs += [boxes[name] for name in ("details", "heat", "trust", "clicked", "method")]
     search = {"fn": with_messages(functools.partial(look_up, service)), "inputs": inputs, "outputs": outputs} | QUIET
     names = "q, image, direction, k, filter, model"
     for events, js in (([boxes["go"].click, boxes["text"].submit], "searched"), ([boxes["shown"].input], "keep")):
         js = f"({names}) => moon2.{js}({{q, direction, k, filter, model}})"
         gr.on(events, **search).success(None, inputs, js=js, **_PRIVATE)
-    explanation = {"fn": with_messages(explain), "inputs": [boxes["search"], boxes["clicked"], boxes["method"]]}
-    explanation |= {"outputs": [boxes["heat"], boxes["method"]], "show_progress_on": boxes["heat"]}
-    explanation |= _PRIVATE | EXPLAINS
+    asked = [boxes["search"], boxes["clicked"], boxes["method"]]
+    explanation = {"fn": with_messages(explain), "inputs": asked} | _PRIVATE | EXPLAINS
+    explanation |= {"outputs": [boxes[name] for name in ("heat", "trust", "method")], "show_progress_on": boxes["heat"]}
+    measurement = {"fn": with_messages(measure), "inputs": asked, "outputs": [boxes["trust"]]} | QUIET | EXPLAINS
     for letter, gallery in boxes["galleries"].items():
-        outputs = [boxes["details"], boxes["heat"], boxes["clicked"]]
+        outputs = [boxes[name] for name in ("details", "heat", "trust", "clicked")]
         opened = gallery.select(with_messages(show), [boxes["search"], gr.State(letter)], outputs, **QUIET)
-        opened.success(None, js="() => moon2.toDetails()", **_PRIVATE).then(**explanation)
-    boxes["method"].input(**explanation)
+        shown = opened.success(None, js="() => moon2.toDetails()", **_PRIVATE).then(**explanation)
+        shown.success(**measurement)
+    boxes["method"].input(**explanation).success(**measurement)
     return search
 
 # %% ../../nbs/app/865_tabs.ipynb #f40e590e
@@ -395,10 +428,11 @@ def heatmap_tab(service: SearchService) -> dict:
             start = card("line", "Choose a product, or give a title or picture of your own, and press Explain.")
             boxes["details"] = gr.HTML(start, elem_classes="moon2", elem_id="moon2-pair")
             boxes["heat"] = gr.HTML(elem_classes="moon2", elem_id="moon2-pair-heat", min_height=120)
+            boxes["trust"] = gr.HTML(elem_classes="moon2", elem_id="moon2-pair-trust")
     return boxes
 
 
-def _pair_html(
+def _asked_pair(
     service: SearchService,
     words: str,
     image: str | None,  # of the query
@@ -406,25 +440,32 @@ def _pair_html(
     title: str,  # in place of the product's
     picture: str | None,  # in place of the product's
     view: str,
-    method: str,
-    letter: str,  # of the model
-    tell: Callable = lambda share, what: None,
-) -> tuple[Markup, Markup]:
-    "What is known about the pair, and its heatmap. `UsageError` and `DataError` for what cannot be read."
-    query, model, title = service.query_of(words, image), service.model(letter), (title or "").strip()
+) -> tuple[Item, Item, Product | None]:
+    "Query, item, and the product that it is of. `UsageError` and `DataError` for what cannot be read."
+    query, title = service.query_of(words, image), (title or "").strip()
     product = pick_product(service.catalog, named) if (named or "").strip() else None
     if product is None and not title and not picture:
         advice = "choose one, or give a title or a picture of your own"
         raise UsageError("no product is chosen", where="product", advice=advice)
     item = named_item(service.catalog, product.product_id if product else None, title or None, picture, read_upload)
-    item = _seen_as(item, view)
-    pair = model.explain(query, item, _with_attention(service, method), tell)
-    experts = experts_html(dict(zip(("query", "product"), model.experts([query, item]))))
-    where, heat = f"Score {pair.score:.3f} by {title_of(service, letter)}", heat_html(pair, method, "Why this score?")
-    plain = product.item(view) if product else None
+    return query, _seen_as(item, view), product
+
+
+def _pair_html(
+    service: SearchService,
+    *asked: str | None,  # of `_asked_pair`; the last is the view
+    method: str,
+    letter: str,  # of the model
+    tell: Callable = lambda share, what: None,
+) -> tuple[Markup, Markup, Markup | str]:
+    "What is known about the pair, its heatmap, and what stands below it. Errors as in `_asked_pair`."
+    query, item, product = _asked_pair(service, *asked)
+    pair, heat, below = explained_pair(service, query, item, method, letter, tell, "Why this score?")
+    experts = experts_html(dict(zip(("query", "product"), service.model(letter).experts([query, item]))))
+    where, plain = f"Score {pair.score:.3f} by {title_of(service, letter)}", product.item(asked[-1]) if product else None
     if plain is None or item.text != plain.text or item.image != plain.image:
-        return card("own_item", where, experts), heat
-    return product_html(product, where, matches(service.catalog, query, product), experts), heat
+        return card("own_item", where, experts), heat, below
+    return product_html(product, where, matches(service.catalog, query, product), experts), heat, below
 
 
 def _seen_as(item: Item, view: str) -> Item:
@@ -438,14 +479,21 @@ def connect_heatmap(service: SearchService, boxes: Mapping) -> dict:  # options 
     "What happens on Explain."
 
     def explain(words, image, named, title, picture, view, method, letter, progress=_PROGRESS):
-        return _pair_html(service, words, image, named, title, picture, view, method, letter, _report_to(progress))
+        asked, tell = (words, image, named, title, picture, view), _report_to(progress)
+        return _pair_html(service, *asked, method=method, letter=letter, tell=tell)
+
+    def measure(words, image, named, title, picture, view, method, letter):
+        query, item, _ = _asked_pair(service, words, image, named, title, picture, view)
+        return measured_pair(service, query, item, method, letter)
 
     inputs = [boxes[name] for name in ("text", "image", "item", "title", "picture", "view", "method", "model")]
-    event = {"fn": with_messages(explain), "inputs": inputs, "outputs": [boxes["details"], boxes["heat"]]}
-    event |= {"show_progress_on": boxes["heat"]} | _PRIVATE | EXPLAINS
+    event = {"fn": with_messages(explain), "inputs": inputs, "show_progress_on": boxes["heat"]} | _PRIVATE | EXPLAINS
+    event |= {"outputs": [boxes[name] for name in ("details", "heat", "trust")]}
+    measurement = {"fn": with_messages(measure), "inputs": inputs, "outputs": [boxes["trust"]]} | QUIET | EXPLAINS
     keep = "moon2.explained({tab: 'heatmap', q, item, view, method, model})"
     keep = f"(q, image, item, title, picture, view, method, model) => {keep}"
-    gr.on([boxes["go"].click, boxes["text"].submit], **event).success(None, inputs, js=keep, **_PRIVATE)
+    shown = gr.on([boxes["go"].click, boxes["text"].submit], **event)
+    shown.success(None, inputs, js=keep, **_PRIVATE).then(**measurement)
     return event
 
 # %% ../../nbs/app/865_tabs.ipynb #0e58a5a7

@@ -270,8 +270,22 @@ def heatmap_command(args: argparse.Namespace) -> Outcome:
     pair = explainer.maps(methods)
     page, trouble = written(lambda: write_heat_page(pair, args.out, methods[0] if methods else None))
     facts = {"page": page, "score": pair.score, "query": query.text, "query_note": note, "item": item.text}
-    facts["maps"] = _heatmap_facts(pair)
+    facts |= {"maps": _heatmap_facts(pair), "cross": _cross_facts(pair)}
     return Outcome("\n".join([*([note] if note else []), *_heatmap_lines(pair, page)]), facts, trouble=trouble)
+
+
+def _cross_facts(pair) -> dict:  # PairMaps
+    "The cross map for --json: points of each word of the query, and its picture, with those of the item."
+    table = pair.cross_table()
+    return {"query": list(table.index), "item": list(table.columns), "points": table.to_numpy().round(4).tolist(),
+            "sum": pair.cross.total(), "score": pair.cross.score}
+
+
+def _strongest_pairs(pair, count: int = 3) -> str:  # PairMaps
+    "The parts of query and item that added most to the score together."
+    table = pair.cross_table().stack()
+    strongest = table.sort_values(ascending=False)[:count]
+    return ", ".join(f"{query} + {item} {points:+.1f}" for (query, item), points in strongest.items())
 
 
 def _heatmap_facts(pair) -> list[dict]:  # PairMaps
@@ -291,7 +305,7 @@ def _heatmap_facts(pair) -> list[dict]:  # PairMaps
 
 def _heatmap_lines(pair, page: str) -> list[str]:
     "The strongest words of each map, what to think of it, and where the page is."
-    lines = [f"score {pair.score:.3f}"]
+    lines = [f"score {pair.score:.3f}", f"  who met whom, in points: {_strongest_pairs(pair)}"]
     for fact in _heatmap_facts(pair):
         strongest = sorted(fact["words"], key=lambda word: -word[3])[:3]
         strongest = ", ".join(f"{word} {value:+.3f}" for word, _, _, value in strongest) or "no words"

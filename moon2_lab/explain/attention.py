@@ -9,7 +9,7 @@ __all__ = ['without_first', 'AttentionRows', 'evaluating', 'attention_of', 'word
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -123,6 +123,8 @@ class WordAttention:
     pooled: np.ndarray  # (layers, heads, cells + W) averaged over the pooled tokens
     layers: list[int]
     heads: list[int]
+    word_links: np.ndarray | None = None  # (layers, heads, W, W) from each word to each word; None without words
+    even: dict[str, np.ndarray] = field(default_factory=dict)  # links, word_links, pooled, heads apart: of even looks
 
     @property
     def layer_names(self) -> list[str]:
@@ -147,13 +149,20 @@ def word_attention(
     mixes = torch.from_numpy(mixes)
 
     def take(layer, place, inputs, positions):
-        parts.append(inputs.mix(mixes.to(widest(positions.device)).to(positions.device), chunk).cpu().numpy())
+        wanted = mixes.to(widest(positions.device)).to(positions.device)
+        heads_and_even = inputs.mix(wanted, chunk), inputs.looking_evenly().mix(wanted, chunk)
+        parts.append(torch.cat([part.double().cpu() for part in heads_and_even]).numpy())
 
     names = _record_items(encoder, [side], view, take, layers, heads)
-    rows = AttentionRows(side, np.stack(parts)[..., places], *names)  # (layers, heads, 1 + W, C + L)
+    rows = AttentionRows(side, np.stack(parts)[..., places], *names)  # (layers, heads + 1, 1 + W, C + L)
     merged = side.merge(rows.without_first().weights if drop_first else rows.weights)
-    links = merged[:, :, 1:, : side.cells] if side.cells and len(table) else None
-    return WordAttention(side, links, merged[:, :, 0], *names)
+    found = {"pooled": merged[:, :, 0]}
+    if len(table):
+        found |= {"word_links": merged[:, :, 1:, side.cells :]}
+        found |= {"links": merged[:, :, 1:, : side.cells]} if side.cells else {}
+    even = {name: values[:, -1] for name, values in found.items()}
+    found = {name: values[:, :-1] for name, values in found.items()}
+    return WordAttention(side, found.get("links"), found["pooled"], *names, found.get("word_links"), even)
 
 # %% ../../nbs/explain/615_attention.ipynb #93bbbcdd
 def _roll_down(

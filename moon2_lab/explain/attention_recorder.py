@@ -71,12 +71,15 @@ class HeadInputs:
             rows = self.seen_rows(part)
             out[..., : rows.shape[2]] += weights[:, part].to(rows) @ rows
         return out
+
+    def looking_evenly(self) -> "HeadInputs":
+        "One head that looks evenly at all that these see."
+        blank = torch.zeros(1, *self.query.shape[1:], dtype=widest(self.query.device), device=self.query.device)
+        return replace(self, query=blank, key=blank, mask=None if self.mask is None else self.mask[:1])
+
     def even(self, positions: torch.Tensor, weights: np.ndarray | None = None) -> torch.Tensor:
         "(T,) attention, `row_mean` of the rows at `positions`, of a model that looks evenly at all that they see."
-        blank = torch.zeros(1, *self.query.shape[1:], dtype=widest(self.query.device), device=self.query.device)
-        mask = None if self.mask is None else self.mask[:1]
-        mean = row_mean(positions, self.query.shape[1], weights)
-        return replace(self, query=blank, key=blank, mask=mask).mix(mean)[0, 0]
+        return self.looking_evenly().mix(row_mean(positions, self.query.shape[1], weights))[0, 0]
 
 # %% ../../nbs/explain/610_attention_recorder.ipynb #48f4c29c
 _PLAIN = ("sdpa", "eager", "moon2_packed", "moon2_probed")  # attention functions that compute softmax(q k) v

@@ -86,6 +86,8 @@ class Method:
     signed: bool = True  # False: shares of attention
     needs: tuple[str, ...] = ()  # baseline: the blank side; attention: layers whose attention can be recomputed
     settings: Mapping = field(default_factory=dict)  # name -> default: what a caller may choose
+    note: str = ""  # what to keep in mind when reading the numbers, beside what they add up to
+    adds_to_score: bool = False  # the numbers add up to the score itself, not to the rise from the blank side
 
 
 METHODS: dict[str, Method] = {}  # name -> method, in the order in which they are offered
@@ -151,6 +153,17 @@ def run_method(
     if progress is not None:
         progress(rows, rows)
     return values
+
+# %% ../../nbs/explain/625_attribution.ipynb #c2017c55
+def _cross(side: AttributionInputs) -> np.ndarray:
+    parts = side.score.token_parts(*side.inputs)[0].cpu().numpy()
+    return side.sum_tokens([parts[places.cpu()] for places in side.score.slots])
+
+
+add_method(Method(
+    "cross", "cross map", "parts of the score: what each token's last state adds to it; exact, one pass",
+    _cross, adds_to_score=True,
+    note="States of the last layer have seen their neighbours: a part is not the word alone."))
 
 # %% ../../nbs/explain/625_attribution.ipynb #b7c4b826
 def _layer_values(answer: Sequence) -> list[torch.Tensor]:
@@ -405,6 +418,8 @@ def _sum_note(method: Method, side: AttributionInputs, routing: str) -> str:
     "Whether the numbers add up, and to what."
     if not method.signed:
         return _attention_note(side)
+    if method.adds_to_score:
+        return "The parts add up to the score."
     if side.delta is None:
         return "These numbers do not add up to the score."
     if _adds_up(side, side.delta):
@@ -446,5 +461,6 @@ def attribute_side(
     picture = patches.reshape(tokens.grid) if tokens.cells else None
     choices = {"routing": routing, "baseline": baseline} if "baseline" in chosen.needs else {}
     choices |= {name: inputs.settings[name] for name in chosen.settings}
-    note = f"{_sum_note(chosen, inputs, routing)} {_picture_note(chosen, inputs)}".strip()
+    notes = _sum_note(chosen, inputs, routing), chosen.note, _picture_note(chosen, inputs)
+    note = " ".join(filter(None, notes))
     return Attribution(method, words, picture, chosen.signed, note, inputs.delta, choices, chosen.title)

@@ -20,12 +20,13 @@ from moon2_lab.explain.attribution import (
     AttributionInputs, attribute_side, attribution_inputs, fitting_method, fitting_methods, pick_side,
     raise_if_cancelled, require_vision,
 )
+from .cross_map import cross_map
 from .expert_routing import token_routing
 from moon2_lab.explain.faithfulness import (
     FEW_FEATURES, Faithfulness, correct_for_methods, measure_faithfulness, random_gains, redrawn_copy, without_own,
 )
 from .heatmap_data import Attribution, PairMaps, SideMaps
-from .side_tokens import item_in_view, side_tokens
+from .side_tokens import side_tokens
 from ..model.encoder import Moon2Encoder
 from ..runtime import progress as progress_bar
 
@@ -49,10 +50,12 @@ def _read_side(
     recorded = {}
     if attention is not None:
         recorded |= {"links": attention.links, "pooled": attention.pooled, "layer_names": attention.layer_names}
+        recorded |= {"word_links": attention.word_links, "even": attention.even}
     if encoder.moe_blocks:
         routing = token_routing(encoder, item)
         recorded |= {"experts": routing.experts, "expert_layers": routing.layers}
-    return SideMaps(name, side.text, side.words, side.picture(_PIXELS), side.grid, unread=side.unread, **recorded)
+    recorded |= {"unread": side.unread, "first": side.first}
+    return SideMaps(name, side.text, side.words, side.picture(_PIXELS), side.grid, **recorded)
 
 # %% ../../nbs/explain/650_explainer.ipynb #b5428902
 def _hashable(settings: dict) -> tuple:
@@ -82,28 +85,27 @@ class Explainer:
         self.redrawn = None
         if redrawn is not False and trials:
             self.redrawn = redrawn_copy(encoder, seed) if redrawn is True else redrawn
-        vectors = encoder.encode([item_in_view(query), item_in_view(item)])
         sides = _read_side(encoder, query, "query"), _read_side(encoder, item, "item")
-        ids = (query.item_id or "query", item.item_id or "item")
-        self.pair = PairMaps(*sides, float(vectors[0] @ vectors[1]), model, ids)
+        ids, cross = (query.item_id or "query", item.item_id or "item"), cross_map(encoder, query, item)
+        self.pair = PairMaps(*sides, cross.score, model, ids, cross)
         self._kept: dict = {}  # (what, side, ...) -> what was computed
         self._measured: dict[str, dict] = {}  # side -> (method, settings) -> Faithfulness
         self._lock = threading.RLock()
 
     @property
     def methods(self) -> list[str]:
-        "Methods that fit the model, in the order of the registry: integrated gradients first."
+        "Methods that fit the model, in the order of the registry: parts of the score first."
         return fitting_methods(self.encoder)
 
     @property
     def first_methods(self) -> list[str]:
         "Methods of one pass, which a pair is opened with."
-        return [name for name in ("gradient", "attention") if name in self.methods]
+        return [name for name in ("cross", "attention") if name in self.methods]
 
     def map(
         self,
         side: str,  # query or item
-        method: str = "gradient",  # of `methods`
+        method: str = "cross",  # of `methods`
         progress: Callable | None = None,  # called with (done, total)
         cancelled: Callable | None = None,  # True: give up, `Cancelled`
         **settings,  # layer, head, steps, samples, ...: over those of the explainer
@@ -115,7 +117,7 @@ class Explainer:
     def faith(
         self,
         side: str,
-        method: str = "gradient",
+        method: str = "cross",
         progress: Callable | None = None,
         cancelled: Callable | None = None,
         **settings,
@@ -149,7 +151,7 @@ class Explainer:
 
     def maps(
         self,
-        methods: Sequence[str] = ("gradient", "attention"),
+        methods: Sequence[str] = ("cross",),
         faith: bool = True,  # measure them
     ) -> PairMaps:
         "The pair with these maps over both sides. `UsageError` for a method that does not fit the model."

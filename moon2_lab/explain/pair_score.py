@@ -55,14 +55,27 @@ class _RowScore(nn.Module):
         "(N, T, D') rows -> (N, T, D) last hidden states."
         raise NotImplementedError
 
-    def forward(self, *vectors: torch.Tensor) -> torch.Tensor:
-        "Each (N, L, D') -> (N,) scores, in float32 at least."
+    def _pooled(self, vectors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        "Each (N, L, D') -> (N, P, D) last hidden states at the pooled places, in float32 at least."
         tokens = self.row.expand(len(vectors[0]), -1, -1)
         for layer, places, part in zip(self.layers, self.slots, vectors, strict=True):
             tokens = tokens.index_copy(1, places, layer(part))
         hidden = self.decode(tokens)
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).index_select(1, self.pooled)
+        return hidden.to(torch.promote_types(hidden.dtype, torch.float32)).index_select(1, self.pooled)
+
+    def forward(self, *vectors: torch.Tensor) -> torch.Tensor:
+        "Each (N, L, D') -> (N,) scores, in float32 at least."
+        hidden = self._pooled(vectors)
         return F.normalize(self.weights.to(hidden) @ hidden, dim=1) @ self.other
+
+    @torch.no_grad()
+    def token_parts(self, *vectors: torch.Tensor) -> torch.Tensor:
+        """Each (N, L, D') -> (N, T) float64: the part of the score that each token of the row adds; 0 outside the mean.
+        The embedding is a weighted mean of states, over its length: so the score is a sum over them, exactly."""
+        hidden = self._pooled(vectors).to(torch.float64 if self.row.device.type != "mps" else torch.float32)
+        weights, other = self.weights.to(hidden), self.other.to(hidden)
+        parts = weights * (hidden @ other) / (weights @ hidden).norm(dim=1, keepdim=True)
+        return parts.new_zeros(len(parts), self.row.shape[1]).index_add(1, self.pooled, parts)
 
 
 class EncoderScore(_RowScore):

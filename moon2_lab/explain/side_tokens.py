@@ -66,17 +66,16 @@ def merge_words(
 
 # %% ../../nbs/explain/602_side_tokens.ipynb #c8efd1f5
 def features_of_tokens(
-    patches: int,  # C: tokens of the picture, 0 without one
+    picture: Sequence[int],  # (C,) the cell that each token of the pictures belongs to, from 0 on; none without one
     text: str | None,
     spans: Sequence[tuple[int, int]],  # (start, end) of each token; none without a text
-    cells: int | None = None,  # features of the picture, 1 where it is explained as a whole; None: C
-) -> list[np.ndarray]:  # for patches and words, as far as they are there
-    "The feature that each token belongs to: (C,) and (L,)."
-    cells = patches if cells is None else cells
+) -> list[np.ndarray]:  # for pictures and words, as far as they are there
+    "The feature that each token belongs to: (C,) and (L,), words numbered behind cells."
+    picture = np.asarray(picture, dtype=int)
     owners = words_of_tokens(text, spans, word_spans(text, spans)) if len(spans) else []
     words = np.unique(owners, return_inverse=True)[1]  # only words that have tokens
-    picture = np.arange(patches) * cells // max(patches, 1)
-    return ([picture] if patches else []) + ([cells + words] if len(owners) else [])
+    cells = int(picture.max()) + 1 if len(picture) else 0
+    return ([picture] if len(picture) else []) + ([cells + words] if len(owners) else [])
 
 # %% ../../nbs/explain/602_side_tokens.ipynb #4e5270f7
 _UNIT = re.compile(rf"[{UNSEGMENTED}]|[^\s{UNSEGMENTED}]+")  # a character of a script without blanks, or a word
@@ -103,19 +102,34 @@ class SideTokens:
         return sum(size.tokens for size in self.row.pictures)
 
     @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the numbers that each picture gets; (1, 1) for one whose tokens are no one grid (tiles,
+        separators): it has one number, as a whole."""
+        return [size.grid or (1, 1) for size in self.row.pictures]
+
+    @property
     def whole(self) -> bool:
-        "Whether the picture's tokens are no one grid (tiles, separators): then it has one number, as a whole."
+        "Whether some picture has one number, as a whole."
         return any(size.grid is None for size in self.row.pictures)
 
     @property
     def grid(self) -> tuple[int, int]:
-        "(rows, columns) of the numbers that the picture gets; (1, 1) as a whole, (0, 0) without a picture."
-        return (self.row.pictures[0].grid or (1, 1)) if self.row.pictures else (0, 0)
+        "(rows, columns) of the first picture, the only one of a saved embedding; (0, 0) without a picture."
+        return self.grids[0] if self.row.pictures else (0, 0)
 
     @property
     def cells(self) -> int:
-        "How many numbers the picture gets: rows * columns of the grid."
-        return self.grid[0] * self.grid[1]
+        "How many numbers the pictures get."
+        return sum(rows * columns for rows, columns in self.grids)
+
+    @property
+    def owners(self) -> np.ndarray:
+        "(C,) int64: the cell that each token of the pictures belongs to."
+        owners, first = [np.zeros(0, int)], 0
+        for size, (rows, columns) in zip(self.row.pictures, self.grids, strict=True):
+            owners.append(first + (np.arange(size.tokens) if size.grid else np.zeros(size.tokens, int)))
+            first += rows * columns
+        return np.concatenate(owners)
 
     def picture(self, pixels: int) -> Image.Image | None:
         "The picture as the model reads it, its longer side so many pixels: the grid covers all of it; None without."
@@ -132,8 +146,14 @@ class SideTokens:
         return self.row.weights(self.row.views[-1], self.pooling)
 
     @property
+    def first(self) -> int | None:
+        "The patch or word that holds the first position of the row, where states and attention are unlike all others."
+        return 0 if self.places[0] == 0 and not self.whole else None
+
+    @property
     def text(self) -> str:
-        return self.item.text or ""
+        "The title; an enriched title stands below it."
+        return "\n".join(self.item.texts) or self.item.text or ""
 
     @property
     def words(self) -> list[tuple[str, int, int]]:
@@ -149,7 +169,7 @@ class SideTokens:
     @property
     def features(self) -> list[np.ndarray]:
         "The feature of each token, of `features_of_tokens`."
-        return features_of_tokens(self.patches, self.text, self.spans, self.cells or None)
+        return features_of_tokens(self.owners, self.text, self.spans)
 
     def word_table(self) -> np.ndarray:
         "(W, L): 1 where a piece belongs to a word."
@@ -162,9 +182,10 @@ class SideTokens:
         mean: bool = False,  # over the pieces of a word; else their sum
     ) -> np.ndarray:
         "Numbers of tokens merged to (..., cells + W), of patches and words."
-        picture = values[..., : self.patches]
+        picture, owners = values[..., : self.patches], self.owners
         if self.whole:
-            picture = picture.mean(-1, keepdims=True) if mean else picture.sum(-1, keepdims=True)
+            starts = np.unique(owners, return_index=True)[1]
+            picture = np.add.reduceat(picture, starts, axis=-1) / (np.bincount(owners) if mean else 1)
         table = self.word_table()
         table = table / table.sum(1, keepdims=True) if mean else table
         return np.concatenate([picture, values[..., self.patches :] @ table.T.astype(values.dtype)], -1)
@@ -180,17 +201,20 @@ def side_tokens(
     encoder: Moon2Encoder,
     item: Item,
     view: str = "mm",  # t, i or mm
+    augmented: bool = False,  # with what training adds: enriched title, expanded pictures
 ) -> SideTokens:
     "What `encoder.encode([item], view)` reads. `DataError` for an item that lacks the view, `UsageError` for no view."
     if view not in VIEWS:
         raise UsageError(f"unknown view {view!r}", where="view", advice=f"one of {', '.join(VIEWS)}")
-    read = item_in_view(item, view)
-    spans = encoder.backbone.tokenize(read.text)[1] if read.text else []
+    read = item if augmented and view == "mm" else item_in_view(item, view)
     rows = encoder.rows_of([read], (view,))
     if not rows:
         lacking = {"i": "no picture", "t": "no readable text"}.get(view, "neither readable text nor picture")
         raise DataError(f"nothing to show in view {view}: {lacking}", where=item.item_id or "item",
                         advice="choose another view or another item")
+    spans, start = [], 0
+    for text in read.texts:
+        spans += [(start + first, start + last) for first, last in encoder.backbone.tokenize(text)[1]]
+        start += len(text) + 1
     vision = encoder.backbone.vision  # None: saved without it, explains texts only
-    spans = [tuple(span) for span in spans]
     return SideTokens(read, rows[0], spans, vision and vision.fit, encoder.config.pooling)

@@ -14,38 +14,35 @@ from ..explain.heatmap_data import PairMaps, maps_json, pair_payload
 from .html import render, write_page
 
 # %% ../../nbs/reporting/782_heatmap_page.ipynb #dc11fdfb
-def _page_state(maps: PairMaps, method: str) -> dict:
+_VIEW = {
+    "side": "both", "layer": None, "head": None, "cross_layer": None, "expert": None, "moe_layer": 0, "relative": True,
+    "cross_relative": False, "first_apart": True, "patches": False, "opacity": 0.7,
+}
+
+
+def _page_state(
+    maps: PairMaps,
+    method: str,
+    later: str,  # in the place of what is not measured
+) -> dict:
     "The traits of the widget, as they are when the page opens."
     payload, data = pair_payload(maps)
-    view = {
-        "method": method,
-        "side": "both",
-        "layer": None,
-        "head": None,
-        "expert": None,
-        "moe_layer": 0,
-        "opacity": 0.7,
-    }
-    return {
-        "payload": payload,
-        "data": base64.b64encode(data).decode(),
-        "found": maps_json(maps),
-        "offered": [],
-        "job": {"state": "idle"},
-        **view,
-    }
+    state = {"payload": payload, "data": base64.b64encode(data).decode(), "found": maps_json(maps)}
+    return state | {"offered": [], "job": {"state": "idle"}, "method": method, "later": later} | _VIEW
 
 # %% ../../nbs/reporting/782_heatmap_page.ipynb #86f8477d
 def heat_page(
     maps: PairMaps,
     method: str | None = None,  # to begin with; the first that was made
+    later: str = "",  # what to say in place of "not measured", where it is told elsewhere
 ) -> str:
     "The heatmap of a pair as a page of HTML. `UsageError` for a method that there is no map of."
     method = method or maps.first_method
-    if method not in {*maps.methods, maps.first_method}:
+    shown = {*maps.methods, maps.first_method, *(["cross"] if maps.cross else [])}
+    if method not in shown:
         raise UsageError(f"no map of {method!r}", where="method", advice=", ".join(maps.methods) or "make a map first")
     title = f"Heatmap: {printable(maps.ids[0], 60)} and {printable(maps.ids[1], 60)}"
-    return render("map.html", title=title, state=_page_state(maps, method))
+    return render("map.html", title=title, state=_page_state(maps, method, later))
 
 
 def write_heat_page(

@@ -25,8 +25,8 @@ from ..errors import DataError, UsageError
 from ..evaluation.protocol import make_benchmark
 from ..evaluation.seed_statistics import seed_interval
 from ..evaluation.statistics import table_hits
-from ..files import locked, read_json, write_json, write_parquet
-from ..folders import Hold, whole_folder, write_errors
+from ..files import locked, read_json, write_errors, write_json, write_parquet
+from ..folders import Hold, whole_folder
 from ..rivals.two_tower import beside, train_two_tower
 from ..runtime import run_settings
 from .variants import TOWERS, find_variant, is_augmented, same_as, variant_parts

@@ -148,9 +148,12 @@ def _count(
     return max(counts)
 
 
-def _check_place(maps: PairMaps, name: str, value: int | None) -> int | None:
+def _check_place(
+    count: int,  # how many there are
+    name: str,  # layer, head, cross_layer, expert or moe_layer
+    value: int | None,
+) -> int | None:
     "A layer, head or expert that is there, or a `UsageError`."
-    count = _count(maps, name)
     if value is not None and not 0 <= value < max(count, name == "moe_layer"):
         raise UsageError(f"{name} {value} of {count}", where=name,
                          advice=f"0 to {count - 1}, or None" if count else "None: nothing of it was recorded")
@@ -168,7 +171,8 @@ def _check_method(
     method: str,
 ) -> str:
     "A method that is there or can be computed, or a `UsageError`."
-    known = list(dict.fromkeys([*maps.methods, *(["attention"] if _has_attention(maps) else []), *offered]))
+    recorded = {"cross": maps.cross is not None, "attention": _has_attention(maps)}
+    known = list(dict.fromkeys([*maps.methods, *(name for name, there in recorded.items() if there), *offered]))
     if method not in known:
         raise UsageError(f"unknown method {method!r}", where="method", advice=", ".join(known))
     return method
@@ -203,8 +207,13 @@ class HeatmapWidget(StillWidget):
     side = traitlets.Enum(("both", "query", "item"), "both").tag(sync=True)
     layer = traitlets.Int(None, allow_none=True).tag(sync=True)
     head = traitlets.Int(None, allow_none=True).tag(sync=True)
+    cross_layer = traitlets.Int(None, allow_none=True).tag(sync=True)  # of those in the payload; None: the embedding
     expert = traitlets.Int(None, allow_none=True).tag(sync=True)
     moe_layer = traitlets.Int(0).tag(sync=True)
+    relative = traitlets.Bool(True).tag(sync=True)  # attention beyond even attention
+    cross_relative = traitlets.Bool(False).tag(sync=True)  # cross map beyond an even share
+    first_apart = traitlets.Bool(True).tag(sync=True)  # the first position of a row has no part in the colours
+    patches = traitlets.Bool(False).tag(sync=True)  # each as a square; else smooth
     opacity = traitlets.Float(0.7, min=0, max=1).tag(sync=True)
 
     def __init__(
@@ -218,7 +227,8 @@ class HeatmapWidget(StillWidget):
         payload["names"] = {name: method.title for name, method in METHODS.items()} | payload["names"]
         self.maps, self.compute, self._quiet = maps, compute, False
         self._queue = _MapQueue(self._make, lambda job: setattr(self, "job", job), self._keep)
-        to_compute = compute is not None and not maps.methods and not _has_attention(maps)
+        recorded = bool(maps.methods) or maps.cross is not None or _has_attention(maps)
+        to_compute = compute is not None and not recorded
         first = methods[0] if to_compute else maps.first_method
         offered = methods if compute else []
         super().__init__(payload=payload, data=data, found=maps_json(maps), offered=offered, method=first)
@@ -226,9 +236,11 @@ class HeatmapWidget(StillWidget):
         self.observe(lambda change: self._quiet or self.request(change.new), "method")
         self.request(first)
 
-    @traitlets.validate("layer", "head", "expert", "moe_layer")
+    @traitlets.validate("layer", "head", "cross_layer", "expert", "moe_layer")
     def _validate_place(self, proposal):
-        return _check_place(self.maps, proposal["trait"].name, proposal["value"])
+        name, cross = proposal["trait"].name, self.payload["cross"]
+        count = _count(self.maps, name) if name != "cross_layer" else len(cross["layers"]) if cross else 0
+        return _check_place(count, name, proposal["value"])
 
     @traitlets.validate("method")
     def _validate_method(self, proposal):
@@ -244,6 +256,7 @@ class HeatmapWidget(StillWidget):
         side, lacking = side or self.side, []
         for name in ("query", "item") if side == "both" else (side,):
             seen, recorded = self.maps.side(name), method == "attention" and _has_attention(self.maps, [name])
+            recorded = recorded or (method == "cross" and self.maps.cross is not None)
             lacking += [name] if (seen.patches or seen.words) and method not in seen.maps and not recorded else []
         return lacking
 
@@ -327,7 +340,8 @@ def heatmap(
     return widget
 
 # %% ../../nbs/widgets/805_heatmap.ipynb #a5ff7ca1
-_LINKED = ("method", "side", "layer", "head", "expert", "moe_layer", "opacity")
+_LINKED = ("method", "side", "layer", "head", "cross_layer", "expert", "moe_layer", "relative", "cross_relative",
+           "first_apart", "patches", "opacity")
 
 
 def _follow(leader: HeatmapWidget, follower: HeatmapWidget) -> None:

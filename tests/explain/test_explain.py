@@ -176,13 +176,13 @@ def test_a_method_that_does_not_fit_is_named(monkeypatch):
     "A model that shows no attention has the other methods, and a pair is opened without attention."
     encoder, (query, item) = tiny(), pair()
     monkeypatch.setattr("moon2_lab.explain.attribution._shows_attention", lambda encoder: False)
-    assert fitting_methods(encoder) == ["ig", "gradient", "occlusion", "shapley"]
+    assert fitting_methods(encoder) == ["cross", "ig", "gradient", "occlusion", "shapley"]
     with pytest.raises(
-        UsageError, match="'rollout': this model shows no attention to read .method. -> one of ig, gradient"
+        UsageError, match="'rollout': this model shows no attention to read .method. -> one of cross, ig, gradient"
     ):
         attribute_side(encoder, query, item, method="rollout")
     widget = heatmap(encoder, query, item, trials=0)
-    assert widget.method == "gradient" and "attention" not in widget.offered and widget.maps.item.pooled is None
+    assert widget.method == "cross" and "attention" not in widget.offered and widget.maps.item.pooled is None
 
 
 def test_a_model_saved_without_its_vision_encoder():
@@ -309,15 +309,15 @@ def test_mini_is_open_within_two_seconds():
         encoder = perturb_experts(pretrained(patch, num_layers=4), 0.02).eval()
     query, item = pair(5)
     item = Item(f"Levi's 501® slim-fit {item.text} (pack of 3)", item.image, "p")
-    Explainer(encoder, *pair(6), trials=0).maps(["gradient"])  # loads Captum
+    Explainer(encoder, *pair(6), trials=0).maps()  # loads what it needs
     started = time.process_time()  # of this process, all threads: at least the wall time of a free machine
     widget = heatmap(encoder, query, item, measure=False)
     seconds, started = time.process_time() - started, time.process_time()
-    Explainer(encoder, *pair(7), trials=0).maps(["gradient"])  # half of the work, also on a slow machine
+    Explainer(encoder, *pair(7), trials=0).maps()  # half of the work, also on a slow machine
     alone = time.process_time() - started
-    assert seconds < max(2, 3 * alone), f"{seconds:.1f} s, a gradient alone {alone:.1f} s"
+    assert seconds < max(2, 3 * alone), f"{seconds:.1f} s, a cross map alone {alone:.1f} s"
     assert [word for word, *_ in widget.maps.item.words] == item.text.split() and set(widget.maps.methods) == {
-        "gradient",
+        "cross",
         "attention",
     }
 
@@ -399,7 +399,7 @@ def test_the_command_writes_a_page(model_and_catalogue, tmp_path, capsys):
         (["--query", "mug", "--item", "nobody"], "nobody"),
         (["--item", "FIRST"], "nothing to search for"),
         (["--query", "mug"], "nothing"),
-        (["--query", "mug", "--item", "FIRST", "--method", "guess"], "one of ig"),
+        (["--query", "mug", "--item", "FIRST", "--method", "guess"], "one of cross, ig"),
         (["--query", "mug", "--item", "FIRST", "--query-image", "missing.jpg"], "cannot be opened"),
     ],
 )

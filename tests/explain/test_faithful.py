@@ -107,7 +107,7 @@ def test_any_growing_change_of_a_map_is_the_same_map():
 def test_pieces_of_several_tokens_go_together():
     "A word in three pieces is one step of the curve."
     side = additive([1.0, 1.0, 1.0, 5.0])
-    side.features = features_of_tokens(0, "handmade mug", [(0, 4), (4, 6), (6, 8), (8, 12)])
+    side.features = features_of_tokens([], "handmade mug", [(0, 4), (4, 6), (6, 8), (8, 12)])
     found = measure_faithfulness(side, np.array([1.0, 2.0]))
     assert found.curves["insertion"].tolist() == [0, 5, 8] and found.curves["deletion"].tolist() == [8, 3, 0]
 

@@ -19,9 +19,9 @@ from moon2_lab.explain.faithfulness import Faithfulness
 from moon2_lab.explain.heatmap_data import Attribution, PairMaps, _pack_shares, map_json, maps_json, pair_payload
 from moon2_lab.reporting.attention_figures import layer_head_figure
 from moon2_lab.reporting.heatmap_figures import _plot_png, pair_map_figure, pair_map_plot, show_static, static_png
-from moon2_lab.reporting.heatmap_page import heat_page, write_heat_page
+from moon2_lab.reporting.heatmap_page import _VIEW, heat_page, write_heat_page
 from moon2_lab.reporting.html import inline_json
-from moon2_lab.testing import made_up_pair, made_up_side
+from moon2_lab.testing import made_up_cross, made_up_pair, made_up_side
 from moon2_lab.widgets.heatmap import HeatmapWidget
 
 MEBIBYTE = 2**20
@@ -32,6 +32,13 @@ def with_maps(side, **maps):
     return dataclasses.replace(side, maps=maps, faith={})
 
 
+def with_sides(pair, **sides):
+    "The pair with another query or item, and a cross map between them."
+    changed = dataclasses.replace(pair, cross=None, **sides)
+    cross = made_up_cross(changed.query, changed.item, np.random.default_rng(3), layers=2)
+    return dataclasses.replace(changed, cross=cross)
+
+
 def large_pair(layers, heads, words=64, grid=7, experts=4):
     "A pair with much attention and pictures that do not compress."
     random = np.random.default_rng(0)
@@ -40,7 +47,8 @@ def large_pair(layers, heads, words=64, grid=7, experts=4):
         for name in ("query", "item")
     ]
     noise = Image.fromarray(random.integers(0, 255, (400, 400, 3), dtype=np.uint8))
-    return PairMaps(*(dataclasses.replace(side, image=noise) for side in sides), 0.5)
+    pair = PairMaps(*(dataclasses.replace(side, image=noise) for side in sides), 0.5)
+    return dataclasses.replace(pair, cross=made_up_cross(*sides, random, layers=layers))
 
 
 def state_size(widget):
@@ -63,20 +71,22 @@ def edge_pairs():
     )
     no_picture = dataclasses.replace(made_up_side("item", "red mug", 0, random), links=None)
     return {
-        "without picture": dataclasses.replace(pair, item=no_picture),
-        "without title": dataclasses.replace(pair, item=made_up_side("item", "", 4, random)),
-        "without attention": dataclasses.replace(
+        "without picture": with_sides(pair, item=no_picture),
+        "without title": with_sides(pair, item=made_up_side("item", "", 4, random)),
+        "without attention": with_sides(
             pair, item=dataclasses.replace(pair.item, links=None, pooled=None, experts=None)
         ),
-        "one word": dataclasses.replace(pair, item=made_up_side("item", "mug", 4, random)),
-        "64 words": dataclasses.replace(pair, item=made_up_side("item", " ".join(["stoneware"] * 64), 7, random)),
-        "all zero": dataclasses.replace(pair, item=with_maps(pair.item, ig=zero), query=with_maps(pair.query)),
-        "no cells in the map": dataclasses.replace(pair, item=with_maps(pair.item, ig=Attribution("ig", np.ones(7)))),
-        "long word": dataclasses.replace(pair, item=made_up_side("item", "x" * 400 + " mug", 4, random)),
-        "three by seven patches": dataclasses.replace(pair, item=made_up_side("item", "red mug", (3, 7), random)),
-        "a picture as a whole": dataclasses.replace(pair, item=made_up_side("item", "red mug", (1, 1), random)),
-        "hostile": PairMaps(
-            pair.query, hostile, float("nan"), "<b>model</b>", ("</title><script>window.pwned=3</script>", "p")
+        "one word": with_sides(pair, item=made_up_side("item", "mug", 4, random)),
+        "64 words": with_sides(pair, item=made_up_side("item", " ".join(["stoneware"] * 64), 7, random)),
+        "all zero": with_sides(pair, item=with_maps(pair.item, ig=zero), query=with_maps(pair.query)),
+        "no cells in the map": with_sides(pair, item=with_maps(pair.item, ig=Attribution("ig", np.ones(7)))),
+        "long word": with_sides(pair, item=made_up_side("item", "x" * 400 + " mug", 4, random)),
+        "three by seven patches": with_sides(pair, item=made_up_side("item", "red mug", (3, 7), random)),
+        "a picture as a whole": with_sides(pair, item=made_up_side("item", "red mug", (1, 1), random)),
+        "hostile": with_sides(
+            PairMaps(
+                pair.query, hostile, float("nan"), "<b>model</b>", ("</title><script>window.pwned=3</script>", "p")
+            )
         ),
     }
 
@@ -88,7 +98,12 @@ def test_a_full_title_with_twelve_layers_and_nine_heads_stays_under_a_mebibyte()
     pair = large_pair(12, 9)
     widget = HeatmapWidget(pair)
     assert state_size(widget) < MEBIBYTE
-    assert widget.payload["sides"]["item"]["links"]["shape"] == [12, 9] and widget.payload["remarks"] == []
+    assert widget.payload["sides"]["item"]["links"]["shape"] == [12, 9]
+    thinned = ["attention between words: mean over heads.", "the cross map has 3 of 12 layers."]
+    assert widget.payload["remarks"] == [f"To keep this view small, {words}" for words in thinned]
+    assert widget.payload["cross"]["layers"][-1] == "layer 11"
+    usual = HeatmapWidget(large_pair(12, 9, words=14))
+    assert usual.payload["remarks"] == [] and usual.payload["cross"]["shape"][0] == 12
     assert len(heat_page(pair)) < 1.4 * MEBIBYTE
 
 
@@ -372,6 +387,8 @@ def test_a_pair_without_maps():
     "With attention it begins there; without, the first method is computed; and without either nothing can be shown."
     pair = made_up_pair()
     bare = dataclasses.replace(pair, query=with_maps(pair.query), item=with_maps(pair.item))
+    assert HeatmapWidget(bare).method == "cross"
+    bare = dataclasses.replace(bare, cross=None)
     assert HeatmapWidget(bare).method == "attention"
     nothing = PairMaps(*(dataclasses.replace(side, pooled=None, links=None) for side in (bare.query, bare.item)), 0.1)
     with pytest.raises(UsageError, match="no map to show"):
@@ -387,13 +404,17 @@ def test_a_pair_without_maps():
 
 
 @pytest.fixture
-def opened(browser, tmp_path):
+def opened(browser, tmp_path, monkeypatch):
     """A function that writes a pair as a page and opens it; at the end no error and no request to the outside may
     have been seen.
     """
     asked, wrong, pages = [], [], []
 
-    def open_page(pair, width=1200, scheme="light", method=None):
+    def open_page(pair, width=1200, scheme="light", method=None, plain=True):
+        "Plain: shares as they are, the first position among the others, patches as squares."
+        if plain:
+            for name, value in {"relative": False, "first_apart": False, "patches": True}.items():
+                monkeypatch.setitem(_VIEW, name, value)
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -490,20 +511,28 @@ def test_method_layer_head_and_expert_change_the_map(opened):
 
 def test_a_word_lights_its_cells_and_a_cell_its_words(opened):
     pair = made_up_pair()
-    page = opened(pair, method="gradient")
+    page = opened(pair, method="attention")
     still = colours(page), colours(page, kind="word")
     page.locator("[data-side=item] .m2h-word").nth(3).hover()
     row = pair.item.links.mean((0, 1))[3]
-    assert np.allclose([alpha(colour) for colour in colours(page)], 0.7 * row / row.max(), atol=0.01)
+    words = pair.item.word_links.mean((0, 1))[3]
+    most = max(row.max(), words.max())
+    assert np.allclose([alpha(colour) for colour in colours(page)], 0.7 * row / most, atol=0.01)
+    assert np.allclose([alpha(colour) for colour in colours(page, kind="word")], 0.6 * words / most, atol=0.01)
+    assert page.locator("[data-side=item] .m2h-arcs path").count() == 3
     told = page.locator("[data-side=item] .m2h-told").inner_text()
-    assert told.startswith("“stoneware”") and f"row {row.argmax() // 4 + 1}, column {row.argmax() % 4 + 1}" in told
+    strongest = pair.item.words[words.argmax()][0]
+    assert told.startswith("“stoneware”") and f"It attends most to “{strongest}”" in told
     slide(page, "layer", "End")
     page.locator("[data-side=item] .m2h-cell").nth(6).hover()
     column = pair.item.links[2].mean(0)[:, 6]
     assert np.allclose([alpha(colour) for colour in colours(page, kind="word")], 0.6 * column / column.max(), atol=0.01)
     assert pair.item.words[column.argmax()][0] in page.locator("[data-side=item] .m2h-told").inner_text()
     page.mouse.move(2, 2)
+    slide(page, "layer", "Home")
+    page.evaluate("document.activeElement.blur()")
     assert (colours(page), colours(page, kind="word")) == still
+    assert page.locator(".m2h-arcs path").count() == 0
 
 
 def test_keyboard_alone(opened):
@@ -511,12 +540,12 @@ def test_keyboard_alone(opened):
     pair = made_up_pair()
     page = opened(pair)
     order = []
-    for _ in range(10):
+    for _ in range(14):
         page.keyboard.press("Tab")
         order.append(
             page.evaluate(
                 "() => { const one = document.activeElement; return one.closest('label')?.dataset.control"
-                " ?? one.closest('section').dataset.side + ' ' + one.getAttribute('role'); }"
+                " ?? (one.closest('section')?.dataset.side ?? one.tagName) + ' ' + one.getAttribute('role'); }"
             )
         )
     assert order == [
@@ -526,6 +555,10 @@ def test_keyboard_alone(opened):
         "head",
         "expert",
         "opacity",
+        "patches",
+        "relative to even",
+        "first position apart",
+        "SUMMARY null",
         "query gridcell",
         "query option",
         "item gridcell",
@@ -553,12 +586,146 @@ def test_keyboard_alone(opened):
     )
 
 
+def crossed(cross, side, layer=-1):
+    "The colours that the parts of a side should have, full colour but for the first: (strengths, most)."
+    part = cross.part(side, layer)
+    return part, np.abs(part[1:]).max()
+
+
+def test_the_cross_map_links_both_sides(opened):
+    "Pointing at a word lights what it met on the other side, and back; what it says are the numbers of the map."
+    pair = made_up_pair()
+    page, cross = opened(pair, method="cross"), pair.cross
+    heading = page.locator(".m2h-score").inner_text()
+    assert f"18 × 23 pairs of parts add up to {cross.total():.7f}, the score is {cross.score:.7f}" in heading
+    margin = cross.part("item")
+    drawn = [alpha(colour) for colour in colours(page)]
+    assert np.allclose(drawn, 0.7 * np.abs(margin[:16]) / np.abs(margin).max(), atol=0.006)
+    still = colours(page), colours(page, kind="word"), colours(page, "query")
+    page.locator("[data-side=query] .m2h-word").nth(1).hover()  # mug, the last part of the query
+    row = cross.values[-1, 17]
+    for kind, numbers, strongest in (("cell", row[:16], 0.7), ("word", row[16:], 0.6)):
+        drawn = colours(page, kind=kind)
+        wanted = strongest * np.abs(numbers) / np.abs(row).max()
+        assert np.allclose([alpha(colour) for colour in drawn], wanted, atol=0.006)
+        assert [colour.startswith("rgba(213, 94, 0") for colour in drawn] == [bool(number > 0) for number in numbers]
+    told = page.locator("[data-side=query] .m2h-told").inner_text().replace("−", "-")
+    assert told.startswith(f"“mug”: {100 * row.sum():+.1f} points of {100 * cross.total():.1f}")
+    assert f"the picture ({100 * row[:16].sum():+.1f})" in told or "It met most" in told
+    assert "points with “mug” of the query" in page.locator("[data-side=item] .m2h-legend").inner_text()
+    assert colours(page, "query") == still[2], "the side that is pointed at keeps its own map"
+    page.keyboard.press("Escape")
+    page.mouse.move(2, 2)
+    assert (colours(page), colours(page, kind="word"), colours(page, "query")) == still
+    page.locator("[data-side=item] .m2h-cell").nth(5).hover()
+    column = cross.values[-1, :, 5]
+    drawn = [alpha(colour) for colour in colours(page, "query", "word")]
+    assert np.allclose(drawn, 0.6 * np.abs(column[16:]) / np.abs(column).max(), atol=0.006)
+    page.locator("[data-side=item] .m2h-cell").nth(5).click()  # held: the other side tells the pair
+    page.locator("[data-side=query] .m2h-word").first.hover()
+    both = cross.values[-1, 16, 5]
+    told = page.locator("[data-side=query] .m2h-told").inner_text().replace("−", "-")
+    assert told.startswith("“red” with row 2, column 2: ") and f"{100 * both:+.2f}"[:4] in told
+
+
+def test_layers_even_shares_and_the_first_position_of_a_cross_map(opened):
+    pair = made_up_pair()
+    page, cross = opened(pair, method="cross", plain=False), pair.cross
+    control(page, "patches").check()
+    part, most = crossed(cross, "item")
+    drawn = [alpha(colour) for colour in colours(page)]
+    assert drawn[0] == 0 and np.allclose(drawn[1:], 0.7 * np.abs(part[1:16]) / most, atol=0.006)
+    assert page.locator("[data-side=item] .m2h-cell.m2h-apart").count() == 1
+    legend = page.locator("[data-side=item] .m2h-legend").inner_text().replace("−", "-")
+    assert f"First position, apart: {100 * part[0]:+.1f} at row 1, column 1." in legend
+    control(page, "relative to even").check()
+    beyond = (cross.values[-1] - cross.even()).sum(0)
+    drawn = [alpha(colour) for colour in colours(page)]
+    assert np.allclose(drawn[1:], 0.7 * np.abs(beyond[1:16]) / np.abs(beyond[1:]).max(), atol=0.01)
+    control(page, "relative to even").uncheck()
+    slide(page, "states", "Home")
+    part, most = crossed(cross, "item", 0)
+    drawn = [alpha(colour) for colour in colours(page)]
+    assert np.allclose(drawn[1:], 0.7 * np.abs(part[1:16]) / most, atol=0.006)
+    assert "if the model ended at this layer" in page.locator("[data-side=item] .m2h-trust").inner_text()
+    assert "layer 0 the 18 × 23 pairs of parts add up to" in page.locator(".m2h-score").inner_text()
+
+
+def test_the_table_of_a_cross_map_adds_up(opened):
+    "Words against words, a picture as a whole, the sum in the corner; the table of Python says the same."
+    pair = made_up_pair()
+    page, table = opened(pair, method="cross"), pair.cross_table()
+    rows = page.locator(".m2h-matrix tbody tr").all()
+    read = [[float(cell.inner_text().replace("−", "-")) for cell in row.locator("td").all()] for row in rows]
+    assert page.locator(".m2h-matrix thead th").all_inner_texts() == [*table.columns, "sum"]
+    assert np.allclose(np.array(read)[:-1, :-1], table.to_numpy(), atol=0.051)
+    assert abs(read[-1][-1] - 100 * pair.score) < 0.051
+    page.locator(".m2h-matrix tbody th").nth(2).hover()  # mug
+    assert "points with “mug”" in page.locator("[data-side=item] .m2h-legend").inner_text()
+    page.locator(".m2h-matrix td").nth(3).hover()
+    control(page, "method").select_option("gradient")
+    settle(page)
+    assert not page.locator(".m2h-matrix").is_visible()
+
+
+def test_controls_that_would_do_nothing_are_off(opened):
+    "Layer and head steer attention, states the cross map, the MoE layer an expert."
+    page = opened(made_up_pair(), method="gradient", plain=False)
+    steers = {"layer": "attention", "head": "attention", "states": "cross", "MoE layer": "expert"}
+    for mode in ("gradient", "attention", "cross", "expert"):
+        control(page, "expert").select_option("1" if mode == "expert" else "")
+        if mode != "expert":
+            control(page, "method").select_option(mode)
+        settle(page)
+        on = {name for name in steers if control(page, name).is_enabled()}
+        assert on == {name for name, wanted in steers.items() if wanted == mode}
+        assert control(page, "relative to even").is_enabled() == (mode in ("attention", "cross"))
+
+
+def test_attention_begins_beyond_even_and_without_the_first_position(opened):
+    pair = made_up_pair()
+    page = opened(pair, method="attention", plain=False)
+    control(page, "patches").check()
+    slide(page, "layer", "ArrowRight")
+    slide(page, "head", "ArrowRight")
+    beyond = pair.item.pooled[0, 0] - pair.item.even["pooled"][0]
+    drawn = colours(page)
+    wanted = 0.7 * np.abs(beyond[1:16]) / np.abs(beyond[1:]).max()
+    assert np.allclose([alpha(colour) for colour in drawn[1:]], wanted, atol=0.01) and alpha(drawn[0]) == 0
+    assert [colour.startswith("rgba(213, 94, 0") for colour in drawn[1:]] == [bool(one > 0) for one in beyond[1:16]]
+    assert "beyond even attention" in page.locator("[data-side=item] .m2h-legend").inner_text()
+
+
+def test_all_layers_and_heads_at_a_glance(opened):
+    "A small picture of each; a click chooses it."
+    page = opened(made_up_pair(), method="attention", plain=False)
+    page.locator(".m2h-overview summary").click()
+    thumbs = page.locator(".m2h-overviews section").nth(1).locator("button")
+    assert thumbs.count() == 6
+    drawn = "all => all.map((one) => one.getContext('2d').getImageData(0, 0, one.width, one.height).data.join())"
+    assert len(set(page.eval_on_selector_all(".m2h-overviews section:nth-of-type(2) canvas:first-child", drawn))) == 6
+    thumbs.nth(3).click()
+    settle(page)
+    assert [thumbs.nth(place).get_attribute("aria-pressed") for place in (2, 3)] == ["false", "true"]
+    assert "layer 1, head 1" in page.locator("[data-side=item] .m2h-legend").inner_text()
+
+
+def test_heat_is_smooth_until_patches_are_asked_for(opened):
+    page = opened(made_up_pair(), method="cross", plain=False)
+    heat = page.locator("[data-side=item] .m2h-heat")
+    assert heat.is_visible() and {alpha(colour) for colour in colours(page)} == {0.0}
+    assert heat.evaluate("one => one.getContext('2d').getImageData(0, 0, 4, 4).data.some((value) => value > 0)")
+    control(page, "patches").check()
+    settle(page)
+    assert not heat.is_visible() and max(alpha(colour) for colour in colours(page)) > 0.6
+
+
 @pytest.mark.parametrize("shape", [(3, 7), (5, 2)])
 def test_a_picture_of_more_columns_than_rows(opened, shape):
     "Colours, names, links and arrow keys follow the grid; a page of a square picture has one number for it."
     rows, columns = shape
     item = made_up_side("item", "finest red mug", shape, np.random.default_rng(4))
-    pair = dataclasses.replace(made_up_pair(), item=item)
+    pair = with_sides(made_up_pair(), item=item)
     sides = pair_payload(pair)[0]["sides"]
     assert (sides["item"]["grid"], sides["query"]["grid"]) == ([rows, columns], 4)
     page = opened(pair, method="gradient")
@@ -571,11 +738,13 @@ def test_a_picture_of_more_columns_than_rows(opened, shape):
     assert np.isclose(last["width"] * columns, frame["width"], atol=1)
     assert np.isclose(last["height"] * rows, frame["height"], atol=1)
     assert np.isclose(last["y"] + last["height"], frame["y"] + frame["height"], atol=1)
+    control(page, "method").select_option("attention")
     page.locator("[data-side=item] .m2h-word").nth(2).hover()
     row = item.links.mean((0, 1))[2]
-    assert np.allclose([alpha(colour) for colour in colours(page)], 0.7 * row / row.max(), atol=0.01)
-    told = page.locator("[data-side=item] .m2h-told").inner_text()
-    assert f"row {row.argmax() // columns + 1}, column {row.argmax() % columns + 1}" in told
+    most = max(row.max(), item.word_links.mean((0, 1))[2].max())
+    assert np.allclose([alpha(colour) for colour in colours(page)], 0.7 * row / most, atol=0.01)
+    named = page.locator("[data-side=item] .m2h-cell").nth(int(row.argmax())).get_attribute("aria-label")
+    assert named.startswith(f"row {row.argmax() // columns + 1}, column {row.argmax() % columns + 1}:")
     cells.first.focus()
     above = f"row {rows - 1}, column {columns}"
     moves = {"ArrowDown": "row 2, column 1", "End": f"row {rows}, column {columns}", "ArrowUp": above}
@@ -589,7 +758,7 @@ def test_the_frame_has_the_aspect_of_the_picture(opened, size):
     "Not distorted, and its longer side no longer than that of a square."
     item = made_up_side("item", "finest red mug", (2, 6), np.random.default_rng(4))
     item = dataclasses.replace(item, image=Image.new("RGB", size, "red"))
-    pair = dataclasses.replace(made_up_pair(), item=item)
+    pair = with_sides(made_up_pair(), item=item)
     sent = pair_payload(pair)[0]["sides"]["item"]["image"]
     assert ("aspect" in sent) == (size[0] != size[1])
     frame = opened(pair, method="gradient").locator("[data-side=item] .m2h-picture").bounding_box()
@@ -724,7 +893,7 @@ def compute(side, method, progress, cancelled):
     return Attribution(method, np.linspace(-1, 1, len(mine.words)), np.eye(4)), faith
 
 widget = HeatmapWidget(pair, compute)
-widget.method = "gradient"
+widget.method, widget.patches = "cross", True
 widget
 """
 
@@ -753,10 +922,11 @@ def test_widget_in_jupyterlab(lab, browser, tmp_path):
     open_notebook(page, lab)
     run_cell(page, 0)
     page.locator(".jp-OutputArea .m2h-side").first.wait_for(timeout=60_000)
-    first = colours(page)
+    first = colours(page, "query", "word")
     assert page.locator("[data-side=item] img").evaluate("one => one.complete && one.naturalWidth > 0")
     page.locator("[data-side=item] .m2h-word").nth(3).hover()
-    assert colours(page) != first and "stoneware" in page.locator("[data-side=item] .m2h-told").inner_text()
+    assert colours(page, "query", "word") != first
+    assert "stoneware" in page.locator("[data-side=item] .m2h-told").inner_text()
     page.locator("[data-side=item] .m2h-word").first.focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")

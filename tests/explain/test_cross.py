@@ -1,0 +1,142 @@
+"""The cross map: exact for every kind of backbone, every grid, several pictures, both poolings; its margins are the
+method `cross`; and what the widget sends is what was calculated.
+"""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+from families import ITEMS, TINY_FAMILIES, encoder_of, keep_exact
+
+from moon2_lab.data.products import Item
+from moon2_lab.errors import DataError
+from moon2_lab.explain.attribution import attribute_side
+from moon2_lab.explain.cross_map import cross_map
+from moon2_lab.explain.explainer import Explainer
+from moon2_lab.explain.heatmap_data import pair_payload
+from moon2_lab.explain.side_tokens import side_tokens
+from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
+
+QUERY, PRODUCT = ITEMS[1], ITEMS[0]
+
+
+def read_back(pair):
+    "The last layer of the cross map that travels to the browser."
+    payload, data = pair_payload(pair)
+    block = payload["cross"]
+    layers, rows, columns = block["shape"]
+    values = np.frombuffer(data[block["at"] : block["at"] + 2 * layers * rows * columns], "<i2")
+    return values.reshape(block["shape"])[-1] * block["scales"][-1] / 32767, block
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_the_sum_is_the_score_for_every_kind_of_model(name):
+    "Text against both, both against both, a picture alone; and a title with two pictures as training reads it."
+    encoder = encoder_of(name, perturbed=True)
+    layers = len(encoder.backbone.decoder.layers)
+    for query, item in ((QUERY, PRODUCT), (ITEMS[3], PRODUCT), (ITEMS[2], ITEMS[3])):
+        cross = cross_map(encoder, query, item)
+        vectors = encoder.encode([query, item])
+        assert cross.score == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-6)
+        assert cross.total() == pytest.approx(cross.score, abs=1e-6)
+        assert len(cross.layer_names) == len(cross.values) == layers
+        for side, read in (("query", query), ("item", item)):
+            found = attribute_side(encoder, query, item, side, "cross")
+            assert np.allclose(found.values, cross.part(side), atol=1e-6)
+            tokens = side_tokens(encoder, read)
+            assert len(cross.part(side)) == tokens.cells + len(tokens.words)
+    augmented = cross_map(encoder, QUERY, ITEMS[4], augmented=True)
+    assert augmented.total() == pytest.approx(augmented.score, abs=1e-6)
+    views = encoder.eval().forward_items([QUERY, ITEMS[4]], ("mm",)).embedding["mm"]
+    assert augmented.score == pytest.approx(float((views[0] @ views[1]).detach()), abs=1e-6)
+    assert augmented.values.shape[2] > cross_map(encoder, QUERY, ITEMS[4]).values.shape[2]
+
+
+@pytest.mark.parametrize("pooling", ["tokens", "modalities"])
+@pytest.mark.parametrize("experts", ["full", "lowrank"])
+def test_both_poolings_and_kinds_of_experts(pooling, experts):
+    encoder = Moon2Encoder.from_backbone("tiny", num_layers=3, pooling=pooling, experts=experts)
+    encoder = perturb_experts(encoder, 0.1).eval()
+    keep_exact(encoder.backbone)
+    cross = cross_map(encoder, ITEMS[3], PRODUCT)
+    assert cross.total() == pytest.approx(cross.score, abs=1e-6)
+    weights = side_tokens(encoder, PRODUCT).weights
+    assert np.allclose(cross.weights[1].sum(), 1) and np.allclose(cross.weights[1][:16], weights[:16])
+    assert np.allclose(weights[:16].sum(), 0.5 if pooling == "modalities" else 16 / 19)
+    assert np.allclose(cross.even().sum(), cross.total())
+
+
+def test_lora_counts():
+    "What LoRA learned is in the states, merged or not."
+    encoder = Moon2Encoder.from_backbone("tiny", num_layers=2)
+    plain = cross_map(encoder.eval(), ITEMS[3], PRODUCT)
+    encoder.add_lora(4, 8)
+    with torch.no_grad():
+        for name, weight in encoder.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.1)
+    cross = cross_map(encoder.eval(), ITEMS[3], PRODUCT)
+    vectors = encoder.encode([ITEMS[3], PRODUCT])
+    assert cross.total() == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-6)
+    assert not np.allclose(cross.values, plain.values, atol=1e-3)
+
+
+def test_a_search_in_another_thread_is_not_recorded():
+    "The hooks sit on a copy."
+    encoder = perturb_experts(Moon2Encoder.from_backbone("tiny", num_layers=3), 0.1).eval()
+    wanted, wrong, stop = cross_map(encoder, ITEMS[3], PRODUCT), [], threading.Event()
+
+    def search():
+        while not stop.is_set():
+            encoder.encode([ITEMS[0], ITEMS[1], ITEMS[2]])
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    try:
+        for _ in range(10):
+            found = cross_map(encoder, ITEMS[3], PRODUCT)
+            wrong += [] if np.allclose(found.values, wanted.values, atol=1e-6) else [found]
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+
+
+def test_an_explainer_has_it_and_sends_it():
+    encoder = perturb_experts(Moon2Encoder.from_backbone("tiny", num_layers=2), 0.1).eval()
+    pair = Explainer(encoder, ITEMS[3], PRODUCT, trials=0).maps()
+    assert pair.first_method == "cross" and pair.cross.total() == pytest.approx(pair.score, abs=1e-6)
+    sent, block = read_back(pair)
+    assert np.abs(sent - pair.cross.values[-1]).max() <= np.abs(pair.cross.values[-1]).max() / 32000
+    assert block["sums"][-1] == pytest.approx(pair.score, abs=1e-6) and block["score"] == pair.score
+    assert pair.item.first == 0 and set(pair.item.even) == {"pooled", "links", "word_links"}
+    assert pair.cross_table().to_numpy().sum() == pytest.approx(100 * pair.score, abs=1e-4)
+
+
+def test_even_attention_is_what_a_blank_head_would_do():
+    "Causal: the token at place p looks at p + 1; a word of several pieces is their mean."
+    encoder = Moon2Encoder.from_backbone("tiny", num_layers=2, pooling="tokens").eval()
+    item = Item("red mug", PRODUCT.image, "p")
+    side = Explainer(encoder, item, item, trials=0).pair.item
+    pieces = side_tokens(encoder, item)
+    table, first = pieces.word_table(), pieces.patches
+    rows = np.tril(np.ones((len(pieces), len(pieces))))
+    rows /= rows.sum(1, keepdims=True)
+    merged = np.concatenate([rows[:, :first], rows[:, first:] @ table.T], 1)
+    of_words = (table / table.sum(1, keepdims=True)) @ merged[first:]
+    assert np.allclose(side.even["pooled"], merged.mean(0), atol=1e-6)
+    assert np.allclose(side.even["links"], of_words[:, :first], atol=1e-6)
+    assert np.allclose(side.even["word_links"], of_words[:, first:], atol=1e-6)
+    assert np.allclose(side.word_links.sum(-1) + side.links.sum(-1), 1, atol=1e-5)
+
+
+def test_what_cannot_be_read_is_refused():
+    encoder = Moon2Encoder.from_backbone("tiny", num_layers=2).eval()
+    with pytest.raises(DataError, match="p7"):
+        cross_map(encoder, Item(" ", None, "p7"), PRODUCT)
+    pair = Explainer(encoder, ITEMS[1], PRODUCT, trials=0).pair
+    holes = dataclasses.replace(pair.cross, values=pair.cross.values * np.inf)
+    with pytest.raises(DataError, match="NaN or infinite"):
+        pair_payload(dataclasses.replace(pair, cross=holes))
