@@ -364,6 +364,7 @@ class TrainConfig(EncoderConfig):
     max_grad_norm: float = 1.0  # gradient clipping
     max_steps: int = 0  # 0 = as many as fit into max_minutes
     max_minutes: float = 5.0  # a limit, too, of steps (not features, scores); 0 = none, the default with max_steps
+    clock: str = "wall"  # counts them; processor: its time over threads of torch, for runs that share a machine
     eval_steps: int = 0  # score the valid split every so many steps; 0 = only at the end
     eval_points: int = 0  # score it so many times, evenly over the run; 0 = as eval_steps says
     save_steps: int = 0  # checkpoint every so many steps; 0 = by time, and at the end
@@ -407,7 +408,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # %% ../nbs/010_config.ipynb #11fde691
 CHOICES = {
-    "expanded_images": ("one", "all", "none"), "omega_mode": ("balanced", "faithful", "detached", "floored"),
+    "expanded_images": ("one", "all", "none"), "clock": ("wall", "processor"),
+    "omega_mode": ("balanced", "faithful", "detached", "floored"),
     "omega_routing": ("per_view", "shared"), "intra_negatives": ("batch", "other_polarity"),
     "dtype": ("auto", "float32", "bfloat16"), "lr_scheduler_type": ("cosine", "linear", "constant"),
     "lora_experts": ("lora", "train", "frozen"), "report_to": ("none", "tensorboard", "trackio", "wandb"),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['progress', 'seed_everything', 'device_counts', 'pick_device', 'to_device', 'device_name', 'pick_dtype',
-           'usable_cores', 'set_threads', 'NumericChoices', 'versions', 'run_settings']
+           'usable_cores', 'set_threads', 'clock_of', 'NumericChoices', 'versions', 'run_settings']
 
 # %% ../nbs/015_runtime.ipynb #3495b403
 import random
@@ -22,6 +22,8 @@ import numpy as np
 import os
 import platform
 from .config import preset_differences
+from collections.abc import Callable
+import time
 
 # %% ../nbs/015_runtime.ipynb #132bc7c3
 def progress(iterable=None, total: int | None = None, desc: str = ""):
@@ -126,6 +128,18 @@ def set_threads(number: int = 0) -> int:
 
     torch.set_num_threads(number or usable_cores())
     return torch.get_num_threads()
+
+# %% ../nbs/015_runtime.ipynb #68aceaaf
+def clock_of(
+    name: str,  # wall or processor
+) -> Callable[[], float]:
+    """A function that counts seconds: of the wall, or of the processor, over all threads of this process divided by
+    torch's, as if the machine were its own."""
+    if name == "wall":
+        return time.perf_counter
+    import torch
+
+    return lambda: time.process_time() / torch.get_num_threads()
 
 # %% ../nbs/015_runtime.ipynb #e5305362
 @dataclass

@@ -6,7 +6,6 @@
 __all__ = ['CONNECTOR', 'TwoTowerConfig', 'beside', 'TwoTower', 'train_two_tower', 'load_two_tower']
 
 # %% ../../nbs/rivals/584_two_tower.ipynb #e42bc685
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from ..model.token_rows import TokenRow
 from ..objective.contrastive import intra_product_loss
 from .adapters import SeparateEncoder
 from .pretrained import in_batches
-from ..runtime import pick_device
+from ..runtime import clock_of, pick_device
 from ..training.holdout import training_products
 from ..training.optim import lr_factor, set_learning_rate
 
@@ -60,6 +59,7 @@ class TwoTowerConfig:
     image_weight: float = 0.5  # of the picture in mm
     image_size: int = 0  # pixels and tokens of a picture, as of an encoder; 0: the usual ones
     visual_tokens: int = 0
+    clock: str = "wall"  # of `minutes`, as in TrainConfig
     holdout: str = ""  # products that are not trained on, as in TrainConfig
     seed: int = 0
 
@@ -83,10 +83,9 @@ def beside(
 ) -> TwoTowerConfig:
     "The dual tower on the backbone, pictures, seed and held-out products of a run."
     layers = {"text_layers": config.num_layers, "train_layers": min(tower.train_layers, config.num_layers)}
-    own = {name: getattr(config, name) for name in ("backbone", "image_size", "visual_tokens", "holdout", "seed")}
+    own = {name: getattr(config, name) for name in ("backbone", "image_size", "visual_tokens", "holdout", "seed", "clock")}
     batch = {"per_device_train_batch_size": config.per_device_train_batch_size} if same_batches else {}
     return replace(tower, **layers, **own, **batch)
-
 
 # %% ../../nbs/rivals/584_two_tower.ipynb #b98a8673
 class TwoTower(SeparateEncoder):
@@ -215,9 +214,10 @@ def train_two_tower(
         require_new(out, "give another folder")
     tower = TwoTower(config or TwoTowerConfig(), device)
     pairs = _Pairs(tower, list(training_products(catalog, tower.config.holdout)))
-    started = time.perf_counter()
+    clock = clock_of(tower.config.clock)
+    started = clock()
     tower.history = _train(tower, pairs, 60 * minutes, steps)
-    tower.info |= {"trained_steps": len(tower.history), "seconds": time.perf_counter() - started}
+    tower.info |= {"trained_steps": len(tower.history), "seconds": clock() - started}
     tower.info |= {"products": len(pairs.titles), "catalog": catalog.whole.data_hash, "minutes": minutes or None}
     if out is not None:
         tower.save_pretrained(Path(out) / "model")
@@ -227,20 +227,21 @@ def train_two_tower(
 
 def _train(tower: TwoTower, pairs: _Pairs, limit: float, steps: int) -> pd.DataFrame:
     "Train in place until so many steps are done, or no further one fits into `limit` seconds: step, loss, seconds."
-    started, config, rows = time.perf_counter(), tower.config, []
+    clock, config, rows = clock_of(tower.config.clock), tower.config, []
+    started = clock()
     optimizer, position = _optimizer(tower), 0.0
     if not config.train_layers:
         pairs.keep_states()
-    before = time.perf_counter() - started
-    while len(rows) < steps if steps else _fits(time.perf_counter() - started, limit, rows):
-        position = len(rows) / steps if steps else (time.perf_counter() - started) / limit
+    before = clock() - started
+    while len(rows) < steps if steps else _fits(clock() - started, limit, rows):
+        position = len(rows) / steps if steps else (clock() - started) / limit
         set_learning_rate(optimizer, lr_factor(int(1000 * position), 1000, config))
         loss = pairs.loss()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(tower.parameters(), config.max_grad_norm)
         optimizer.step()
-        now = time.perf_counter() - started
+        now = clock() - started
         rows.append({"step": len(rows) + 1, "loss": loss.item(), "seconds": now - before})
         before = now
     return pd.DataFrame(rows, columns=["step", "loss", "seconds"])

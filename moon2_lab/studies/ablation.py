@@ -251,7 +251,7 @@ def _base_fields(config: TrainConfig | dict) -> dict:
     import json
 
     fields = config if isinstance(config, dict) else asdict(config)
-    free = ("seed", "max_steps", "max_minutes", "num_threads", "report_to")
+    free = ("seed", "max_steps", "max_minutes", "clock", "num_threads", "report_to")
     return json.loads(json.dumps({name: value for name, value in fields.items() if name not in free}))
 
 # %% ../../nbs/studies/742_ablation.ipynb #36ecee34

@@ -7,7 +7,6 @@ __all__ = ['PHASES', 'Event']
 
 # %% ../../nbs/training/564_step.ipynb #65767e4a
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from ..model.item_views import ItemViews
 from ..objective.objective import TripletKeys, TripletRouting, TripletViews, batch_masks
 from ..objective.omega_alarm import omega_alarms
 from ..objective.sample_filter import FilterLedger, phi_quantiles
+from ..runtime import clock_of
 from .collate import collate, multimodal_uses, split_roles
 from .optim import GROUPS, lr_factor, set_learning_rate
 
@@ -74,10 +74,11 @@ class TrainingStep:
 
     def run(self, state: StepState, phases: Sequence[str] = PHASES) -> Iterator[Event]:
         "One event after each phase; the time that whoever looks at them takes is not counted."
+        clock = clock_of(self.config.clock)
         for phase in phases:
-            start = time.perf_counter()
+            start = clock()
             data = getattr(self, f"_{phase}")(state)
-            state.seconds += time.perf_counter() - start
+            state.seconds += clock() - start
             yield Event(state.step, phase, data)
 
     def _batch(self, state: StepState) -> dict:

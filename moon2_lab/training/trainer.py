@@ -29,7 +29,7 @@ from ..model.encoder import Moon2Encoder
 from ..model.memory import base_digest, is_trained
 from ..objective.objective import Moon2Objective
 from ..objective.sample_filter import FilterLedger
-from ..runtime import NumericChoices, progress, run_settings, seed_everything
+from ..runtime import NumericChoices, clock_of, progress, run_settings, seed_everything
 from moon2_lab.training.checkpoint import (
     deferred_interrupt, load_tensors, newest_checkpoint, random_state, require_same_settings, same_chances,
     set_random_state, state_tensors, stops_as_interrupt,
@@ -67,7 +67,7 @@ def _encoder_settings(
 _NOT_IN_A_STEP = tuple(  # the batch is drawn, the parameters are chosen, the machine is what it is
     "noise holdout visible_attributes negatives_per_query paired_negatives query_variants lora_r lora_alpha "
     "per_device_train_batch_size "
-    "lora_experts gradient_checkpointing train_word_embeddings seed max_steps max_minutes eval_steps eval_points "
+    "lora_experts gradient_checkpointing train_word_embeddings seed max_steps max_minutes clock eval_steps eval_points "
     "save_steps save_minutes max_nonfinite_steps report_to num_threads device dtype quarantine_limit".split()
 )
 
@@ -234,7 +234,8 @@ class Trainer:
         step = TrainingStep(self.encoder, self.objective, self.optimizer, self.config)
         yield from step.run(state, PHASES[:-1])
         with deferred_interrupt():  # weights, moments, history, ledger and sampler move together
-            spent, start = state.seconds, time.perf_counter()
+            clock = clock_of(self.config.clock)
+            spent, start = state.seconds, clock()
             (event,) = step.run(state, PHASES[-1:])
             self.skipped += not state.finite
             note_filter(state, self.ledger, self.config.in_batch_negatives)
@@ -242,7 +243,7 @@ class Trainer:
             self.step += 1
             self._advance()
         self.optimizer.zero_grad()
-        event.data["row"]["seconds"] = taken = spent + time.perf_counter() - start
+        event.data["row"]["seconds"] = taken = spent + clock() - start
         self.seconds["steps"] += taken
         yield event
 

@@ -417,6 +417,15 @@ def test_minutes_are_a_limit_beside_steps(catalog):
     assert trainer.seconds["features"] > 0  # made before, not on the clock
 
 
+@pytest.mark.parametrize("clock", ["wall", "processor"])
+def test_the_clock_of_the_processor_does_not_count_naps(catalog, clock):
+    "Runs that share a machine: what the others take is not counted."
+    trainer = Trainer(tiny(), catalog, settings(max_steps=3, max_minutes=1, clock=clock), objective=slow(2.0))
+    seconds = trainer.train()["seconds"]
+    assert len(seconds) == 3 and (seconds.min() > 2 if clock == "wall" else seconds.max() < 2)
+    assert trainer.seconds["steps"] == pytest.approx(seconds.sum())
+
+
 def made_up_steps(trainer, seconds):
     "Let the trainer believe that it took steps of so many seconds; the number of steps it plans after each."
     planned = []
