@@ -462,7 +462,8 @@ def _pair_html(
     query, item, product = _asked_pair(service, *asked)
     pair, heat, below = explained_pair(service, query, item, method, letter, tell, "Why this score?")
     experts = experts_html(dict(zip(("query", "product"), service.model(letter).experts([query, item]))))
-    where, plain = f"Score {pair.score:.3f} by {title_of(service, letter)}", product.item(asked[-1]) if product else None
+    where = f"Score {pair.score:.3f} by {title_of(service, letter)}"
+    plain = product.item(asked[-1]) if product else None
     if plain is None or item.text != plain.text or item.image != plain.image:
         return card("own_item", where, experts), heat, below
     return product_html(product, where, matches(service.catalog, query, product), experts), heat, below

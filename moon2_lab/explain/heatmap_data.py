@@ -351,7 +351,8 @@ def side_json(
     words, tail = _words_json(check_side(side))
     rows, columns = map(int, side.grid)
     facts = {"id": printable(name, 80), "text": printable(side.text), "words": words, "tail": tail,
-             "unread": int(side.unread), "first": side.first, "grid": rows if rows == columns else [rows, columns], "image": None,
+             "unread": int(side.unread), "first": side.first, "image": None,
+             "grid": rows if rows == columns else [rows, columns],
              "layer_names": [printable(layer) for layer in side.layer_names],
              "expert_layers": [int(layer) for layer in side.expert_layers]}
     data = b"" if side.image is None else small_jpeg(side.image)

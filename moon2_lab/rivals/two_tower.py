@@ -83,7 +83,8 @@ def beside(
 ) -> TwoTowerConfig:
     "The dual tower on the backbone, pictures, seed and held-out products of a run."
     layers = {"text_layers": config.num_layers, "train_layers": min(tower.train_layers, config.num_layers)}
-    own = {name: getattr(config, name) for name in ("backbone", "image_size", "visual_tokens", "holdout", "seed", "clock")}
+    shared = ("backbone", "image_size", "visual_tokens", "clock", "holdout", "seed")
+    own = {name: getattr(config, name) for name in shared}
     batch = {"per_device_train_batch_size": config.per_device_train_batch_size} if same_batches else {}
     return replace(tower, **layers, **own, **batch)
 

@@ -552,14 +552,21 @@ def test_page_in_a_browser(address, browser, picture):
     assert (
         item.locator("img").evaluate("one => one.naturalWidth > 0")
         and "Zebra" in item.locator(".m2h-title").inner_text()
-        and "random maps" in item.locator(".m2h-trust").inner_text()
     )
     before = item.locator(".m2h-told").inner_text()
     item.locator(".m2h-word").first.hover()
     assert item.locator(".m2h-told").inner_text() != before, "pointing at a word tells its number"
+    query = heat.locator("[data-side=query]")
+    assert "What “Zebra” of the item met here" in query.locator(".m2h-told").inner_text(), "and what it met"
+    assert "pairs of parts add up to" in heat.locator(".m2h-score").inner_text()
+    assert "measured below" in item.locator(".m2h-trust").inner_text()
+    trust = page.locator("#moon2-trust")
+    trust.get_by_text("How far to trust it").wait_for(timeout=20_000)  # after the map, which is there at once
+    assert trust.inner_text().count("Faithfulness: gain") + trust.inner_text().count("Do not trust") >= 2
     page.get_by_label("Explained by").click()
     page.get_by_role("option", name="occlusion").click()
     heat.locator(".m2h-what", has_text="occlusion").first.wait_for(timeout=20_000, state="attached")
+    assert "random maps" in heat.locator("[data-side=item] .m2h-trust").inner_text() and not trust.inner_text().strip()
     framed(page, "#moon2-heat")
     page.wait_for_function(
         "(() => { const frame = document.querySelector('iframe.heat'); return frame.clientHeight > 600 && "
