@@ -415,6 +415,16 @@ CHOICES = {
     "lora_experts": ("lora", "train", "frozen"), "report_to": ("none", "tensorboard", "trackio", "wandb"),
 }
 
+# %% ../nbs/010_config.ipynb #78bea55a
+def allowed_words(name: str) -> str:
+    "What may be given for a field of `TrainConfig`, in words; empty where any text may."
+    choices = (CHOICES | _ENCODER_CHOICES).get(name)
+    if choices:
+        default = next(field.default for field in dataclasses.fields(TrainConfig) if field.name == name)
+        ordered = [default, *(choice for choice in choices if choice != default)]
+        return " or ".join(filter(None, (", ".join(ordered[:-1]), ordered[-1])))
+    return RANGES[name][2] if name in RANGES else ""
+
 # %% ../nbs/010_config.ipynb #f9f9bca9
 def preset_differences(
     config: TrainConfig,

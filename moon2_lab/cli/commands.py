@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .options import Outcome, chosen_device, parse_assignments, typed_settings, written
+from .run_catalogue import asked_catalogue
 
 # %% ../../nbs/cli/910_commands.ipynb #b2363836
 def check_command(args: argparse.Namespace) -> Outcome:
@@ -182,7 +183,6 @@ def train_command(args: argparse.Namespace) -> Outcome:
 def eval_command(args: argparse.Namespace) -> Outcome:
     "Score a model under a protocol."
     from moon2_lab.cli.pipeline import evaluate_model, score_lines
-    from moon2_lab.data.catalog import Catalog
     from moon2_lab.evaluation.evaluate import try_scores
     from moon2_lab.files import NotSaved
     from moon2_lab.rivals.loading import known_encoder
@@ -194,7 +194,7 @@ def eval_command(args: argparse.Namespace) -> Outcome:
     trouble = None
     try:
         options = {"protocol": args.protocol, "gallery": args.gallery}
-        metrics = evaluate_model(args.model, Catalog.load(args.catalog), args.split, args.out, device, **options)
+        metrics = evaluate_model(args.model, asked_catalogue(args.catalog, args.model), args.split, args.out, device, **options)
     except NotSaved as error:
         metrics, trouble = error.result, error
     return Outcome(score_lines(metrics), metrics, trouble=trouble)
@@ -203,14 +203,13 @@ def eval_command(args: argparse.Namespace) -> Outcome:
 def report_command(args: argparse.Namespace) -> Outcome:
     "Write the page about a run; score it first, if that was not done."
     from moon2_lab.cli.pipeline import report_run
-    from moon2_lab.data.catalog import Catalog
     from moon2_lab.files import try_file
     from moon2_lab.folders import model_folder
 
     model_folder(args.run_folder)
     device = chosen_device(args)
     try_file(Path(args.run_folder, "report.html"), "page")
-    path = report_run(args.run_folder, Catalog.load(args.catalog), device=device)
+    path = report_run(args.run_folder, asked_catalogue(args.catalog, args.run_folder), device=device)
     return Outcome(str(path), {"report": str(path)})
 
 
@@ -248,7 +247,6 @@ def _what_next(
 # %% ../../nbs/cli/910_commands.ipynb #b899281e
 def heatmap_command(args: argparse.Namespace) -> Outcome:
     "Show which words and which parts of the pictures made a score, as one page."
-    from moon2_lab.data.catalog import Catalog
     from moon2_lab.explain.explainer import Explainer, TRIALS
     from moon2_lab.files import try_file
     from moon2_lab.folders import model_folder
@@ -261,11 +259,15 @@ def heatmap_command(args: argparse.Namespace) -> Outcome:
     methods = list(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
     device = chosen_device(args)
     try_file(page_file(args.out, "map.html"), "page")
-    catalog = Catalog.load(args.catalog)
+    catalog = asked_catalogue(args.catalog, args.model)
     query = named_query(catalog, args.query, args.query_image)
-    item = named_item(catalog, args.item, args.item_text, args.item_image)
+    given = args.item or args.item_text or args.item_image
+    item = named_item(catalog, args.item, args.item_text, args.item_image) if given else None
     note = query_note(catalog, args.query, query)
     encoder, trials = Moon2Encoder.from_pretrained(folder, device), 0 if args.quick else TRIALS
+    if item is None:
+        item, found = _best_hit(encoder, catalog, query)
+        note = "; ".join(filter(None, (note, found)))
     explainer = Explainer(encoder, query, item, args.model, redrawn=not args.quick, trials=trials)
     pair = explainer.maps(methods)
     page, trouble = written(lambda: write_heat_page(pair, args.out, methods[0] if methods else None))
@@ -274,11 +276,25 @@ def heatmap_command(args: argparse.Namespace) -> Outcome:
     return Outcome("\n".join([*([note] if note else []), *_heatmap_lines(pair, page)]), facts, trouble=trouble)
 
 
+def _best_hit(encoder, catalog, query, most: int = 2000) -> tuple:  # Item, words
+    "The product that a query finds first among the test products, or all where there are none; and a note on it."
+    split = "test" if "test" in catalog.splits else "all"
+    products = catalog.split(split).products[:most]
+    vectors = encoder.encode([product.item() for product in products])
+    best = products[int((vectors @ encoder.encode([query])[0]).argmax())]
+    what = f"the first {len(products):,}" if len(products) == most else f"{len(products):,}"
+    return best.item(), f"item: {best.product_id}, the best hit among {what} products of split {split}"
+
+
 def _cross_facts(pair) -> dict:  # PairMaps
-    "The cross map for --json: points of each word of the query, and its picture, with those of the item."
-    table = pair.cross_table()
-    return {"query": list(table.index), "item": list(table.columns), "points": table.to_numpy().round(4).tolist(),
-            "sum": pair.cross.total(), "score": pair.cross.score}
+    "The cross map for --json: [row, column] of each patch and each word, of query and item, and what pairs of them add."
+    def names(side) -> list:
+        return [[row, column] for row in range(side.grid[0]) for column in range(side.grid[1])] + [
+            word for word, *_ in side.words]
+
+    cross = pair.cross
+    return {"score": cross.score, "sum": cross.total(), "query": names(pair.query), "item": names(pair.item),
+            "matrix": cross.values[-1].round(8).tolist()}
 
 
 def _strongest_pairs(pair, count: int = 3) -> str:  # PairMaps
@@ -316,14 +332,13 @@ def _heatmap_lines(pair, page: str) -> list[str]:
 # %% ../../nbs/cli/910_commands.ipynb #0fd3ba5b
 def embed_command(args: argparse.Namespace) -> Outcome:
     "Embed a catalogue into one file of vectors."
-    from moon2_lab.data.catalog import Catalog
     from moon2_lab.files import try_file
     from moon2_lab.retrieval.embed import embed_catalog
     from moon2_lab.rivals.loading import known_encoder, load_encoder
 
     name, device = known_encoder(args.model), chosen_device(args)
     try_file(args.out, "file of vectors")
-    catalog = Catalog.load(args.catalog)
+    catalog = asked_catalogue(args.catalog, args.model)
     options = {name: getattr(args, name) for name in ("split", "view", "dtype", "dim", "resume", "piece")}
     encoder = load_encoder(name, device)
     done = embed_catalog(encoder, catalog, args.out, model=str(args.model), **options)
@@ -373,7 +388,6 @@ def search_command(args: argparse.Namespace) -> Outcome:
 # %% ../../nbs/cli/910_commands.ipynb #f178307f
 def compare_command(args: argparse.Namespace) -> Outcome:
     "Compare two models on the same queries: won, lost, moved, as one page."
-    from moon2_lab.data.catalog import Catalog
     from moon2_lab.files import try_file
     from moon2_lab.reporting.comparison import compare_encoders
     from moon2_lab.reporting.comparison_report import explain_changes, write_diff_page
@@ -384,7 +398,7 @@ def compare_command(args: argparse.Namespace) -> Outcome:
     names = [known_encoder(args.model_a), known_encoder(args.model_b)]
     device = chosen_device(args)
     try_file(page_file(args.out, "diff.html"), "page")
-    catalog = Catalog.load(args.catalog)
+    catalog = asked_catalogue(args.catalog, args.model_b, args.model_a)
     a, b = (load_encoder(name, device) for name in names)
     names, options = _run_names(args.model_a, args.model_b), {"protocol": args.protocol, "limit": args.limit}
     stored = lookup_encoders((a, b), catalog, args.vectors)
@@ -420,15 +434,16 @@ def compare_lines(facts: dict) -> list[str]:  # of Comparison.summary
 # %% ../../nbs/cli/910_commands.ipynb #57496084
 def demo_command(args: argparse.Namespace) -> Outcome:
     "Search a catalogue in the browser, with one model or two; or write that as a folder to be given away."
+    folder = args.catalog or asked_catalogue(None, args.model, args.model_b).folder
     if args.export_space:
         from moon2_lab.app.hf_space import export_space
 
-        folder = export_space(args.model, args.catalog, args.export_space, args.model_b, args.split)
-        return Outcome(f"{folder}: start it with python app.py", {"space": str(folder)})
+        space = export_space(args.model, folder, args.export_space, args.model_b, args.split)
+        return Outcome(f"{space}: start it with python app.py", {"space": str(space)})
     from moon2_lab.app.interface import prepare, serve
 
     stored = {"vectors": args.vectors, "uris": args.uri}
-    page = prepare(args.model, args.model_b, args.catalog, args.split, device=chosen_device(args), **stored)
+    page = prepare(args.model, args.model_b, folder, args.split, device=chosen_device(args), **stored)
     address = serve(page, args.host, args.port, args.share)
     return Outcome(f"{address} was stopped", {"address": address})
 

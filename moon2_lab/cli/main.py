@@ -15,7 +15,7 @@ import shlex
 import sys
 import traceback
 
-from . import commands, study_commands
+from . import commands, lookup_commands, study_commands
 from .options import Outcome, build_parser, terminal_text
 
 # %% ../../nbs/cli/920_main.ipynb #3cdaf0ce
@@ -99,7 +99,7 @@ def main(
     "Run one command."
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     try:
-        args = build_parser(commands, study_commands).parse_args(words)
+        args = build_parser(commands, lookup_commands, study_commands).parse_args(words)
     except SystemExit as stop:  # --help, --version, or a wrong option: argparse has said what
         return stop.code if isinstance(stop.code, int) else 2
     args.command_line = shlex.join(["moon2", *words])

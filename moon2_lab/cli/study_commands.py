@@ -8,10 +8,10 @@ __all__ = []
 # %% ../../nbs/cli/914_study_commands.ipynb #3898f313
 import argparse
 import logging
-import shlex
 from pathlib import Path
 
 from .options import Outcome, chosen_device, typed_settings, written
+from .run_catalogue import asked_catalogue
 from ..errors import UsageError
 
 # %% ../../nbs/cli/914_study_commands.ipynb #3f56408b
@@ -93,35 +93,10 @@ def _run_of(model: str) -> Path:
     return model_folder(model).resolve().parent
 
 # %% ../../nbs/cli/914_study_commands.ipynb #38f8268f
-def run_catalogue(
-    model: str | Path,  # run folder, or folder of a saved model
-):
-    "The `Catalog` that a model was trained on. `UsageError` where it is not known, not there, or changed."
-    from moon2_lab.cli.pipeline import drawn_catalogue
-    from moon2_lab.data.catalog import Catalog
-    from moon2_lab.files import read_json
-    from moon2_lab.folders import model_folder
-
-    folder, advice = model_folder(model), "give it with --catalog"
-    noted = folder.parent / "run_settings.json"
-    words = shlex.split((read_json(noted) if noted.is_file() else {}).get("command") or "")
-    named = [after for word, after in zip(words, words[1:]) if word == "--catalog"]
-    wanted = (read_json(folder / "config.json").get("info") or {}).get("data_hash")
-    if wanted is None or not named and words[1:2] != ["run"]:
-        raise UsageError("it is not known what this model was trained on", where=str(model), advice=advice)
-    found = Path(named[-1]) if named else drawn_catalogue()
-    if not (found / "products.parquet").is_file():
-        raise UsageError(f"the catalogue of this run is not there: {found}", where=str(model), advice=advice)
-    catalog = Catalog.load(found, quarantine_limit=1.0)
-    if catalog.data_hash != wanted:
-        raise UsageError(f"{found} is not any more what this model was trained on", where=str(model), advice=advice)
-    return catalog
-
-
 def _examined(args: argparse.Namespace):
     "The `Examination` of what `moon2 doctor` was given, and where it looked."
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.rivals.loading import known_encoder, rival_kind
+    from moon2_lab.rivals.loading import known_encoder
     from moon2_lab.studies.doctor import examine_model, examine_vectors
 
     device = chosen_device(args)
@@ -129,9 +104,7 @@ def _examined(args: argparse.Namespace):
         catalog = Catalog.load(args.catalog) if args.catalog else None
         return examine_vectors(args.subject, catalog), {"catalog": args.catalog, "split": None}
     known_encoder(args.subject)
-    if not args.catalog and rival_kind(args.subject):
-        raise UsageError("no catalogue was given", where=args.subject, advice="give it with --catalog")
-    catalog = Catalog.load(args.catalog) if args.catalog else run_catalogue(args.subject)
+    catalog = asked_catalogue(args.catalog, args.subject)
     split = args.split or ("test" if "test" in catalog.splits else "all")
     examined = examine_model(args.subject, catalog.split(split), device, args.limit)
     return examined, {"catalog": str(catalog.folder), "split": split}
@@ -177,20 +150,17 @@ def tests_command(args: argparse.Namespace) -> Outcome:
 # %% ../../nbs/cli/914_study_commands.ipynb #b3698eda
 def stress_command(args: argparse.Namespace) -> Outcome:
     "Which modality a model uses: drop, swap and shuffle titles and pictures at test time, and measure what falls."
-    from moon2_lab.data.catalog import Catalog
     from moon2_lab.files import try_file
     from moon2_lab.reporting.html import page_file
     from moon2_lab.reporting.stress_report import write_stress_page
-    from moon2_lab.rivals.loading import encoder_name, known_encoder, load_encoder, rival_kind
+    from moon2_lab.rivals.loading import encoder_name, known_encoder, load_encoder
     from moon2_lab.studies.modality_stress import stress_study
 
     known_encoder(args.model)
     device = chosen_device(args)
     if args.out:
         try_file(page_file(args.out, "stress.html"), "page")
-    if not args.catalog and rival_kind(args.model):
-        raise UsageError("no catalogue was given", where=args.model, advice="give it with --catalog")
-    catalog = Catalog.load(args.catalog) if args.catalog else run_catalogue(args.model)
+    catalog = asked_catalogue(args.catalog, args.model)
     study = stress_study(load_encoder(args.model, device), catalog, args.split, args.limit)
     lines, facts, trouble = study.lines(), study.as_json() | {"catalog": str(catalog.folder)}, None
     if args.out:
