@@ -194,7 +194,8 @@ def eval_command(args: argparse.Namespace) -> Outcome:
     trouble = None
     try:
         options = {"protocol": args.protocol, "gallery": args.gallery}
-        metrics = evaluate_model(args.model, asked_catalogue(args.catalog, args.model), args.split, args.out, device, **options)
+        catalog = asked_catalogue(args.catalog, args.model)
+        metrics = evaluate_model(args.model, catalog, args.split, args.out, device, **options)
     except NotSaved as error:
         metrics, trouble = error.result, error
     return Outcome(score_lines(metrics), metrics, trouble=trouble)
@@ -287,7 +288,7 @@ def _best_hit(encoder, catalog, query, most: int = 2000) -> tuple:  # Item, word
 
 
 def _cross_facts(pair) -> dict:  # PairMaps
-    "The cross map for --json: [row, column] of each patch and each word, of query and item, and what pairs of them add."
+    "The cross map for --json: [row, column] of each patch, and each word, of both sides, and what pairs of them add."
     def names(side) -> list:
         return [[row, column] for row in range(side.grid[0]) for column in range(side.grid[1])] + [
             word for word, *_ in side.words]

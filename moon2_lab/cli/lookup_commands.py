@@ -41,8 +41,8 @@ def settings_command(args: argparse.Namespace) -> Outcome:
     rows = []
     for field in dataclasses.fields(TrainConfig):
         value, usual = getattr(config, field.name), getattr(plain, field.name)
-        rows.append({"name": field.name, "value": value, "changed": value != usual, "allowed": allowed_words(field.name),
-                     "comment": field_comments(TrainConfig)[field.name]})
+        row = {"name": field.name, "value": value, "changed": value != usual, "allowed": allowed_words(field.name)}
+        rows.append(row | {"comment": field_comments(TrainConfig)[field.name]})
     width = max(len(f"{row['name']} = {row['value']}") for row in rows)
     lines = []
     for row in rows:
