@@ -4649,6 +4649,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'moon2_lab/reporting/study_figures.py'),
                                                    'moon2_lab.reporting.study_figures._trade_traces': ( 'reporting/study_figures.html#_trade_traces',
                                                                                                         'moon2_lab/reporting/study_figures.py'),
+                                                   'moon2_lab.reporting.study_figures.difference_figure': ( 'reporting/study_figures.html#difference_figure',
+                                                                                                            'moon2_lab/reporting/study_figures.py'),
                                                    'moon2_lab.reporting.study_figures.omega_paths_figure': ( 'reporting/study_figures.html#omega_paths_figure',
                                                                                                              'moon2_lab/reporting/study_figures.py'),
                                                    'moon2_lab.reporting.study_figures.omega_summary': ( 'reporting/study_figures.html#omega_summary',

@@ -6,6 +6,7 @@ only, no product: scores.parquet (every score of every run), means.parquet (over
 (at most 60 steps of each run), and study.json: commands, commit, machine, versions, settings, minutes.
 """
 import argparse
+import shlex
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,11 @@ KEPT = (  # of study.json
     "catalog", "data_hash", "split", "products", "trained_on", "steps", "minutes", "started", "updated", "commands",
     "copies", "git", "machine", "versions", "config", "differs_from_paper",
 )
+
+
+def without_places(command: str) -> str:
+    "A command with the names of its files and folders, but not where they are."
+    return shlex.join([Path(word).name if word.startswith(("/", "~")) else word for word in shlex.split(command)])
 
 
 def omega_paths(runs: dict[str, list[Path]], most: int = 60) -> pd.DataFrame:
@@ -57,7 +63,9 @@ def main() -> None:
     for name, table in tables_of(args.study).items():
         write_parquet(args.out / f"{name}.parquet", table)
     note = read_json(args.study / "study.json")
-    write_json(args.out / "study.json", {name: note[name] for name in KEPT if name in note})
+    kept = {name: note[name] for name in KEPT if name in note}
+    kept["commands"] = [without_places(command) for command in kept.get("commands", [])]
+    write_json(args.out / "study.json", kept)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{size / 1e6:.2f} MB in {args.out}")
 
