@@ -424,7 +424,7 @@ class Controls {
     if (SIDES.some((side) => payload.sides[side].pooled)) known.add("attention");
     if (payload.cross) known.add(CROSS);
     const methods = [...new Set([...(payload.cross ? [CROSS] : []), ...known, ...this.model.get("offered")])], key = methods.map((method) => method + known.has(method)).join();
-    if (this.key !== key) this.list.fill(methods.map((method) => [method, (payload.names[method] ?? method) + (known.has(method) ? "" : " (compute)")]));
+    if (this.key !== key) this.list.fill(methods.map((method) => [method, (payload.names[method] ?? (method === CROSS ? "cross map" : method)) + (known.has(method) ? "" : " (compute)")]));
     this.key = key;
     for (const row of this.rows) row.refresh();
     const job = this.model.get("job"), [words, progress, cancel] = this.bar.children;
@@ -462,7 +462,7 @@ class Matrix {
     const follow = (side, target, element) => { if (target) element.addEventListener("pointerenter", () => side.pinned || side.activate(...target)); return element; };
     const cell = (value, r, c) => { const td = make("td", {}, points(value, most)); paint(td, value, between(r, c) ? wordMost : most, true, 0.6); follow(query, rows[r][2], td); return td; };
     const table = make("table", {}, make("caption", {}, `Points of the score${cross.relative ? " beyond an even share" : ""}: rows are the query, columns the item.`),
-      make("thead", {}, make("tr", {}, make("td", {}), ...columns.map(([{ name }, , target]) => follow(item, target, make("th", { scope: "col" }, make("bdi", {}, name)))), make("th", { scope: "col", class: "m2h-sum" }, "sum"))),
+      make("thead", {}, make("tr", {}, make("td", {}), ...columns.map(([{ name }, , target]) => follow(item, target, make("th", { scope: "col", title: name }, make("bdi", {}, name)))), make("th", { scope: "col", class: "m2h-sum" }, "sum"))),
       make("tbody", {}, ...rows.map(([{ name }, , target], r) => make("tr", {}, follow(query, target, make("th", { scope: "row" }, make("bdi", {}, name))), ...columns.map((_, c) => cell(sums[r][c], r, c)), make("td", { class: "m2h-sum" }, points(total(sums[r]), most)))),
         make("tr", { class: "m2h-sum" }, make("th", { scope: "row" }, "sum"), ...down.map((value) => make("td", {}, points(value, most))), make("td", {}, points(total(down), most)))));
     table.addEventListener("pointerleave", () => { for (const side of this.sides) side.leave(); });
