@@ -400,7 +400,7 @@ def cross_plot(
         cells = part[: side.patches].reshape(side.grid).copy()
         if side.first == 0 and cells.size > 1:
             cells[0, 0] = np.partition(cells.ravel(), cells.size // 2)[cells.size // 2]  # apart: drawn as the middle
-        attribution = Attribution("cross", part[side.patches :], cells, signed=True)
+        attribution = Attribution("cross", np.zeros(0), cells)  # a scale of its own: a patch is less than a word
         where = (0.03 + 0.49 * place, (foot + body + names) / height, 0.45, picture / height - 0.02)
         _plot_picture(figure.add_axes(where), side, attribution, theme)
     _plot_table(figure.add_axes((0.22, foot / height, 0.69, body / height)), table, colours)
