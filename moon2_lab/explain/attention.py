@@ -151,7 +151,7 @@ def word_attention(
     def take(layer, place, inputs, positions):
         wanted = mixes.to(widest(positions.device)).to(positions.device)
         heads_and_even = inputs.mix(wanted, chunk), inputs.looking_evenly().mix(wanted, chunk)
-        parts.append(torch.cat([part.double().cpu() for part in heads_and_even]).numpy())
+        parts.append(torch.cat([part.cpu().double() for part in heads_and_even]).numpy())
 
     names = _record_items(encoder, [side], view, take, layers, heads)
     rows = AttentionRows(side, np.stack(parts)[..., places], *names)  # (layers, heads + 1, 1 + W, C + L)

@@ -156,8 +156,8 @@ def run_method(
 
 # %% ../../nbs/explain/625_attribution.ipynb #c2017c55
 def _cross(side: AttributionInputs) -> np.ndarray:
-    parts = side.score.token_parts(*side.inputs)[0].cpu().numpy()
-    return side.sum_tokens([parts[places.cpu()] for places in side.score.slots])
+    parts = side.score.token_parts(*side.inputs)[0]
+    return side.sum_tokens([parts[places.cpu()].numpy() for places in side.score.slots])
 
 
 add_method(Method(

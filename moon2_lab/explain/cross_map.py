@@ -36,7 +36,7 @@ def token_states(
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack([state[side.places].double().cpu() for state in states]).numpy()
+    return torch.stack([state[side.places].cpu().double() for state in states]).numpy()
 
 # %% ../../nbs/explain/632_cross_map.ipynb #86fc5e05
 def scaled_parts(
@@ -68,7 +68,7 @@ def cross_map(
     frozen.compute_dtype = frozen.encode_dtype
     sides = [side_tokens(frozen, one, augmented=augmented) for one in (query, item)]
     with torch.no_grad():
-        embedding = frozen.forward_items([side.item for side in sides], ("mm",)).embedding["mm"].double()
+        embedding = frozen.forward_items([side.item for side in sides], ("mm",)).embedding["mm"].cpu().double()
     parts = [scaled_parts(token_states(frozen, side, layers), side) for side in sides]
     values = parts[0] @ parts[1].swapaxes(1, 2)
     weights = tuple(side.merge(side.weights) for side in sides)

@@ -72,10 +72,10 @@ class _RowScore(nn.Module):
     def token_parts(self, *vectors: torch.Tensor) -> torch.Tensor:
         """Each (N, L, D') -> (N, T) float64: the part of the score that each token of the row adds; 0 outside the mean.
         The embedding is a weighted mean of states, over its length: so the score is a sum over them, exactly."""
-        hidden = self._pooled(vectors).to(torch.float64 if self.row.device.type != "mps" else torch.float32)
-        weights, other = self.weights.to(hidden), self.other.to(hidden)
+        hidden = self._pooled(vectors).cpu().double()  # on the CPU: some devices have no float64
+        weights, other = self.weights.cpu().double(), self.other.cpu().double()
         parts = weights * (hidden @ other) / (weights @ hidden).norm(dim=1, keepdim=True)
-        return parts.new_zeros(len(parts), self.row.shape[1]).index_add(1, self.pooled, parts)
+        return parts.new_zeros(len(parts), self.row.shape[1]).index_add(1, self.pooled.cpu(), parts)
 
 
 class EncoderScore(_RowScore):

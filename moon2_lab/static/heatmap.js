@@ -60,13 +60,18 @@ function modeOf(model) {
   return method === "attention" && SIDES.some((side) => payload.sides[side].pooled) ? "attention" : "map";
 }
 
+// The number that gets full colour for a patch or a word.
+const fullOf = (map, kind) => map.own?.[kind] ?? map.most;
+
 // The largest number that gets full colour: all but the one that stands apart.
 const rangeOf = (values, apart) => largest(apart === null ? values : values.filter((_, place) => place !== apart));
 
 // A map from the numbers of all patches and words.
 function cut(model, part, values, rest) {
   const patches = cellsOf(part), apart = rest.apart && model.get("first_apart") && values.length > 1 ? part.first ?? null : null;
-  return { cells: patches ? values.slice(0, patches) : null, words: values.slice(patches), most: rangeOf(values, apart), signed: false, ...rest, apart };
+  const cells = values.slice(0, patches), words = values.slice(patches), map = { cells: patches ? cells : null, words, most: rangeOf(values, apart), signed: false, ...rest, apart };
+  if (map.unit === "points" && patches > 1) map.own = { cell: rangeOf(cells, apart), word: rangeOf(words, apart === null ? null : apart - patches) }; // of many patches each gives less than a word
+  return map;
 }
 
 // Shares of attention, and what they are beyond even looks where that is asked for and known.
@@ -151,7 +156,7 @@ function drawHeat(canvas, values, map, strongest, root) {
   const context = canvas.getContext("2d"), style = getComputedStyle(root), colour = (name) => style.getPropertyValue(name).trim().split(/\s+/).map(Number);
   const colours = { for: colour("--for"), against: colour("--against"), share: colour("--share") }, image = context.createImageData(canvas.width, canvas.height);
   values.forEach((value, place) => {
-    const strength = map.most > 0 && place !== map.apart ? Math.min(1, Math.abs(value) / map.most) : 0;
+    const full = fullOf(map, "cell"), strength = full > 0 && place !== map.apart ? Math.min(1, Math.abs(value) / full) : 0;
     image.data.set([...colours[map.signed ? (value > 0 ? "for" : "against") : "share"], 255 * strongest * strength], 4 * place);
   });
   context.putImageData(image, 0, 0);
@@ -236,7 +241,7 @@ class Side extends Pointing {
         const apart = scale && scale.apart !== null && this.place(kind, place) === scale.apart;
         const told = values ? written(values[place], scale.signed, scale.most, lit[kind] ? (links.relative ? "share" : "") : map.unit) : "no number";
         const drawn = kind === "word" || square || all.length === 1;
-        if ((apart && kind === "cell") || !values || !drawn) paint(element, 0, 0, false, 0); else paint(element, values[place], scale.most, scale.signed, lit[kind] && kind === "cell" ? Math.max(0.5, strongest) : strongest);
+        if ((apart && kind === "cell") || !values || !drawn) paint(element, 0, 0, false, 0); else paint(element, values[place], fullOf(scale, kind), scale.signed, lit[kind] && kind === "cell" ? Math.max(0.5, strongest) : strongest);
         element.classList.toggle("m2h-apart", Boolean(apart && values));
         element.title = apart && values ? `${told}, first position, apart` : told;
         element.setAttribute("aria-label", `${this.nameOf(kind, place)}: ${element.title}`);
@@ -321,11 +326,13 @@ class Side extends Pointing {
     const title = links ? `attention ${this.active.kind === "word" ? "from this word" : "from each word to this cell"}, ${links.where}${links.relative ? ", beyond even attention" : ""}` : map ? map.title : "";
     this.legend.replaceChildren();
     if (!title) return;
-    const ends = signed ? [written(-most, true, most, unit), "0", written(most, true, most, unit)] : ["0 %", written(most, false, most)];
+    const own = links ? null : map?.own, full = own ? own.word || own.cell : most;
+    const ends = signed ? [written(-full, true, full, unit), "0", written(full, true, full, unit)] : ["0 %", written(most, false, most)];
     this.legend.append(make("span", { class: "m2h-what" }, title), make("span", { class: `m2h-ramp ${signed ? "m2h-signed" : ""}`, role: "img", "aria-label": `scale from ${ends[0]} to ${ends[ends.length - 1]}` }),
       make("span", { class: "m2h-ends" }, ...ends.map((end) => make("span", {}, end))));
     const poles = unit === "share" ? ["less than even", "more than even"] : ["against the match", "for the match"];
     if (signed) this.legend.append(make("span", { class: "m2h-ends" }, ...poles.map((words) => make("span", {}, words))));
+    if (own?.word) this.legend.append(make("span", {}, `Full colour is ${points(own.word, own.word)} for a word, ${points(own.cell, own.cell)} for a patch.`));
     const apart = links ? null : map?.apart ?? null;
     if (apart !== null) {
       const cell = apart < cellsOf(this.part), value = cell ? map.cells[apart] : map.words[apart - cellsOf(this.part)];

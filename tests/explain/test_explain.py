@@ -398,7 +398,7 @@ def test_the_command_writes_a_page(model_and_catalogue, tmp_path, capsys):
     [
         (["--query", "mug", "--item", "nobody"], "nobody"),
         (["--item", "FIRST"], "nothing to search for"),
-        (["--query", "mug"], "nothing"),
+        ([], "nothing to search for"),
         (["--query", "mug", "--item", "FIRST", "--method", "guess"], "one of cross, ig"),
         (["--query", "mug", "--item", "FIRST", "--query-image", "missing.jpg"], "cannot be opened"),
     ],
@@ -418,6 +418,19 @@ def test_the_command_says_what_is_wrong(model_and_catalogue, tmp_path, capsys, w
         ]
     )
     assert code == 2 and says in capsys.readouterr().err and not (tmp_path / "map.html").exists()
+
+
+def test_without_an_item_the_best_hit_is_explained(model_and_catalogue, tmp_path, capsys):
+    "One word of one token against the product that it finds first; the rows of the cross map add up."
+    model, folder = model_and_catalogue
+    words = ["heatmap", str(model), "--catalog", str(folder), "--query", "mug", "--quick", "--json"]
+    assert main([*words, "--out", str(tmp_path / "map.html")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert "the best hit among" in facts["query_note"]
+    assert [one["method"] for one in facts["maps"]] == ["cross", "cross"]
+    cross = facts["cross"]
+    assert cross["query"] == ["mug"] and cross["item"][:2] == [[0, 0], [0, 1]]
+    assert abs(sum(map(sum, cross["matrix"])) - cross["score"]) < 1e-5 and abs(cross["sum"] - cross["score"]) < 1e-6
 
 
 def test_shop_items_can_be_explained():

@@ -145,7 +145,7 @@ def test_the_clock_is_kept_whatever_a_step_takes(monkeypatch):
         return usual(pairs)
 
     monkeypatch.setattr(two_tower._Pairs, "loss", slow)
-    monkeypatch.setattr(two_tower.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(two_tower, "clock_of", lambda name: lambda: now[0])
     tower = train_two_tower(shop(40), TOWER, minutes=0.5, device="cpu")
     assert 30 - 2.5 <= tower.info["seconds"] <= 30 and tower.info["trained_steps"] > 20
 
@@ -163,7 +163,7 @@ def test_states_that_take_long_leave_time_for_steps(monkeypatch):
 
     monkeypatch.setattr(two_tower._Pairs, "loss", slow(usual[0], 1.0))
     monkeypatch.setattr(two_tower._Pairs, "keep_states", slow(usual[1], 20.0))
-    monkeypatch.setattr(two_tower.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(two_tower, "clock_of", lambda name: lambda: now[0])
     frozen = TwoTowerConfig(**{**TOWER.__dict__, "train_layers": 0})
     tower = train_two_tower(shop(40), frozen, minutes=0.5, device="cpu")
     assert tower.info["trained_steps"] == 9 and tower.info["seconds"] == 29.0

@@ -589,7 +589,7 @@ def test_keyboard_alone(opened):
 def crossed(cross, side, layer=-1):
     "The colours that the parts of a side should have, full colour but for the first: (strengths, most)."
     part = cross.part(side, layer)
-    return part, np.abs(part[1:]).max()
+    return part, np.abs(part[1:16]).max()  # of the patches, which have a scale of their own
 
 
 def test_the_cross_map_links_both_sides(opened):
@@ -600,13 +600,15 @@ def test_the_cross_map_links_both_sides(opened):
     assert f"18 × 23 pairs of parts add up to {cross.total():.7f}, the score is {cross.score:.7f}" in heading
     margin = cross.part("item")
     drawn = [alpha(colour) for colour in colours(page)]
-    assert np.allclose(drawn, 0.7 * np.abs(margin[:16]) / np.abs(margin).max(), atol=0.006)
+    assert np.allclose(drawn, 0.7 * np.abs(margin[:16]) / np.abs(margin[:16]).max(), atol=0.006)
+    words = [alpha(colour) for colour in colours(page, kind="word")]
+    assert np.allclose(words, 0.6 * np.abs(margin[16:]) / np.abs(margin[16:]).max(), atol=0.006)
     still = colours(page), colours(page, kind="word"), colours(page, "query")
     page.locator("[data-side=query] .m2h-word").nth(1).hover()  # mug, the last part of the query
     row = cross.values[-1, 17]
     for kind, numbers, strongest in (("cell", row[:16], 0.7), ("word", row[16:], 0.6)):
         drawn = colours(page, kind=kind)
-        wanted = strongest * np.abs(numbers) / np.abs(row).max()
+        wanted = strongest * np.abs(numbers) / np.abs(numbers).max()
         assert np.allclose([alpha(colour) for colour in drawn], wanted, atol=0.006)
         assert [colour.startswith("rgba(213, 94, 0") for colour in drawn] == [bool(number > 0) for number in numbers]
     told = page.locator("[data-side=query] .m2h-told").inner_text().replace("−", "-")
@@ -620,7 +622,7 @@ def test_the_cross_map_links_both_sides(opened):
     page.locator("[data-side=item] .m2h-cell").nth(5).hover()
     column = cross.values[-1, :, 5]
     drawn = [alpha(colour) for colour in colours(page, "query", "word")]
-    assert np.allclose(drawn, 0.6 * np.abs(column[16:]) / np.abs(column).max(), atol=0.006)
+    assert np.allclose(drawn, 0.6 * np.abs(column[16:]) / np.abs(column[16:]).max(), atol=0.006)
     page.locator("[data-side=item] .m2h-cell").nth(5).click()  # held: the other side tells the pair
     page.locator("[data-side=query] .m2h-word").first.hover()
     both = cross.values[-1, 16, 5]
@@ -641,7 +643,10 @@ def test_layers_even_shares_and_the_first_position_of_a_cross_map(opened):
     control(page, "relative to even").check()
     beyond = (cross.values[-1] - cross.even()).sum(0)
     drawn = [alpha(colour) for colour in colours(page)]
-    assert np.allclose(drawn[1:], 0.7 * np.abs(beyond[1:16]) / np.abs(beyond[1:]).max(), atol=0.01)
+    assert np.allclose(drawn[1:], 0.7 * np.abs(beyond[1:16]) / np.abs(beyond[1:16]).max(), atol=0.01)
+    legend = page.locator("[data-side=item] .m2h-legend").inner_text().replace("−", "-")
+    largest = 100 * np.abs(beyond[1:16]).max()
+    assert f"for a word, {largest:+.2f} for a patch" in legend or f"for a word, {largest:+.1f} for a patch" in legend
     control(page, "relative to even").uncheck()
     slide(page, "states", "Home")
     part, most = crossed(cross, "item", 0)
@@ -701,6 +706,7 @@ def test_all_layers_and_heads_at_a_glance(opened):
     page = opened(made_up_pair(), method="attention", plain=False)
     page.locator(".m2h-overview summary").click()
     thumbs = page.locator(".m2h-overviews section").nth(1).locator("button")
+    thumbs.last.wait_for()
     assert thumbs.count() == 6
     drawn = "all => all.map((one) => one.getContext('2d').getImageData(0, 0, one.width, one.height).data.join())"
     assert len(set(page.eval_on_selector_all(".m2h-overviews section:nth-of-type(2) canvas:first-child", drawn))) == 6
