@@ -68,7 +68,7 @@ def made_up_cross(query, item, rng, score: float = 0.42, layers: int = 3):  # Si
     values = rng.normal(1, 1, (layers, *counts))
     values *= score / values.sum((1, 2), keepdims=True)
     weights = tuple(np.full(count, 1 / count) for count in counts)
-    return CrossMap(values, [f"layer {number}" for number in range(layers)], weights, (query.first, item.first), score)
+    return CrossMap(values, [f"layer {number}" for number in range(layers)], weights, score)
 
 
 def made_up_pair(seed: int = 0, grid: int | tuple[int, int] = 4):

@@ -104,9 +104,8 @@ def product_html(
 
 def _product_facts(product: Product) -> list[tuple[str, str]]:
     "Name and value of what is known about a product."
-    path = " > ".join(filter(None, (product.category_l1, product.category_l2, product.category_l3)))
     facts = [(name.replace("_", " "), value.replace("|", ", ")) for name, value in product.attributes.items()]
-    return [(name, value) for name, value in [("category", path), *facts, ("product id", product.product_id)] if value]
+    return [(name, value) for name, value in [("category", product.category_path), *facts, ("product id", product.product_id)] if value]
 
 
 def experts_html(

@@ -251,7 +251,6 @@ def _hit_html(service: SearchService, search: Mapping, letter: str, place: int) 
     return product_html(product, where, matches(service.catalog, query, product), experts)
 
 
-_AT_ONCE = "cross"  # the method whose map is shown before it is measured
 _MEASURING = "Measuring how far this map can be trusted ..."
 
 
@@ -267,7 +266,7 @@ def explained_pair(
     """The maps that a heatmap opens with, its page, and what stands below it: the chosen method, and attention, which
     can be looked into by layer and head. The cross map takes one pass: it is shown at once, and measured after that."""
     model = service.model(letter)
-    if method == _AT_ONCE:
+    if METHODS[method].at_once:
         pair = model.explain(query, item, [method], tell, measure=False)
         return pair, heat_html(pair, method, heading, "measured below."), card("line", _MEASURING, "status")
     shown = [method] + [key for _, key in method_choices(service) if key == "attention" != method]
@@ -277,7 +276,8 @@ def explained_pair(
 
 def measured_pair(service: SearchService, query: Item, item: Item, method: str, letter: str) -> Markup | str:
     "How far a map that was shown at once can be trusted; empty for one that was measured before."
-    return trust_html(service.model(letter).explain(query, item, [method]), method) if method == _AT_ONCE else ""
+    measured = lambda: trust_html(service.model(letter).explain(query, item, [method]), method)
+    return measured() if METHODS[method].at_once else ""
 
 
 def _report_to(progress: Callable) -> Callable[[float, str], None]:

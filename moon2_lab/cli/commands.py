@@ -279,10 +279,12 @@ def heatmap_command(args: argparse.Namespace) -> Outcome:
 
 def _best_hit(encoder, catalog, query, most: int = 2000) -> tuple:  # Item, words
     "The product that a query finds first among the test products, or all where there are none; and a note on it."
+    from moon2_lab.retrieval.search import MemorySearcher
+
     split = "test" if "test" in catalog.splits else "all"
     products = catalog.split(split).products[:most]
-    vectors = encoder.encode([product.item() for product in products])
-    best = products[int((vectors @ encoder.encode([query])[0]).argmax())]
+    found = MemorySearcher.from_products(encoder, products).search(query, 1)[0][0].product_id
+    best = next(product for product in products if product.product_id == found)
     what = f"the first {len(products):,}" if len(products) == most else f"{len(products):,}"
     return best.item(), f"item: {best.product_id}, the best hit among {what} products of split {split}"
 

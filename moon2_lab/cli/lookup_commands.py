@@ -64,9 +64,8 @@ def show_command(args: argparse.Namespace) -> Outcome:
         products, note = _with_words(products, args.query)
     rows = []
     for product in products[: args.limit]:
-        path = " > ".join(filter(None, (product.category_l1, product.category_l2, product.category_l3)))
         rows.append({"product_id": product.product_id, "split": product.split, "pictures": product.n_images,
-                     "title": product.title, "category": path or None})
+                     "title": product.title, "category": product.category_path or None})
     width = max((len(row["product_id"]) for row in rows), default=0)
     lines = [note] if note else []
     for row in rows:

@@ -89,6 +89,11 @@ class Product:
     def n_images(self) -> int:
         return len(self.refs)
 
+    @property
+    def category_path(self) -> str:
+        "The filled levels of its category, from the first down: Home > Lamp; empty without one."
+        return " > ".join(filter(None, (self.category_l1, self.category_l2, self.category_l3)))
+
     def image_ref(self, i: int = 0) -> ImageRef | None:
         "The i-th picture, None when there are not so many."
         return self.refs[i] if 0 <= i < len(self.refs) else None

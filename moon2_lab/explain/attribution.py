@@ -21,7 +21,7 @@ from ..data.products import Item
 from ..errors import DataError, LabError, UsageError
 from .attention import attention_gradient, attention_of, rollout, without_first
 from .attention_recorder import attention_layers, other_layers
-from .heatmap_data import Attribution
+from .heatmap_data import Attribution, side_of
 from .pair_score import fix_experts, score_function
 from ..model.encoder import Moon2Encoder
 
@@ -87,6 +87,7 @@ class Method:
     needs: tuple[str, ...] = ()  # baseline: the blank side; attention: layers whose attention can be recomputed
     settings: Mapping = field(default_factory=dict)  # name -> default: what a caller may choose
     note: str = ""  # what to keep in mind when reading the numbers, beside what they add up to
+    at_once: bool = False  # one pass of each side: shown before it is measured
     adds_to_score: bool = False  # the numbers add up to the score itself, not to the rise from the blank side
 
 
@@ -162,7 +163,7 @@ def _cross(side: AttributionInputs) -> np.ndarray:
 
 add_method(Method(
     "cross", "cross map", "parts of the score: what each token's last state adds to it; exact, one pass",
-    _cross, adds_to_score=True,
+    _cross, at_once=True, adds_to_score=True,
     note="States of the last layer have seen their neighbours: a part is not the word alone."))
 
 # %% ../../nbs/explain/625_attribution.ipynb #b7c4b826
@@ -388,9 +389,7 @@ def attribution_inputs(
 # %% ../../nbs/explain/625_attribution.ipynb #a3f1213a
 def pick_side(query: Item, item: Item, side: str) -> tuple[Item, Item]:
     "(the side that is explained, the other one); `UsageError` for a side that is neither item nor query."
-    if side not in ("item", "query"):
-        raise UsageError(f"unknown side {side!r}", where="side", advice="item or query")
-    return (item, query) if side == "item" else (query, item)
+    return side_of(side, (query, item), (item, query))
 
 # %% ../../nbs/explain/625_attribution.ipynb #41f10cc3
 def _attention_note(side: AttributionInputs) -> str:

@@ -73,5 +73,4 @@ def cross_map(
     values = parts[0] @ parts[1].swapaxes(1, 2)
     weights = tuple(side.merge(side.weights) for side in sides)
     names = [*(f"after layer {layer}" for layer in range(len(values) - 1)), "embedding"]
-    first = sides[0].first, sides[1].first
-    return CrossMap(values, names, weights, first, float(embedding[0] @ embedding[1]))
+    return CrossMap(values, names, weights, float(embedding[0] @ embedding[1]))

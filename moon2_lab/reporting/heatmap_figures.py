@@ -324,7 +324,7 @@ def pair_map_plot(
         return cross_plot(maps, theme)
     if method != "attention" or method in maps.methods:
         _sides_with(maps, method)
-    sides, families = [maps.query, maps.item], _font_families()
+    sides = [maps.query, maps.item]
     lines = [line for long in _trust_lines(sides, method) for line in textwrap.wrap(long, 88)]
     rows = max([1, *(len(side.words) for side in sides)])
     foot, picture, bars, head = 0.35 + 0.17 * len(lines), 2.7, 0.1 + 0.2 * rows, 0.6  # inches
@@ -337,11 +337,17 @@ def pair_map_plot(
         if side.words:
             place = (left + 0.14, foot / height, 0.31, bars / height - 0.01)
             _plot_words(figure.add_axes(place), side, attribution, rows, colours)
-    style = {"fontfamily": families, "color": colours["ink"], "fontsize": 11, "va": "top"}
-    figure.text(0.02, 1 - 0.08 / height, _plain(_title(maps, method)), **style)
-    style = {"fontfamily": families, "color": colours["soft"], "fontsize": 8, "va": "bottom"}
-    figure.text(0.02, 0.05 / height, "\n".join(_plain(line) for line in lines), **style)
+    _frame(figure, colours, _title(maps, method), lines)
     return figure
+
+
+def _frame(figure, colours: dict, title: str, lines: list[str], second: str = "") -> None:
+    "Text around a still picture: its title, a second line below it, and lines at the foot."
+    inch, style = 1 / figure.get_figheight(), {"fontfamily": _font_families()}
+    figure.text(0.02, 1 - 0.08 * inch, _plain(title), va="top", color=colours["ink"], fontsize=11, **style)
+    style |= {"color": colours["soft"], "fontsize": 8}
+    figure.text(0.02, 1 - 0.32 * inch, _plain(second), va="top", **style)
+    figure.text(0.02, 0.05 * inch, "\n".join(map(_plain, lines)), va="bottom", **style)
 
 
 _MOST_WORDS = 10  # words of a side in a still table; the others are one line
@@ -404,14 +410,9 @@ def cross_plot(
         where = (0.03 + 0.49 * place, (foot + body + names) / height, 0.45, picture / height - 0.02)
         _plot_picture(figure.add_axes(where), side, attribution, theme)
     _plot_table(figure.add_axes((0.22, foot / height, 0.69, body / height)), table, colours)
-    style = {"fontfamily": _font_families(), "color": colours["ink"], "fontsize": 11, "va": "top"}
     model = f", {printable(maps.model, 40)}" if maps.model else ""
     title = f"who met whom: the parts add up to {maps.cross.total():.3f}, score {maps.score:.3f}{model}"
-    figure.text(0.02, 1 - 0.08 / height, _plain(title), **style)
-    style = {"fontfamily": _font_families(), "color": colours["soft"], "fontsize": 8}
-    rows = "rows: query, columns: item, in points of the score"
-    figure.text(0.02, 1 - 0.32 / height, rows, va="top", **style)
-    figure.text(0.02, 0.05 / height, "\n".join(_plain(line) for line in lines), va="bottom", **style)
+    _frame(figure, colours, title, lines, "rows: query, columns: item, in points of the score")
     return figure
 
 
