@@ -105,7 +105,8 @@ def product_html(
 def _product_facts(product: Product) -> list[tuple[str, str]]:
     "Name and value of what is known about a product."
     facts = [(name.replace("_", " "), value.replace("|", ", ")) for name, value in product.attributes.items()]
-    return [(name, value) for name, value in [("category", product.category_path), *facts, ("product id", product.product_id)] if value]
+    named = [("category", product.category_path), *facts, ("product id", product.product_id)]
+    return [(name, value) for name, value in named if value]
 
 
 def experts_html(

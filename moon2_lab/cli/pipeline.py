@@ -186,6 +186,9 @@ def resumed_config(
     return config
 
 
+_FRAMED = 150  # products of the valid split whose embeddings are kept at each scoring
+
+
 def train_run(
     catalog,  # Catalog
     out: str | Path,  # run folder, new or empty (without resume)
@@ -197,7 +200,8 @@ def train_run(
     **options,  # of build_trainer and Trainer: valid_limit, objective, triplets
 ):
     "Train into a run folder; returns the trainer."
-    from moon2_lab.training.callbacks import KeepWithin, StepLines
+    from moon2_lab.evaluation.embedding_figures import sample_places
+    from moon2_lab.training.callbacks import KeepFrames, KeepWithin, StepLines
 
     if not resume:
         require_new(out, "give another folder, or continue the run with --resume")
@@ -215,6 +219,10 @@ def train_run(
     _log.info(f"vision features ready after {trainer.prepare_features():.0f} s")
     if within:
         trainer.callbacks.append(KeepWithin(trainer, *within))
+    if "valid" in catalog.splits and (config.eval_points or config.eval_steps):
+        valid = catalog.split("valid").products
+        framed = [valid[place] for place in sample_places([one.product_id for one in valid], _FRAMED)]
+        trainer.callbacks.append(KeepFrames(trainer, framed, Path(out) / "frames"))
     minutes = f"{trainer.config.max_minutes:.3g} minutes"
     _log.info("training" if trainer.max_steps else f"training: as many steps as fit into {minutes}")
     trainer.train()

@@ -7,7 +7,6 @@ __all__ = ['explain_changes', 'diff_page', 'write_diff_page']
 
 # %% ../../nbs/reporting/784_comparison_report.ipynb #cd318296
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import REPORTED
@@ -143,26 +142,6 @@ def _explain_hit(
     }
 
 
-def _expert_shares(
-    encoder,  # Moon2Encoder
-    items: Sequence[Item],  # products as the direction shows them
-    view: str = "mm",
-    batch_size: int = 64,
-) -> dict[str, list[float]]:  # product id -> (Z,) routing weights, sum 1; empty for an encoder without experts
-    "Which experts read each product: routing weights, mean over its tokens and the MoE layers."
-    import torch
-
-    from moon2_lab.explain.attention import evaluating
-
-    items, shares = list({item.item_id: item for item in items}.values()) if encoder.moe_blocks else [], {}
-    with torch.no_grad(), evaluating(encoder):
-        for start in range(0, len(items), batch_size):
-            batch = items[start : start + batch_size]
-            routing = encoder.forward_items(batch, (view,)).routing[view].float().cpu().tolist()
-            shares |= {item.item_id: row for item, row in zip(batch, routing)}
-    return shares
-
-
 def explain_changes(
     comparison: Comparison,
     a,  # Moon2Encoder
@@ -173,6 +152,8 @@ def explain_changes(
     hits: int = 10,  # products of each list whose routing is read
 ) -> dict[tuple[str, str], dict]:  # (direction, query id) -> {"a": ..., "b": ...} of `_explain_hit`, with "routing"
     "Heatmap and routing of the first product of either encoder, for the most changed queries."
+    from moon2_lab.explain.expert_routing import expert_shares
+
     queries, explained = direction_queries(comparison.question), {}
     for row in progress(comparison.ordered().table.head(first).to_dict("records"), desc="explain"):
         key, view = (row["direction"], row["query_id"]), row["direction"].split("->")[1]
@@ -182,7 +163,7 @@ def explain_changes(
             items = [comparison.question.shown(key[0], product, view) for product in products]
             if items:
                 reason = _explain_hit(encoder, queries[key], items[0], method, trials)
-                explained[key][letter] = reason | {"routing": _expert_shares(encoder, items, view)}
+                explained[key][letter] = reason | {"routing": expert_shares(encoder, items, view)}
     return explained
 
 # %% ../../nbs/reporting/784_comparison_report.ipynb #113781a9

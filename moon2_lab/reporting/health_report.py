@@ -7,20 +7,14 @@ __all__ = ['FIGURE_WORDS', 'figure_rows', 'health_page', 'write_health_page']
 
 # %% ../../nbs/reporting/796_health_report.ipynb #5265cbea
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from ..errors import DataError, printable
-from ..evaluation.embedding_figures import sample_places
 from ..evaluation.embedding_health import LIMITS, Limit, SEVERITIES, WHERE
-from ..evaluation.label_tasks import LEVELS
-from ..evaluation.projection import projections
-from ..files import plain
+from .embedding_map import embedding_map, map_state
 from .html import render, write_page
-from .tables import VIEW_WORDS
+
 
 # %% ../../nbs/reporting/796_health_report.ipynb #b26d2d7d
 FIGURE_WORDS = {
@@ -74,52 +68,19 @@ def _cell_of(figure: str, value: float | None, limits: Sequence[Limit]) -> dict:
     return {"value": _figure_text(figure, value), "verdict": verdict}
 
 # %% ../../nbs/reporting/796_health_report.ipynb #c0c052ee
-_POINTS = 2000  # products on the map
-_NAMES = 7  # categories of a level that have a colour
-_TITLES = {"category_l1": "category, level 1", "category_l2": "category, level 2", "category_l3": "category, level 3"}
+_POINTS, _PICTURES = 2000, 500_000  # products on the map, bytes of their pictures
 
 
-def _level_names(products: Sequence, level: str) -> tuple[dict, list[int]] | None:
-    "Title and names of a level of categories, and the number of each product's name; None where all are in one."
-    values = [getattr(product, level, None) or "none" for product in products]
-    frequent = [name for name, _ in Counter(values).most_common(_NAMES)]
-    if len(set(values)) < 2:
-        return None
-    names = [*frequent, *(["others"] if len(set(values)) > len(frequent) else [])]
-    number = {name: place for place, name in enumerate(frequent)}
-    return {"title": _TITLES[level], "names": [printable(name, 60) for name in names]}, [
-        number.get(value, len(names) - 1) for value in values
-    ]
-
-
-def _map_data(
+def _map_state(
     examined,  # Examination of moon2_lab.studies.doctor
     most: int = _POINTS,
 ) -> dict | None:
-    "Everything that the script of the map reads; None where there are too few vectors."
-    places = sample_places(examined.ids, most)
-    shown = [examined.products.get(examined.ids[place]) for place in places]
+    "What the script of the map reads; None where there are too few vectors."
     try:
-        made = projections({view: rows[places] for view, rows in examined.views.items()})
+        shown = embedding_map(examined.views, examined.ids, examined.products, most=most)
     except DataError:
         return None
-    levels = [level for name in LEVELS if (level := _level_names(shown, name)) is not None]
-    entries = []
-    for row, (place, product) in enumerate(zip(places, shown)):
-        entry = {"id": printable(examined.ids[place], 60), "title": printable(getattr(product, "title", None), 120)}
-        entries.append(entry | {"groups": [numbers[row] for _, numbers in levels]})
-    methods = []
-    for projection in made:
-        points = {view: [_point(at) for at in rows] for view, rows in projection.points.items()}
-        methods.append({"name": projection.method, "about": projection.about, "points": points})
-    views = {view: VIEW_WORDS[view] for view in examined.views}
-    known = {"methods": methods, "levels": [level for level, _ in levels], "products": entries}
-    return plain(known | {"views": views, "total": len(entries)})
-
-
-def _point(at: np.ndarray) -> list[float] | None:
-    "A point with four digits; None where there is no vector."
-    return [round(float(x), 4) for x in at] if np.isfinite(at).all() else None
+    return map_state(shown, _PICTURES)
 
 # %% ../../nbs/reporting/796_health_report.ipynb #69696956
 _GROUPS = {"model": "Model", "base": "Base", "run": "Run", "file": "File", "repeats": "Encoded again",
@@ -160,7 +121,7 @@ def health_page(
     return render(
         "health.html", title=f"Health of {printable(examined.name, 80)}", name=examined.name, outcome=health.outcome,
         healthy=health.healthy, findings=findings, tables=tables, groups=groups, about=list(about.items()),
-        data=_map_data(examined, most),
+        state=_map_state(examined, most),
     )
 
 

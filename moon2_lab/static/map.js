@@ -1,4 +1,4 @@
-// The heatmap widget in a page of its own: a model that lives in the page instead of a kernel.
+// A widget in a page of its own: a model that lives in the page instead of a kernel.
 const state = JSON.parse(document.getElementById("state").textContent), heard = {};
 state.data = Uint8Array.from(atob(state.data), (letter) => letter.charCodeAt(0));
 const model = {
@@ -9,7 +9,7 @@ const model = {
   save_changes: () => {},
   send: () => {},
 };
-render({ model, el: document.getElementById("heatmap") });
+render({ model, el: document.querySelector("[data-widget]") });
 if (parent !== window) { // in a frame: it tells its height, and takes the theme of the page around it
   addEventListener("message", (event) => {
     if (event.source !== parent || typeof event.data?.moon2Light !== "boolean") return;

@@ -18,7 +18,7 @@ from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.faithfulness import Faithfulness
 from moon2_lab.explain.heatmap_data import Attribution, PairMaps, _pack_shares, map_json, maps_json, pair_payload
 from moon2_lab.reporting.attention_figures import layer_head_figure
-from moon2_lab.reporting.heatmap_figures import _plot_png, pair_map_figure, pair_map_plot, show_static, static_png
+from moon2_lab.reporting.heatmap_figures import plot_png, pair_map_figure, pair_map_plot, show_static, static_png
 from moon2_lab.reporting.heatmap_page import _VIEW, heat_page, write_heat_page
 from moon2_lab.reporting.html import inline_json
 from moon2_lab.testing import made_up_cross, made_up_pair, made_up_side
@@ -169,7 +169,7 @@ def test_unusual_pairs_can_be_shown(name):
     assert "<script>window" not in heat_page(pair)
     assert len(static_png(pair)) < 100_000
     assert pair_map_figure(pair, method).data
-    assert Image.open(io.BytesIO(_plot_png(pair_map_plot(pair, method, theme="dark")))).width == 600
+    assert Image.open(io.BytesIO(plot_png(pair_map_plot(pair, method, theme="dark")))).width == 600
 
 
 def test_titles_are_text_in_plotly():
