@@ -30,7 +30,9 @@ _HOMES = {  # module -> its public names
     "studies.study_tests": "study_tests",
     "studies.modality_stress": "stress_study",
     "reporting.comparison": "compare_encoders",
+    "reporting.embedding_map": "embedding_map",
     "reporting.hub": "push_to_hub",
+    "widgets.embedding_map": "embedding_map_widget",
     "widgets.heatmap": "heatmap compare_heatmaps",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}

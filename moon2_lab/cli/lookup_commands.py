@@ -122,7 +122,7 @@ def _more_columns(path: str | None, ids: list[str]) -> dict[str, list]:
     return {str(name): [None if pd.isna(x) else x for x in table[name].tolist()] for name in table}
 
 
-def _run_columns(folder: Path, encoder, products: list) -> dict[str, list]:
+def _run_columns(folder: Path, encoder, products: list, catalog) -> dict[str, list]:
     "The expert that reads most of each product, and the lowest phi that the filter gave its triplets, where known."
     import pandas as pd
     from moon2_lab.explain.expert_routing import expert_shares
@@ -134,8 +134,10 @@ def _run_columns(folder: Path, encoder, products: list) -> dict[str, list]:
         columns["strongest expert"] = [f"expert {number}" for number in strongest]
     ledger = folder / "filter_ledger.parquet"
     if ledger.is_file():
-        table = pd.read_parquet(ledger)
-        lowest = table[["phi_t", "phi_i", "phi_mm"]].min(axis=1).groupby(table.query_id.str.rpartition(":")[0]).min()
+        table, own = pd.read_parquet(ledger), catalog.triplets
+        positive = dict(zip(own.query_id, own.positive_id)) if own is not None else {}
+        asked = [positive.get(name, name.rpartition(":")[0]) for name in table.query_id]  # made queries: ID:number
+        lowest = table[["phi_t", "phi_i", "phi_mm"]].min(axis=1).groupby(asked).min()
         if (known := lowest.reindex(ids)).notna().any():
             columns["lowest phi in training"] = [None if pd.isna(x) else float(x) for x in known]
     return columns
@@ -172,7 +174,7 @@ def _map_of(args: argparse.Namespace):
         return _map_of_training(Path(args.subject), catalog, args.limit), ""
     split = args.split or ("test" if "test" in catalog.splits else "all")
     products, encoder = catalog.split(split).products, load_encoder(args.subject, device)
-    columns = _run_columns(Path(args.subject), encoder, products)
+    columns = _run_columns(Path(args.subject), encoder, products, catalog)
     columns |= _more_columns(args.columns, [product.product_id for product in products])
     shown = map_of_model(encoder, products, args.limit, columns=columns, name=args.subject)
     told = f"moon2 heatmap {args.subject} --query id:{{query}} --item {{item}} --out heatmap.html"

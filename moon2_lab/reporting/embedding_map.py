@@ -26,7 +26,6 @@ from ..evaluation.label_tasks import LEVELS
 from ..evaluation.projection import project_frames, projections
 from ..explain.heatmap_data import small_jpeg
 from ..files import plain
-from ..rivals.adapters import present_rows
 from .contact_sheet import small_png
 from .heatmap_figures import new_plot, plot_png, theme_of
 from .html import render, write_page
@@ -197,6 +196,8 @@ def embedding_map(
 # %% ../../nbs/reporting/795_embedding_map.ipynb #7cd14756
 def _usable_views(encoder, items) -> dict[str, np.ndarray]:
     "view -> (N,) bool, which products have it; views that no product has are left out."
+    from moon2_lab.rivals.adapters import present_rows
+
     there = present_rows(items, getattr(encoder, "own_views", ("t", "i", "mm")))
     return {view: rows for view, rows in there.items() if rows.any()}
 

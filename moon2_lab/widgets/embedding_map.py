@@ -8,7 +8,6 @@ __all__ = ['EmbeddingMapWidget', 'embedding_map_widget']
 # %% ../../nbs/widgets/820_embedding_map.ipynb #be2c9f35
 from collections.abc import Callable, Sequence
 
-import ipywidgets
 import traitlets
 
 from ..data.products import Product
@@ -94,6 +93,8 @@ def embedding_map_widget(
     **options,  # of `embedding_map`
 ):
     """A map of products in a notebook: an ipywidgets box, `.map` the widget. Errors as in `embedding_map`."""
+    import ipywidgets
+
     shown = map_of_model(encoder, products, most, **options)
     below, by_id = ipywidgets.VBox(), {product.product_id: product for product in products}
 

@@ -21,7 +21,7 @@ SMALL = [
 ]
 COMMANDS = (
     ["data", "check"], ["data", "synth"], ["backbone", "check"],
-    ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["doctor"], ["demo"],
+    ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["doctor"], ["map"], ["demo"],
     ["report"], ["push"], ["run"],
 )
 
