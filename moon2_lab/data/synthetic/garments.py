@@ -97,7 +97,7 @@ def _hoodie(art: CutOut) -> None:
         art.part(box(.285, .83, .715, .91), look.accent)
 
 # %% ../../../nbs/data/synthetic/252_garments.ipynb #87f7381c
-@drawn_as(GARMENTS, "dress", ("mini", "midi", "maxi"), ("", "short sleeve", "belted", "ruffle hem"), (.5, .58), .05)
+@drawn_as(GARMENTS, "dress", ("mini", "midi", "maxi"), ("", "short sleeve", "belt", "ruffle hem"), (.5, .58), .05)
 def _dress(art: CutOut) -> None:
     "A dress; the style is its length."
     look = art.look
@@ -109,7 +109,7 @@ def _dress(art: CutOut) -> None:
             art.part(points)
     art.part(mirror([(.44, .09), (.35, .08), (.345, .22), (.385, .40), (.5 - flare, hem), (.5, hem + .025)]))
     art.part(smooth(mirror([(.43, .07), (.45, .15), (.5, .18)]), 1), (255, 255, 255), 0)
-    if look.feature == "belted":
+    if look.feature == "belt":
         art.stroke([(.39, .405), (.61, .405)], .045, look.accent)
         art.part(box(.475, .38, .525, .43, .005), GOLD)
     if look.feature == "ruffle hem":

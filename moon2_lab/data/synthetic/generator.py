@@ -326,7 +326,7 @@ def _row(triplet: Triplet, facts: dict[str, Facts], products: list[Product], see
 # %% ../../../nbs/data/synthetic/260_generator.ipynb #58010e1f
 _LABEL = "synth.json"  # what a folder was drawn from
 _GENERATOR = "moon2_lab.synth"  # the name of this generator in catalogues
-GENERATOR_VERSION = 2  # 1 split by product id, 2 by family; counts up when the same options give another catalogue
+GENERATOR_VERSION = 3  # 2: split by family; 3: belt, digicam; counts up when the same options give another one
 _COLUMNS = [
     "product_id", "title", "description", "category_l1", "category_l2", "category_l3", "attributes", "image_paths",
     "source", "split",

@@ -41,7 +41,7 @@ def _kind_info() -> dict[str, KindInfo]:
     speaker   | Electronics/Audio/Speakers                      | Speaker, Loudspeaker     | wood plastic metal    | 3
     phone     | Electronics/Mobile & Computing/Phones           | Phone, Smartphone        | glass plastic metal   | 11
     laptop    | Electronics/Mobile & Computing/Laptops          | Laptop, Notebook         | metal plastic wood    | 2
-    camera    | Electronics/Cameras & Gaming/Cameras            | Camera, Photo Cam        | leather metal plastic | 3
+    camera    | Electronics/Cameras & Gaming/Cameras            | Camera, Digicam          | leather metal plastic | 3
     gamepad   | Electronics/Cameras & Gaming/Gamepads           | Gamepad, Game Controller | plastic metal glass   | 2
     """
     kinds = {}
