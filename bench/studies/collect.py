@@ -3,7 +3,8 @@
 STUDY is the folder of `moon2 ablate`; its runs stay where they are. What is written holds numbers and names of variants
 only, no product: scores.parquet (every score of every run), means.parquet (over seeds, with intervals), tests.parquet
 (Holm over each budget's table), balance.parquet and worst.parquet (modality balance), trade_off.parquet, omega.parquet
-(at most 60 steps of each run), and study.json: commands, commit, machine, versions, settings, minutes.
+(at most 60 steps of each run), and study.json: commands, commit, machine, versions, settings, minutes. A budget that is
+in the tables already and not in STUDY stays as it is; study.json says under "earlier" where it came from.
 """
 import argparse
 import shlex
@@ -52,6 +53,22 @@ def tables_of(out: Path) -> dict[str, pd.DataFrame]:
     return tables
 
 
+def joined(table: pd.DataFrame, path: Path, budgets: list[str]) -> pd.DataFrame:
+    "The table with the rows of other budgets that stand in the file."
+    before = pd.read_parquet(path) if path.is_file() else table.iloc[:0]
+    return pd.concat([before[~before.budget.isin(budgets)], table], ignore_index=True)
+
+
+def joined_note(note: dict, before: dict, kept: list[str]) -> dict:
+    "study.json of both: all commands, the steps that are known, and where the kept budgets came from."
+    note["commands"] = list(dict.fromkeys([*before.get("commands", []), *note.get("commands", [])]))
+    note["steps"] = note.get("steps") or before.get("steps", 0)
+    note["copies"] = before.get("copies", {}) | note.get("copies", {})
+    known = {name: before[name] for name in ("git", "machine", "versions", "started", "updated") if name in before}
+    earlier = before.get("earlier", {})
+    return note | ({"earlier": {budget: earlier.get(budget, known) for budget in kept}} if kept else {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
@@ -60,12 +77,16 @@ def main() -> None:
     from moon2_lab.files import read_json, write_json, write_parquet
 
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, table in tables_of(args.study).items():
+    tables, before = tables_of(args.study), args.out / "study.json"
+    budgets = sorted(set(tables["scores"].budget))
+    tables = {name: joined(table, args.out / f"{name}.parquet", budgets) for name, table in tables.items()}
+    for name, table in tables.items():
         write_parquet(args.out / f"{name}.parquet", table)
     note = read_json(args.study / "study.json")
-    kept = {name: note[name] for name in KEPT if name in note}
-    kept["commands"] = [without_places(command) for command in kept.get("commands", [])]
-    write_json(args.out / "study.json", kept)
+    note = {name: note[name] for name in KEPT if name in note}
+    note["commands"] = [without_places(command) for command in note.get("commands", [])]
+    others = sorted(set(tables["scores"].budget) - set(budgets))
+    write_json(before, joined_note(note, read_json(before) if before.is_file() else {}, others))
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{size / 1e6:.2f} MB in {args.out}")
 

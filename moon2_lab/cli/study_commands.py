@@ -31,7 +31,7 @@ def _study_of(args: argparse.Namespace):
     catalog = load_catalogue(args.catalog, config)
     return Study(
         catalog, Path(args.out), config, names, range(args.seeds), BUDGETS if args.budget == "both" else (args.budget,),
-        args.minutes, args.steps or 0, args.products, args.split, args.keep_models, args.command_line,
+        args.minutes, args.steps or 0, args.products, args.split, args.keep_models, args.command_line, args.calibrate,
     )
 
 

@@ -10,6 +10,7 @@ from moon2_lab.files import read_json
 from moon2_lab.reporting.ablation_report import write_ablation_report
 from moon2_lab.studies import ablation
 from moon2_lab.studies.ablation import Study, ablation_table, finished_runs, run_study, seed_means, study_plan
+from moon2_lab.testing import made_up_shop
 from small import settings, shop
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -122,6 +123,29 @@ def test_the_command(moon2, root, tmp_path):
     assert facts["page"].endswith("ablation.html")
     code, out, _ = moon2(*words[:-1], "device=cpu", "--variants", "full,dense", "--seeds", 1, "--split", "nowhere")
     assert code == 2
+
+
+def test_measured_steps_do_not_depend_on_the_load(sample, monkeypatch, tmp_path):
+    "With `calibrate` a run takes the steps that were measured (the middle of three, alternated), whatever the clock says."
+    asked, answers = [], iter([3, 9, 8, 4, 2, 10])
+    monkeypatch.setattr(ablation, "_fitting_steps", lambda study, name: (asked.append(name), next(answers))[1])
+    study = study_on(
+        sample, tmp_path / "study", variants=("full", "dense"), budgets=("minutes",), minutes=1e-4, calibrate=True
+    )
+    table = run_study(study)
+    assert asked == ["full", "dense", "dense", "full", "full", "dense"]
+    steps = {"full": 3, "dense": 9}  # the middle of 3, 4, 2 and of 9, 8, 10
+    assert table.groupby("variant").steps.first().to_dict() == steps
+    assert read_json(study.out / "study.json")["timed_steps"] == steps
+    assert run_study(study).equals(table) and len(asked) == 6  # measured once
+
+
+def test_steps_of_a_tower_are_measured_too(tmp_path):
+    "In twice the minutes about twice the steps fit, of a rival that is trained in another way."
+    many = made_up_shop(160)
+    study = study_on(many, tmp_path / "study", variants=("connector",), budgets=("minutes",), split="all", products=160)
+    short, long = (ablation._fitting_steps(replace(study, minutes=minutes), "connector") for minutes in (1, 8))
+    assert 3 * short < long < 20 * short
 
 
 def test_the_page_in_a_browser(browser, sample, tmp_path):
