@@ -126,7 +126,7 @@ def test_the_command(moon2, root, tmp_path):
 
 
 def test_measured_steps_do_not_depend_on_the_load(sample, monkeypatch, tmp_path):
-    "With `calibrate` a run takes the steps that were measured (the middle of three, alternated), whatever the clock says."
+    "With `calibrate` a run takes the steps that were measured, the middle of three, whatever the clock says."
     asked, answers = [], iter([3, 9, 8, 4, 2, 10])
     monkeypatch.setattr(ablation, "_fitting_steps", lambda study, name: (asked.append(name), next(answers))[1])
     study = study_on(

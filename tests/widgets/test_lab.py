@@ -162,6 +162,22 @@ widget
 """
 
 
+def save_and_reopen(page, browser, address, path):
+    "Save the notebook with the state of its widgets, end its kernel, and open it in a new page, which is returned."
+    page.wait_for_timeout(500)
+    page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-editor").first.click(position={"x": 300, "y": 8})
+    page.keyboard.press("Control+s")
+    kept = lambda: json.loads(path.read_text())["metadata"].get("widgets", {})
+    state = lambda: kept().get("application/vnd.jupyter.widget-state+json", {}).get("state")
+    until(page, state, "the state of the widget in the file")
+    page.close()
+    for kernel in json.load(urllib.request.urlopen(f"{address}/api/sessions")):
+        urllib.request.urlopen(urllib.request.Request(f"{address}/api/sessions/{kernel['id']}", method="DELETE"))
+    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    page.goto(f"{address}/lab/tree/{path.name}?reset", wait_until="domcontentloaded")
+    return page
+
+
 def test_a_saved_widget_is_alive_without_a_kernel(tmp_path, browser):
     """With the settings of `make lab` a notebook that is saved, closed and opened without a kernel shows the
     widget, its choices and its order of views; it can be used.
@@ -179,20 +195,7 @@ def test_a_saved_widget_is_alive_without_a_kernel(tmp_path, browser):
         page.keyboard.press("Home")
         until(page, lambda: step() != last, "the first step")
         first = step()
-        page.wait_for_timeout(500)
-        page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-editor").first.click(position={"x": 300, "y": 8})
-        page.keyboard.press("Control+s")
-        kept = lambda: json.loads((tmp_path / "saved.ipynb").read_text())["metadata"].get("widgets", {})
-        until(
-            page,
-            lambda: kept().get("application/vnd.jupyter.widget-state+json", {}).get("state"),
-            "the state of the widget in the file",
-        )
-        page.close()
-        for kernel in json.load(urllib.request.urlopen(f"{address}/api/sessions")):
-            urllib.request.urlopen(urllib.request.Request(f"{address}/api/sessions/{kernel['id']}", method="DELETE"))
-        page = browser.new_page(viewport={"width": 1300, "height": 1000})
-        page.goto(f"{address}/lab/tree/saved.ipynb?reset", wait_until="domcontentloaded")
+        page = save_and_reopen(page, browser, address, tmp_path / "saved.ipynb")
         page.locator(".m2r-load h4").first.wait_for(timeout=90_000)
         assert (
             page.locator(".m2r-load h4").all_inner_texts() == views and page.get_by_text("model not found").count() == 0
@@ -206,4 +209,50 @@ def test_a_saved_widget_is_alive_without_a_kernel(tmp_path, browser):
             "another expert, without a kernel",
         )
         keep_screenshot(page, "saved_widget.png")
+        page.close()
+
+
+MAP = """
+from moon2_lab.model.encoder import Moon2Encoder
+from moon2_lab.testing import made_up_shop
+from moon2_lab.widgets.embedding_map import embedding_map_widget
+
+encoder = Moon2Encoder.from_backbone("tiny", num_layers=1, image_size=32, visual_tokens=4)
+box = embedding_map_widget(encoder, made_up_shop(40).products)
+box
+"""
+
+
+def choose_on_map(page, title):
+    "Look for a product by its title, and choose it by keys."
+    page.locator(".m2m input[type=search]").fill(title)
+    page.locator(".m2m canvas").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    until(page, lambda: title in page.locator(".m2m-product").inner_text(), f"{title} beside the map")
+
+
+def test_the_embedding_map_asks_the_kernel_and_lives_without_it(tmp_path, browser):
+    "A choice reaches Python, \"why?\" draws the heatmap below; re-opened without a kernel the map can still be used."
+    cells = [MAP, "print('active', box.map.active, 'selected', len(box.map.selected))"]
+    with jupyter_lab(tmp_path, cells, "map.ipynb", Path(__file__).parents[2] / "scripts" / "lab") as address:
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        open_notebook(page, address, "map.ipynb")
+        run_cell(page, 0)
+        page.locator(".m2m canvas").wait_for(timeout=120_000)
+        choose_on_map(page, "number 17")
+        page.locator(".m2m .m2m-why").first.click()
+        page.locator(".m2h .m2h-sides").first.wait_for(timeout=120_000)
+        page.get_by_role("button", name="select these").click()
+        until(page, lambda: "1 product selected" in page.locator(".m2m-chosen").inner_text(), "the selection")
+        run_cell(page, 1)
+        printed = page.locator(".jp-OutputArea-output", has_text="active p017 selected 1")
+        printed.wait_for(timeout=60_000)
+        page = save_and_reopen(page, browser, address, tmp_path / "map.ipynb")
+        page.locator(".m2m canvas").wait_for(timeout=90_000)
+        assert "number 17" in page.locator(".m2m-product").inner_text()
+        page.get_by_role("button", name="clear").click()
+        choose_on_map(page, "number 30")
+        assert page.locator(".m2m-hits li").count() == 8
+        keep_screenshot(page, "saved_map.png")
         page.close()
