@@ -92,10 +92,11 @@ class Moon2Encoder(nn.Module):
         self,
         folder: str | Path,
         base: str = "included",  # included, or named: only what was trained, and which base it belongs to
+        dtype: str | None = None,  # of what was trained, beside a named base: float16 takes half the bytes
     ) -> None:
         """Write config.json, the weights and their checksums. With the base: LoRA merged, the tokenizer files, and all
         else that loading needs. Without: see `model.named_base`."""
-        save_encoder(self, Path(folder), base)
+        save_encoder(self, Path(folder), base, dtype)
 
     @classmethod
     def from_pretrained(

@@ -26,15 +26,18 @@ def save_encoder(
     encoder: nn.Module,  # a Moon2Encoder
     folder: Path,
     base: str,  # included or named
+    dtype: str | None = None,  # of the trained part beside a named base: see `save_trained`
 ) -> None:
     "Write a model folder: config.json, weights, files of the backbone, checksums. `UsageError` for another `base`."
     if base not in ("included", "named"):
         raise UsageError(f"unknown base {base!r}", where="base", advice="included or named")
+    if dtype is not None and base != "named":
+        raise UsageError(f"dtype={dtype!r} with the base included", where="dtype", advice="save it with base='named'")
     parts = {"encoder": encoder.config, **encoder.backbone.describe(), "info": encoder.info}
     parts |= {"base": describe_base(encoder)} if base == "named" else {}
     folder.mkdir(parents=True, exist_ok=True)
     if base == "named":
-        save_trained(encoder, folder)
+        save_trained(encoder, folder, dtype)
         names = [TRAINED]
     else:
         save_tensors(encoder.merged().state_dict(), folder / "model.safetensors")

@@ -33,9 +33,20 @@ def describe_base(encoder: nn.Module) -> dict:
     }
 
 
-def save_trained(encoder: nn.Module, folder: Path) -> None:
-    "Write the trained part of an encoder."
-    save_tensors(own_tensors(encoder), folder / TRAINED)
+def save_trained(
+    encoder: nn.Module,
+    folder: Path,
+    dtype: str | None = None,  # float16 or bfloat16: half the bytes, rounded; None: as it is
+) -> None:
+    "Write the trained part of an encoder. `UsageError` for another type, `DataError` for weights beyond its range."
+    if dtype not in (None, "float16", "bfloat16"):
+        raise UsageError(f"unknown type {dtype!r}", where="dtype", advice="float16, bfloat16, or None")
+    tensors = own_tensors(encoder)
+    if dtype is not None:
+        tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+        if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise DataError(f"weights beyond the range of {dtype}", where=odd[0], advice="save them as they are")
+    save_tensors(tensors, folder / TRAINED)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
