@@ -340,7 +340,8 @@ def _confusion_matrix(direction: str, counts: pd.DataFrame) -> dict:  # counts: 
     shares.index = [f"{printable(name, 24)} ({count:,})" for name, count in total.items()]
     shares.columns = [printable(name, 24) for name in shares]
     caption = f"Rows: the category looked for and its number of queries ({total.sum():,} in all). Columns: the "
-    caption += f"category of the first hit, as a share of the row. In {np.trace(counts.to_numpy()):,} of them it is right."
+    right = sum(counts.loc[name, name] for name in counts.index)
+    caption += f"category of the first hit, as a share of the row. In {right:,} of them it is right."
     return _matrix(shares, f"First hits by category, {direction}", caption)[0]
 
 
@@ -361,8 +362,8 @@ def _worst_part(details: QueryDetails, metrics: dict) -> list[tuple]:
 
 def _detail_part(details: QueryDetails) -> dict:
     "Recall by groups, confusions and histograms, for the template; empty where no query is known."
-    groups = [(f"By {details.level}", _group_rows(details.categories)), ("By title length", _group_rows(details.lengths))]
-    groups = [(name, table) for name, table in groups if table["rows"]]
+    tables = {f"By {details.level}": details.categories, "By title length": details.lengths}
+    groups = [(name, _group_rows(table)) for name, table in tables.items() if len(table)]
     matrices = [_confusion_matrix(direction, counts) for direction, counts in details.confusions.items()]
     charts = [_score_chart(scores) for scores in details.scores]
     return {"groups": groups, "matrices": matrices, "charts": charts} if groups or matrices or charts else {}
