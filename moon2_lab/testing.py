@@ -173,6 +173,7 @@ def made_up_history(
     for place, view in enumerate(VIEWS):  # so does the load of a view over the experts
         raw = np.stack([1 + 0.4 * through * np.cos(1.7 * expert + place) + noise(0.03) for expert in range(experts)])
         columns |= {f"load_{view}_{expert}": raw[expert] / raw.sum(0) for expert in range(experts)}
+    columns |= {f"unfiltered_{o}": columns[f"loss_{o}"] + 0.3 * through * (o[:5] == "inter") for o in OBJECTIVES}
     middle = 0.12 + 0.75 * (1 - np.exp(-4 * through)) + noise(0.01)
     columns |= {"phi_q05": middle * 0.45, "phi_q50": middle, "phi_q95": np.minimum(0.99, middle + 0.18)}
     columns |= {"share_down_weighted": np.clip(1 - 1.15 * middle, 0.02, 1)}

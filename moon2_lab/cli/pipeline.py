@@ -10,6 +10,7 @@ from dataclasses import asdict
 import hashlib
 import inspect
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -109,7 +110,8 @@ def _valid_scorer(
     def score(encoder) -> dict[str, float]:
         directions = run_benchmark(encoder, question, baselines=False, labels=False, resamples=0).metrics["directions"]
         recalls = {f"R@10_{direction}": block["R@10"]["value"] for direction, block in directions.items()}
-        return {"score": sum(recalls.values()) / len(recalls), **recalls}
+        queries = max(block["n_queries"] for block in directions.values())
+        return {"score": sum(recalls.values()) / len(recalls), **recalls, "queries": queries}
 
     return score
 
@@ -301,6 +303,7 @@ def report_run(
     "Write RUN/report.html (and metrics.json, where it is missing); returns its path."
     import pandas as pd
 
+    from moon2_lab.reporting.query_details import query_details
     from moon2_lab.reporting.report_examples import explain_match, query_hits, stored_benchmark
     from moon2_lab.reporting.run_report import write_report
 
@@ -314,11 +317,13 @@ def report_run(
         raise UsageError(what, where=str(run / "metrics.json"), advice=advice)
     files = {name: run / f"{name}.parquet" for name in ("history", "quarantine", "per_query")}
     tables = {name: pd.read_parquet(path) if path.is_file() else None for name, path in files.items()}
-    per_query, examples = tables.pop("per_query"), {"queries": None, "heatmap": None}
+    per_query, examples = tables.pop("per_query"), {}
     if per_query is not None:
         question = stored_benchmark(catalog, metrics["protocol"])
         examples["queries"] = query_hits(catalog, per_query, question)
+        examples["details"] = query_details(catalog, per_query, question)
         examples["heatmap"] = explain_match(run, catalog, per_query, question, device)
+        examples["space"] = _write_map(run, question.products, device)
     settings = read_json(run / "run_settings.json") if (run / "run_settings.json").is_file() else {}
     settings |= {"facts": _run_facts(settings)}
     page, rivals = run / "report.html", _rival_scores(run) or None
@@ -337,6 +342,29 @@ def _stored_scores(
         return read_json(path)
     _log.info(f"{path} and the table of queries beside it are of two evaluations (one was interrupted): scoring again")
     return None
+
+
+_MAPPED = 1000  # products on the map beside the page
+
+
+def _write_map(
+    run: Path,  # run folder
+    products: list,  # of the gallery
+    device="auto",
+) -> tuple[bytes, str] | None:  # PNG, and what it shows
+    "Write RUN/map.html; its still picture for the page. None where there are too few products, or no room for it."
+    from moon2_lab.reporting.embedding_map import map_of_model, map_png, write_map_page
+    from moon2_lab.rivals.loading import load_encoder
+
+    try:
+        shown = map_of_model(load_encoder(run, device), products, most=_MAPPED, name=run.name)
+        command = f"moon2 heatmap {shlex.quote(str(run))} --query id:{{query}} --item {{item}} --out heatmap.html"
+        write_map_page(shown, run / "map.html", command)
+    except LabError as error:
+        _log.info(f"no map of the embeddings: {error}")
+        return None
+    about, count = shown.projections[0], f"{len(shown):,} of the {shown.total:,} products of the gallery"
+    return map_png(shown, 0, 0 if shown.columns else -1), f"{count}, {about.name}: {about.about}"
 
 
 def _run_facts(

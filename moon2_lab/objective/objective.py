@@ -138,6 +138,11 @@ class ObjectiveBatch:
         # chance is the same at every length
         return replace(self, views=TripletViews(zeros, self.views.present), dims=())
 
+    def unfiltered(self) -> "ObjectiveBatch":
+        "The batch with weights of 1; itself where the filter does nothing."
+        active = self.config.filter and self.keys.filter_active
+        return replace(self, weight=torch.ones_like(self.weight)) if active else self
+
     def on_cpu(self) -> "ObjectiveBatch":
         "The batch with keys and what is present on the CPU, where masks are made."
         return replace(self, views=self.views.on_cpu(), keys=self.keys.on_cpu())
@@ -344,7 +349,8 @@ class Moon2Objective:
         with torch.autocast(keys.positive.device.type, enabled=False):  # scores need more digits than bfloat16 has
             terms = self.filter_terms(views, keys)
             batch = self.batch(views, keys, terms["filter_weight"])
-            losses, relative = self.alignment_losses(batch)
+            losses, relative, unfiltered = self.alignment_losses(batch)
+            terms["unfiltered"] = unfiltered
             terms |= losses | self.weight_terms(views, routing, keys, list(losses), relative)
             terms |= _receipt_terms(batch.candidates)
             weighted = [terms["omega"][m] * losses[name] for m, name in enumerate(self.alignment) if name in losses]
@@ -376,16 +382,20 @@ class Moon2Objective:
         candidates = batch_masks(keys.on_cpu(), views.on_cpu(), self.config.in_batch_negatives)
         return ObjectiveBatch(views, keys, self.config, weight, candidates, self.config.matryoshka_dims)
 
-    def alignment_losses(self, batch: ObjectiveBatch) -> tuple[dict[str, Tensor], Tensor]:
-        "The losses that have samples, by name, and (M,) their relation to chance."
+    def alignment_losses(self, batch: ObjectiveBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The losses that have samples, by name; (M,) their relation to chance; (M,) the losses without the filter's
+        weights, for the reader alone, NaN for those without samples."""
         losses, relative, blind = {}, batch.weight.new_zeros(len(self.alignment)), batch.blind()
+        unfiltered, even = torch.full_like(relative, math.nan), batch.unfiltered()
         known, device = batch.on_cpu(), batch.weight.device
         for m, (name, objective) in enumerate(self.alignment.items()):
             if objective.samples(known.views, known.keys.negative_mask).any():
                 masks = _moved(objective.masks(known), device)
                 losses[name] = objective.loss(batch, masks)
                 relative[m] = losses[name].detach() / objective.loss(blind, masks).clamp(min=1e-9)
-        return losses, relative
+                with torch.no_grad():
+                    unfiltered[m] = losses[name] if even is batch else objective.loss(even, masks)
+        return losses, relative, unfiltered
 
     def weight_terms(
         self, views: TripletViews, routing: TripletRouting, keys: TripletKeys, names: Sequence[str], relative: Tensor

@@ -6,29 +6,36 @@
 __all__ = ['write_report']
 
 # %% ../../nbs/reporting/780_run_report.ipynb #b50c2906
+import base64
+import io
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from PIL import Image
 
-from ..config import REPORTED, VIEWS
+from ..config import DIRECTIONS, REPORTED, VIEWS
 from ..errors import LabError, printable
+from ..evaluation.statistics import share_interval
 from ..explain.heatmap_data import PairHeatmap
 from ..objective.omega_alarm import LARGEST_SHARE, NEAR_SHARE, OMEGA_RULE
 from .alarms import alarms
-from .figure_svg import figure_svg
+from .figure_svg import figure_svg, histogram_svg
 from .heatmap_figures import match_html
 from .html import QueryHits, render, write_page
+from .query_details import QueryDetails
 from moon2_lab.reporting.run_figures import (
-    down_weighted_figure, gradient_figure, load_figure, loss_figure, masked_figure, omega_figure, recall_figure,
-    reliability_figure,
+    down_weighted_figure, filter_loss_figure, gradient_figure, load_figure, masked_figure, omega_change_figure,
+    recall_figure, reliability_figure, unfiltered_figure,
 )
 from moon2_lab.reporting.tables import (
-    METRICS, OBJECTIVE_WORDS, PAPER_RESULTS, VIEW_WORDS, against_baselines, beside_paper, estimate, headline_metric,
-    label_table, last_load, number, objective_series, preference_matrix, score_table, section,
+    METRICS, OBJECTIVE_WORDS, PAPER_RESULTS, VIEW_WORDS, against_baselines, beside_paper, columns_like, estimate,
+    headline_metric, label_table, last_load, number, objective_series, preference_matrix, score_table, section,
 )
 
 # %% ../../nbs/reporting/780_run_report.ipynb #ed8510f9
@@ -189,31 +196,53 @@ def _charts(history: pd.DataFrame, *figures: tuple[Callable, str]) -> list[Marku
     return charts
 
 
+def _loss_words(history: pd.DataFrame, stretch: str) -> tuple[str, str]:
+    "Captions of the losses by objective, and of their sum with and without the filter's weights."
+    each = "Lower is better; the levels of different objectives do not compare. "
+    share = pd.to_numeric(history.get("share_down_weighted", pd.Series(dtype=float)), errors="coerce")
+    if (share > 0).any() and not (share > 0).iloc[0] and not objective_series(history, "unfiltered").size:
+        each += "From the mark on, the filter's weights are part of the losses between products: "
+        each += "they fall there without the model having learned. "
+    both = "The objectives, weighed by omega and added up. Weighted is what is trained: from the mark on it falls "
+    both += "because triplets count for less. What is learned is in the unfiltered loss. "
+    return each + stretch, both + stretch
+
+
+def _recall_words(history: pd.DataFrame) -> str:
+    "What the recalls of the validation split are over, and how sure they are."
+    scored = [name for name in map(str, history) if name.startswith("valid_R@")]
+    times = int(history[scored].notna().any(axis=1).sum()) if scored else 0
+    queries = columns_like(history, "valid", ("queries",)).get("queries", pd.Series(dtype=float)).max()
+    words = f"Scored {times:,} times during training" if times != 1 else "Scored once during training"
+    if not math.isfinite(queries):
+        return f"{words}; over how many queries is not known."
+    low, high = share_interval(np.arange(int(queries)) % 2, np.arange(int(queries)))
+    words += f", over up to {queries:,.0f} queries in each direction: a recall of 0.50 has the 95 % interval "
+    return f"{words}{low:.2f} to {high:.2f}."
+
+
 def _training_part(history: pd.DataFrame) -> list[Markup]:
     "Losses, objective weights, validation scores, gradient norm."
     omega, steps = objective_series(history, "omega"), len(objective_series(history, "loss"))
     stretch = f"Each point is the mean of about {steps / 120:.0f} steps." if steps > 240 else ""
-    loss = "Lower is better; the levels of different objectives do not compare. "
-    share = pd.to_numeric(history.get("share_down_weighted", pd.Series(dtype=float)), errors="coerce")
-    if (share > 0).any() and not (share > 0).iloc[0]:
-        loss += "From the mark on, the filter's weights are part of the losses between products: "
-        loss += "they fall there without the model having learned. "
-    weights = f"How much each objective counts; evenly it would be {1 / max(1, len(omega.columns)):.2f}."
+    weights = f"Share of the weight of each objective, less an even share of {1 / max(1, len(omega.columns)):.2f}."
     most = omega.max(axis=None) if omega.size else math.nan
     if most <= NEAR_SHARE:
         weights += f" All stay far below {LARGEST_SHARE}, where one objective would take over (highest: {most:.2f})."
+    each, both = _loss_words(history, stretch)
     return _charts(
-        history, (loss_figure, loss + stretch), (omega_figure, weights), (recall_figure, "Scored during training."),
+        history, (filter_loss_figure, both), (unfiltered_figure, each), (omega_change_figure, weights),
+        (recall_figure, _recall_words(history)),
         (gradient_figure, f"Before clipping, on a logarithmic axis. {stretch}"),
     )
 
 
-def _matrix(table: pd.DataFrame, title: str, caption: str) -> list[dict]:
-    "A matrix of numbers for the template; none for an empty table."
+def _matrix(table: pd.DataFrame, title: str, caption: str, signed: bool = False) -> list[dict]:
+    "A matrix of numbers for the template; signed: differences in points. None for an empty table."
     rows = list(zip(table.index, table.to_numpy(dtype=float).tolist()))
-    full = max(1e-9, table.max(axis=None)) if table.size else 1
-    matrix = {"title": title, "caption": caption, "columns": list(table.columns), "rows": rows, "full": full}
-    return [matrix] if rows else []
+    full = max(1.0 if signed else 1e-9, table.abs().max(axis=None)) if table.size else 1
+    about = {"title": title, "caption": caption, "signed": signed}
+    return [about | {"columns": list(table.columns), "rows": rows, "full": full}] if rows else []
 
 
 def _expert_part(history: pd.DataFrame) -> dict:
@@ -221,8 +250,11 @@ def _expert_part(history: pd.DataFrame) -> dict:
     load, share = last_load(history), "Share of the view's tokens that each expert gets."
     caption = "Share of each view's tokens, mean over the last tenth of the steps. An even share is "
     matrices = _matrix(load.rename(columns=VIEW_WORDS), "Load at the end", f"{caption}{1 / max(1, len(load)):.0%}.")
-    caption = "Which objective each expert supports. Rows sum to 1."
-    matrices += _matrix(preference_matrix(history), "Preference p at the last step", caption)
+    preference = preference_matrix(history)
+    even = 1 / max(1, len(preference.columns))
+    caption = f"Which objective each expert supports: its preference less an even {even:.2f}, in points at the last "
+    caption += "step. Rows sum to 0; orange is more than even, blue less."
+    matrices += _matrix(100 * (preference - even), "Preference p, from even", caption, signed=True)
     charts = _charts(history, *[(partial(load_figure, view=view), share) for view in VIEWS])
     return {"matrices": matrices, "charts": charts} if matrices or charts else {}
 
@@ -239,11 +271,13 @@ def _filter_part(history: pd.DataFrame, settings: dict) -> list[Markup]:
 
 # %% ../../nbs/reporting/780_run_report.ipynb #6c1bbe72
 def _paper_part(metrics: dict) -> dict:
-    "The paper's table with the row of this run first; empty where nothing compares."
+    "The paper's table, with the row of this run first unless its products are drawn; empty where nothing compares."
     run = beside_paper(metrics)
     if run.isna().all():
         return {}
-    shown = [("this run, our data", ["–" if math.isnan(value) else f"{value:.1f}" for value in run])]
+    own = ("this run, our data", ["–" if math.isnan(value) else f"{value:.1f}" for value in run])
+    drawn = "catalog_version" in section(metrics, "protocol")  # drawn products stand beside nobody's
+    shown = [] if drawn else [own]
     for name, row in zip(PAPER_RESULTS.index, PAPER_RESULTS.to_numpy()):
         shown.append((name, ["–" if math.isnan(value) else f"{value:.2f}" for value in row]))
     return {"columns": list(PAPER_RESULTS.columns), "rows": shown}
@@ -290,6 +324,94 @@ def _match_part(heatmap: PairHeatmap) -> dict:
     about = {"score": number(heatmap.score), "method": heatmap.method, "note": heatmap.note}
     return about | {"match": match_html(heatmap)}
 
+# %% ../../nbs/reporting/780_run_report.ipynb #9efedbc5
+def _group_rows(table: pd.DataFrame) -> dict:  # of recall_by
+    "R@10 of groups, a column for each direction."
+    directions = [name for name in DIRECTIONS if name in set(table.direction)]
+    cells = {(row.group, row.direction): row for row in table.itertuples()}
+    rows = [(name, [cells.get((name, direction)) for direction in directions]) for name in table.group.unique()]
+    return {"directions": directions, "rows": rows}
+
+
+def _confusion_matrix(direction: str, counts: pd.DataFrame) -> dict:  # counts: of first_hit_confusion
+    "Shares of the queries of each category by the category of their first hit."
+    total = counts.sum(axis=1)
+    shares = counts.div(total, axis=0)
+    shares.index = [f"{printable(name, 24)} ({count:,})" for name, count in total.items()]
+    shares.columns = [printable(name, 24) for name in shares]
+    caption = f"Rows: the category looked for and its number of queries ({total.sum():,} in all). Columns: the "
+    right = sum(counts.loc[name, name] for name in counts.index)
+    caption += f"category of the first hit, as a share of the row. In {right:,} of them it is right."
+    return _matrix(shares, f"First hits by category, {direction}", caption)[0]
+
+
+def _score_chart(scores) -> Markup:  # ScoreHistogram
+    "Scores of right and best wrong products of a direction."
+    caption = f"{scores.queries:,} queries: score of the best right product, and of the best wrong one. "
+    if scores.unseen:
+        caption += f"In {scores.unseen:,} of them the right product stands below the hits that are kept; its score "
+        caption += "is lower than all that is drawn of that query, and not shown."
+    return histogram_svg(scores.edges, scores.right, scores.wrong, f"Scores, {scores.direction}", caption)
+
+
+def _worst_part(details: QueryDetails, metrics: dict) -> list[tuple]:
+    "The worst queries: (query, what was found first, the right product, products in the gallery)."
+    sizes = {name: number(section(metrics, "directions", name).get("n_gallery")) for name in DIRECTIONS}
+    return [(one, one.hits[0], one.hits[-1], sizes.get(one.direction, math.nan)) for one in details.worst]
+
+
+def _detail_part(details: QueryDetails) -> dict:
+    "Recall by groups, confusions and histograms, for the template; empty where no query is known."
+    tables = {f"By {details.level}": details.categories, "By title length": details.lengths}
+    groups = [(name, _group_rows(table)) for name, table in tables.items() if len(table)]
+    matrices = [_confusion_matrix(direction, counts) for direction, counts in details.confusions.items()]
+    charts = [_score_chart(scores) for scores in details.scores]
+    return {"groups": groups, "matrices": matrices, "charts": charts} if groups or matrices or charts else {}
+
+# %% ../../nbs/reporting/780_run_report.ipynb #bb09f324
+def _reproduce_part(settings: dict) -> dict:
+    "The command of a run, and the facts that its numbers depend on; empty without any."
+    git, machine, choices = (section(settings, name) for name in ("git", "machine", "choices"))
+    lines = [f"git checkout {git['commit']}"] if git.get("commit") else []
+    lines += [str(settings["command"])] if settings.get("command") else []
+    parts = [machine.get("system"), machine.get("processor"), machine.get("cores") and f"{machine['cores']} cores"]
+    about = {
+        "Machine": ", ".join(str(one) for one in parts if one),
+        "Device": ", ".join(str(choices[name]) for name in ("device", "dtype") if choices.get(name)),
+        "Threads": choices.get("num_threads"), "Seed": _setting(settings, "seed"),
+        "Catalogue (content)": str(settings.get("data_hash") or "")[:16],
+    }
+    about |= section(settings, "versions")
+    known = [(name, value) for name, value in about.items() if value not in (None, "")]
+    dirty = bool(git.get("dirty"))
+    return {"lines": lines, "facts": known, "dirty": dirty} if lines or section(settings, "versions") else {}
+
+
+def _next_part(folder: Path, details: QueryDetails | None) -> list[tuple[str, str]]:
+    "What to do with a run next: (why, command); empty where the page does not lie in a run folder."
+    if not (folder / "model").is_dir():
+        return []
+    worst = details.worst[0].hits[-1].product_id if details is not None and details.worst else None
+    run, out = shlex.quote(str(folder)), lambda name: shlex.quote(str(folder / name))
+    query = f"--query {shlex.quote('id:' + worst)} --item {shlex.quote(worst)}" if worst else "--query 'your words'"
+    why = "See what the worst query and its right product have in common" if worst else "See why a hit was found"
+    training, page = (" --training", "training.html") if (folder / "frames").is_dir() else ("", "map.html")
+    return [
+        (why, f"moon2 heatmap {run} {query} --out {out('heatmap.html')}"),
+        ("Look at the space of the products", f"moon2 map {run}{training} --out {out(page)}"),
+        ("Test it against another run, query by query", f"moon2 compare OTHER_RUN {run} --out {out('diff.html')}"),
+        ("Search with it in the browser", f"moon2 demo {run}"),
+    ]
+
+
+def _space_part(space: tuple[bytes, str], folder: Path) -> dict:
+    "The still picture of an embedding map, and the page that it links to, where that lies beside the report."
+    with Image.open(io.BytesIO(space[0])) as picture:
+        width, height = picture.size
+    uri = "data:image/png;base64," + base64.b64encode(space[0]).decode()
+    link = "map.html" if (folder / "map.html").is_file() else ""
+    return {"uri": uri, "width": width, "height": height, "about": space[1], "link": link}
+
 # %% ../../nbs/reporting/780_run_report.ipynb #1424e1b9
 def write_report(
     path: str | Path,  # the file to write, for example runs/demo/report.html
@@ -299,6 +421,8 @@ def write_report(
     settings: dict | None = None,  # run_settings.json; may hold `label` (how far to trust) and `facts` ({name: value})
     queries: list[QueryHits] | None = None,  # about ten, with five to ten hits each
     heatmap: PairHeatmap | None = None,  # one match explained
+    details: QueryDetails | None = None,  # what stands behind the recall
+    space: tuple[bytes, str] | None = None,  # PNG of an embedding map, and what it shows; map.html beside it is linked
     quarantine: pd.DataFrame | None = None,  # product_id, file, field, reason; None leaves the section out
     comparison: dict[str, dict] | None = None,  # {name: metrics} of other runs on the same split
     notes: list[str] | None = None,  # remarks shown at the top
@@ -318,13 +442,18 @@ def write_report(
         "unseen": _unseen_part(metrics),
         "labels": _label_part(metrics),
         "queries": list(queries or []),
+        "details": _detail_part(details) if details is not None else {},
+        "worst": _worst_part(details, metrics) if details is not None else [],
         "why": _match_part(heatmap) if heatmap is not None else {},
+        "space": _space_part(space, path.parent) if space else {},
         "training": _training_part(history) if known else [],
         "experts": _expert_part(history) if known else {},
         "filter": _filter_part(history, settings) if known else [],
         "paper": _paper_part(metrics),
         "quarantine": _quarantine_part(quarantine),
         "settings": _settings_part(settings),
+        "reproduce": _reproduce_part(settings),
+        "next": _next_part(path.parent, details),
         "words": True,
     }
     catalog = Path(str(section(metrics, "protocol").get("catalog") or "a catalogue")).name

@@ -31,7 +31,8 @@ class StepLines:
     def on_step(self, event: Event) -> None:
         "Log one line, or none."
         row, total, step = event.data["row"], self.trainer.max_steps, event.step + 1
-        scores = [f"{name} {value:.3f}" for name, value in row.items() if name.startswith("valid_")]
+        scored = {name: value for name, value in row.items() if name.startswith("valid_") and name != "valid_queries"}
+        scores = [f"{name} {value:.3f}" for name, value in scored.items()]
         if scores or step % max(1, total // 20) == 0:
             minutes = self.trainer.seconds["steps"] / 60
             facts = f"step {step}/{total}", f"{minutes:.1f} minutes", f"loss {row['loss']:.3f}"

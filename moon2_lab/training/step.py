@@ -157,7 +157,7 @@ def _to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def _numbers_of_step(terms: dict[str, Any], load: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "What history and ledger keep: single numbers, the weights of objectives and triplets, and the load of each view."
-    tables = ("omega", "preference", "phi", "filter_weight")
+    tables = ("omega", "unfiltered", "preference", "phi", "filter_weight")
     wanted = {name: x for name, x in terms.items() if torch.is_tensor(x) and (x.dim() == 0 or name in tables)}
     return wanted | {f"load_{view}": share for view, share in load.items()}
 
@@ -181,6 +181,8 @@ def history_row(
     row |= {f"term_{name}": float(value) for name, value in terms.items() if value.dim() == 0 and name not in known}
     if "omega" in terms:
         row |= {f"omega_{name}": weight for name, weight in zip(names, terms["omega"].tolist(), strict=True)}
+    if "unfiltered" in terms:
+        row |= {f"unfiltered_{name}": loss for name, loss in zip(names, terms["unfiltered"].tolist(), strict=True)}
     for z, preferences in enumerate(terms["preference"].tolist() if "preference" in terms else ()):
         row |= {f"p_{z}_{name}": p for name, p in zip(names, preferences, strict=True)}
     for view in state.load:

@@ -2,19 +2,31 @@
 say.
 """
 
+import base64
 import errno
+import html
+import io
 import re
+import shlex
 from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from moon2_lab.config import DIRECTIONS
+from moon2_lab.cli import commands as commands_module, lookup_commands, study_commands
+from moon2_lab.cli.options import build_parser
+from moon2_lab.config import DIRECTIONS, OBJECTIVES
 from moon2_lab.errors import LabError
+from moon2_lab.evaluation.evaluate import run_benchmark
+from moon2_lab.evaluation.protocol import make_benchmark
+from moon2_lab.evaluation.statistics import share_interval
 from moon2_lab.explain.heatmap_data import PairHeatmap
+from moon2_lab.reporting.query_details import query_details
 from moon2_lab.reporting.run_report import write_report
-from moon2_lab.testing import drawn_shape, made_up_history, made_up_metrics, made_up_query
+from moon2_lab.testing import (
+    MadeUpEncoder, drawn_shape, made_up_catalog, made_up_history, made_up_metrics, made_up_query,
+)
 
 HOSTILE = [
     "<script>window.pwned = 1</script>",
@@ -28,6 +40,26 @@ HOSTILE = [
     "\ud800 half a pair",
     "&lt;b&gt; &amp; 'x'",
 ]
+
+
+def scored_run() -> tuple:
+    "A catalogue of drawn shapes, its benchmark, and what an encoder that knows the ids with noise scores on it."
+    catalog = made_up_catalog(60)
+    question = make_benchmark(catalog, "test")
+    scored = run_benchmark(MadeUpEncoder(1.5), question, baselines=False, labels=False, resamples=0)
+    return catalog, question, scored
+
+
+def hostile_details():
+    "What stands behind a recall; every name is hostile somewhere."
+    catalog, question, scored = scored_run()
+    details = query_details(catalog, scored.per_query, question)
+    names = dict(zip(details.categories.group.unique(), HOSTILE))
+    details.categories["group"] = details.categories.group.map(names)
+    details.confusions = {name: table.rename(index=names, columns=names) for name, table in details.confusions.items()}
+    for place, one in enumerate(details.worst):
+        one.query_text = one.hits[0].title = one.hits[-1].product_id = HOSTILE[place]
+    return details
 
 
 def made_up_run(**changes) -> dict:
@@ -54,6 +86,7 @@ def made_up_run(**changes) -> dict:
         "history": made_up_history(1500),
         "queries": queries,
         "heatmap": heatmap,
+        "details": hostile_details(),
         "notes": HOSTILE,
         "comparison": {HOSTILE[1]: made_up_metrics(-0.05)},
         "settings": {
@@ -129,7 +162,10 @@ def test_accessible_structure(report):
     assert [tag for tag, _ in elements].count("h1") == 1 and dict(elements)["html"]["lang"] == "en"
 
 
-@pytest.mark.parametrize("missing", ["history", "queries", "heatmap", "quarantine", "comparison", "settings", "notes"])
+PARTS = ["history", "queries", "heatmap", "details", "quarantine", "comparison", "settings", "notes"]
+
+
+@pytest.mark.parametrize("missing", PARTS)
 def test_any_part_may_be_missing(tmp_path, missing):
     path = write_report(tmp_path / "report.html", **made_up_run(**{missing: None}))
     assert not read(path).unbalanced
@@ -166,6 +202,135 @@ def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
     with pytest.raises(LabError, match="disk is full"):
         write_report(path, **made_up_run())
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def cells_of(page: str, caption: str) -> list[list[str]]:
+    "The texts of the rows of the table with a caption, tags away."
+    table = re.search(rf"<caption[^>]*>(?:<span>)?{re.escape(caption)}.*?</table>", page, re.S)[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table.split("<tbody>")[1], re.S)
+    return [[re.sub(r"<[^>]+>", " ", cell).split() for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)]
+            for row in rows]
+
+
+def test_recall_by_category_is_the_hand_count(tmp_path):
+    catalog, question, scored = scored_run()
+    details, table = query_details(catalog, scored.per_query, question), scored.per_query
+    page = write_report(tmp_path / "report.html", metrics=scored.metrics, details=details).read_text(encoding="utf-8")
+    shown = {row[0][0]: row[1:] for row in cells_of(page, "By category, level 2: R@10")}
+    kinds = {product.product_id: product.category_l2 for product in catalog.products}
+    assert list(shown) == ["Bowl", "Vase", "Lamp", "Tray"]
+    for kind, cells in shown.items():
+        for direction, cell in zip(DIRECTIONS, cells):
+            own = table[(table.direction == direction) & (table.query_id.map(kinds) == kind)]
+            hits = np.array([rank <= 10 and len(right) > 0 for rank, right in zip(own["rank"], own.hit_ids)], float)
+            low, high = share_interval(hits, own.key.to_numpy())
+            numbers = [f"{100 * hits.mean():.1f}", f"{100 * low:.1f}", "to", f"{100 * high:.1f}"]
+            assert cell == [*numbers, str(len(own)), "queries"], (kind, direction)
+
+
+def test_title_lengths_cover_every_query_and_worst_queries_are_the_worst(tmp_path):
+    catalog, question, scored = scored_run()
+    details, table = query_details(catalog, scored.per_query, question), scored.per_query
+    for direction in DIRECTIONS:
+        part = details.lengths[details.lengths.direction == direction]
+        own = table[table.direction == direction]
+        assert part.queries.sum() == len(own)
+        whole = scored.metrics["directions"][direction]["R@10"]["value"]
+        assert (part.value * part.queries).sum() / len(own) == pytest.approx(whole)
+    searched = table[table.direction.isin(["t->mm", "i->mm", "mm->mm"])]
+    best_ten = searched.groupby("query_id")["rank"].max().sort_values(ascending=False).head(10)
+    assert [one.rank for one in details.worst] == best_ten.tolist()
+    page = write_report(tmp_path / "report.html", metrics=scored.metrics, details=details).read_text(encoding="utf-8")
+    rows = cells_of(page, "The worst 10 queries")
+    assert [row[1] for row in rows] == [[f"{rank:.0f}", "of", "60"] for rank in best_ten]
+    for row, one in zip(rows, details.worst):
+        asked = (table.direction == one.direction) & (table.query_id == one.hits[-1].product_id)
+        first = table[asked].top_ids.iloc[0][0]
+        assert first == one.hits[0].product_id and first in " ".join(row[2])
+
+
+def test_confusion_and_score_histograms_count_every_query():
+    catalog, question, scored = scored_run()
+    details, table = query_details(catalog, scored.per_query, question), scored.per_query
+    kinds = {product.product_id: product.category_l2 for product in catalog.products}
+    for direction, counts in details.confusions.items():
+        own = table[table.direction == direction]
+        pairs = list(zip(own.query_id.map(kinds), [kinds[names[0]] for names in own.top_ids]))
+        assert counts.loc["Vase", "Lamp"] == pairs.count(("Vase", "Lamp")) and counts.sum().sum() == len(own)
+    for scores in details.scores:
+        own = table[table.direction == scores.direction]
+        assert scores.queries == len(own) and scores.right.sum() == len(own) - scores.unseen
+        assert scores.unseen == (own["rank"] > own.top_ids.map(len)).sum()
+
+
+def test_training_is_drawn_with_and_without_the_filter_and_as_difference_from_even(tmp_path):
+    history = made_up_history(40)
+    history["share_down_weighted"] = np.where(history.step < 11, 0.0, 0.4)
+    history = history.assign(**{"valid_R@10_t->mm": np.where(history.step % 5 == 0, 0.3, np.nan), "valid_queries": 70})
+    page = write_report(tmp_path / "report.html", metrics={}, history=history).read_text(encoding="utf-8")
+    figures = {re.search(r"<b>(.*?)</b>", one)[1]: one for one in re.findall(r"<figure>.*?</figure>", page, re.S)}
+    chart = figures["Loss with and without the filter"]
+    assert "filter starts" in chart
+    last = history.iloc[-1]
+    by_hand = lambda kind: sum(last[f"omega_{name}"] * last[f"{kind}_{name}"] for name in OBJECTIVES)
+    sums = [by_hand(kind) for kind in ("unfiltered", "loss")]
+    assert f"unfiltered: {sums[0]:.3g}\nweighted: {sums[1]:.3g}</title>" in chart
+    omega = figures["Objective weights omega, from even"]
+    share = last["omega_inter_t"] / sum(last[f"omega_{name}"] for name in OBJECTIVES)
+    assert f"step 40\ninter_t: {100 * (share - 0.2):.3g}\n" in omega and ">even<" in omega
+    matrix = cells_of(page, "Preference p, from even")
+    assert matrix[0][1] == [f"{100 * (last.p_0_inter_t - 0.2):+.1f}".replace("-", "−")]
+    low, high = share_interval(np.arange(70) % 2, np.arange(70))
+    recall = figures["Recall on the validation split"]
+    over = "over up to 70 queries in each direction: a recall of 0.50 has the 95 % interval"
+    assert f"{over} {low:.2f} to {high:.2f}" in recall
+    assert recall.count("<circle") == 8
+
+
+def test_how_to_reproduce_and_what_next(tmp_path):
+    run = tmp_path / "my run"
+    (run / "model").mkdir(parents=True)
+    settings = {
+        "command": "moon2 train --catalog 'a shop' --set seed=7", "config": {"seed": 7}, "versions": {"torch": "2.13"},
+        "git": {"commit": "6fbb5fd", "dirty": False}, "machine": {"system": "Linux", "cores": 2},
+    }
+    catalog, question, scored = scored_run()
+    details = query_details(catalog, scored.per_query, question)
+    page = write_report(run / "report.html", metrics=scored.metrics, details=details, settings=settings).read_text()
+    commands = [html.unescape(text) for text in re.findall(r"<pre[^>]*><code>(.*?)</code></pre>", page, re.S)]
+    assert commands[0].splitlines() == ["git checkout 6fbb5fd", settings["command"]]
+    assert "changes that are not in this commit" not in page
+    worst = details.worst[0].hits[-1].product_id
+    heatmap = ["moon2", "heatmap", str(run), "--query", f"id:{worst}", "--item", worst]
+    assert shlex.split(commands[1])[:7] == heatmap
+    assert [shlex.split(command)[1] for command in commands[1:]] == ["heatmap", "map", "compare", "demo"]
+    for command in commands[1:]:  # they are commands of moon2
+        parser = build_parser(commands_module, lookup_commands, study_commands)
+        assert parser.parse_args(shlex.split(command)[1:]) is not None
+    outside = write_report(tmp_path / "report.html", metrics=scored.metrics, settings=settings).read_text()
+    assert 'id="next"' not in outside and 'id="reproduce"' in outside
+
+
+def test_the_map_is_a_picture_and_a_link_to_the_page_beside(tmp_path):
+    buffer = io.BytesIO()
+    drawn_shape(2).save(buffer, "PNG")
+    space = buffer.getvalue(), "60 of the 60 products"
+    write = lambda: write_report(tmp_path / "report.html", metrics={}, space=space)
+    assert 'id="space"' in write().read_text() and "map.html" not in write().read_text()
+    (tmp_path / "map.html").write_text("a map")
+    elements = read(write()).elements
+    assert {attributes["href"] for tag, attributes in elements if tag == "a"} >= {"map.html"}
+    uri = next(attributes["src"] for tag, attributes in elements if tag == "img")
+    assert base64.b64decode(uri.removeprefix("data:image/png;base64,")) == buffer.getvalue()
+
+
+def test_the_table_of_the_paper_is_folded_and_drawn_products_have_no_row_in_it(tmp_path):
+    metrics = made_up_metrics()
+    page = write_report(tmp_path / "report.html", metrics=metrics).read_text()
+    folded = re.search(r'<section id="paper".*?</section>', page, re.S)[0]
+    assert re.search(r"</h2>\s*<details><summary>", folded) and "this run, our data" in folded
+    metrics["protocol"]["catalog_version"] = 3
+    assert "this run, our data" not in write_report(tmp_path / "report.html", metrics=metrics).read_text()
 
 
 # In a real browser

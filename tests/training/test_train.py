@@ -112,7 +112,7 @@ def test_history_has_the_documented_columns(straight):
         "masked_pairs", "grad_norm", "seconds", "rss_mb",
     ]
     documented += [
-        f"{kind}_{name}" for kind in ("loss", "omega", "p_0", "p_1", "p_2", "p_3") for name in OBJECTIVES
+        f"{kind}_{name}" for kind in ("loss", "unfiltered", "omega", "p_0", "p_1", "p_2", "p_3") for name in OBJECTIVES
     ] + [f"load_{view}_{z}" for view in VIEWS for z in range(4)]
     more = [
         "loss_balance", "omega_sum_raw", "repeated_pairs", "negatives_per_query", "margin", "alarm", "lr_factor",
@@ -163,6 +163,9 @@ def test_progress_margin_filter_and_learning_rate_follow_the_steps(catalog):
     expected = [0.1 + 0.3 * (1 + np.cos(np.pi * min(max((step / 10 - 0.3) / 0.7, 0), 1))) / 2 for step in range(10)]
     np.testing.assert_allclose(history["margin"], expected, atol=1e-6)
     assert (history["share_down_weighted"][:3] == 0).all() and (history["share_down_weighted"][3:] > 0).any()
+    inter = [name for name in OBJECTIVES if name.startswith("inter")]
+    taken = pd.DataFrame({name: history[f"unfiltered_{name}"] - history[f"loss_{name}"] for name in inter})
+    assert (taken[:3] == 0).all(axis=None) and (taken[3:] > 0).any(axis=None)  # weights of 0 to 1 only take away
     np.testing.assert_allclose(history["lr_factor"][:2], [1 / 3, 2 / 3])
     assert history["lr_factor"].idxmax() == 2 and history["lr_factor"][2:].is_monotonic_decreasing
     for name, rate in (
