@@ -6155,6 +6155,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'moon2_lab/widgets/training.py'),
                                             'moon2_lab.widgets.training.LiveTraining._raise_error': ( 'widgets/training.html#livetraining._raise_error',
                                                                                                       'moon2_lab/widgets/training.py'),
+                                            'moon2_lab.widgets.training.LiveTraining._repr_mimebundle_': ( 'widgets/training.html#livetraining._repr_mimebundle_',
+                                                                                                           'moon2_lab/widgets/training.py'),
                                             'moon2_lab.widgets.training.LiveTraining._say': ( 'widgets/training.html#livetraining._say',
                                                                                               'moon2_lab/widgets/training.py'),
                                             'moon2_lab.widgets.training.LiveTraining._show_still': ( 'widgets/training.html#livetraining._show_still',

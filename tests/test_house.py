@@ -300,7 +300,10 @@ SEES_ONLY = {  # tighter than the order of the numbers: what sees arrays must no
     "evaluation.statistics": {"errors", "config"}, "evaluation.ranking": {"errors", "config", "evaluation.statistics"},
     "reporting.tables": {"errors", "config", "evaluation.statistics", "objective.omega_alarm"},
     "reporting.run_figures": {"errors", "config", "objective.omega_alarm", "reporting.tables"},
-    "widgets.training": {"errors", "config", "objective.omega_alarm", "reporting.tables", "reporting.run_figures"},
+    "widgets.training": {
+        "errors", "config", "objective.omega_alarm", "reporting.tables", "reporting.run_figures",
+        "reporting.still_figures",
+    },
 }
 
 
