@@ -214,7 +214,7 @@ class LiveTraining:
         "Display the view here. At the end of the run a still figure is laid under it, for programs without widgets."
         from IPython.display import display
 
-        self._handle = display(self._repr_mimebundle_(), raw=True, display_id=True)
+        self._handle = display(self.widget, display_id=True)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         "The view, and its curves of now as a still figure for those who cannot show widgets."
