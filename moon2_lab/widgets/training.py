@@ -7,6 +7,7 @@ __all__ = ['BatchView', 'LiveView', 'LiveTraining']
 
 # %% ../../nbs/widgets/800_training.ipynb #21eb23a0
 import asyncio
+import base64
 import html
 import math
 import time
@@ -21,6 +22,7 @@ from ..errors import LabError, UsageError
 from moon2_lab.reporting.run_figures import (
     GRID, blank_figure, filter_figure, load_figure, loss_figure, omega_figure, panels,
 )
+from ..reporting.still_figures import figure_png
 from ..reporting.tables import columns_like, thin
 
 # %% ../../nbs/widgets/800_training.ipynb #9cc4ba34
@@ -168,11 +170,12 @@ class LiveView:
 # %% ../../nbs/widgets/800_training.ipynb #c1f16e50
 _STATES = {  # state -> the buttons that have a meaning in it
     "ready": (), "running": ("pause", "stop"), "paused": ("resume", "step", "stop"), "stopped": ("resume", "step"),
-    "interrupted": ("resume", "step"), "failed": ("resume",), "done": (),
+    "interrupted": ("resume", "step"), "failed": ("resume",), "done": ("more",),
 }
+_MORE = 50  # steps that a finished run is made longer by
 _BUTTONS = {
     "pause": ("Pause", "pause"), "resume": ("Continue", "play"), "step": ("One step", "step-forward"),
-    "stop": ("Stop", "stop"),
+    "stop": ("Stop", "stop"), "more": (f"{_MORE} more steps", "plus"),
 }
 _BREATH, _TURN = 0.01, 0.2  # seconds: so long the kernel gets for others, and so often
 
@@ -191,7 +194,7 @@ class LiveTraining:
         self._walk = self._loop = self._task = self._handle = None
         self.buttons = {}
         for name, (label, icon) in _BUTTONS.items():
-            self.buttons[name] = ipywidgets.Button(description=label, icon=icon, layout={"width": "110px"})
+            self.buttons[name] = ipywidgets.Button(description=label, icon=icon, layout={"width": "auto"})
             self.buttons[name].on_click(lambda _, wish=name: self.want(wish))
         self.bar, self.status = ipywidgets.IntProgress(layout={"width": "220px"}), ipywidgets.HTML()
         line = ipywidgets.HBox([*self.buttons.values(), self.bar])
@@ -200,15 +203,27 @@ class LiveTraining:
 
     def want(self, wish: str) -> None:
         "What a button does. It may be called from any thread: it leaves a note, and wakes the walk if that has ended."
-        self.wish = {"resume": "run"}.get(wish, wish)
+        if wish == "more" and self.state == "done":
+            self.trainer.max_steps += _MORE
+            self._say("ready")
+        self.wish = {"resume": "run", "more": "run"}.get(wish, wish)
         if self._walk is None and self.wish in ("run", "step") and self._loop is not None:
             self._loop.call_soon_threadsafe(self._begin)
 
     def show(self) -> None:
-        "Display the view here. A still figure takes its place when the run is over, and is what the notebook keeps."
+        "Display the view here. At the end of the run a still figure is laid under it, for programs without widgets."
         from IPython.display import display
 
         self._handle = display(self.widget, display_id=True)
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        "The view, and its curves of now as a still figure for those who cannot show widgets."
+        bundle = self.widget._repr_mimebundle_()
+        view = bundle[0] if isinstance(bundle, tuple) else bundle
+        if not self.view.rows:
+            return view
+        still = figure_png(_live_figure(pd.DataFrame(self.view.rows)))
+        return view | {"image/png": base64.b64encode(still).decode()}
 
     def start(self) -> None:
         "Show the view and train in the background; without an event loop, just train to the end."
@@ -301,11 +316,9 @@ class LiveTraining:
         self._show_still()
 
     def _show_still(self) -> None:
-        "After the last step, put a still figure in the place of the view."
+        "After the last step, lay a still figure under the view, which stays with its buttons."
         if self.state == "done" and self._handle is not None:
-            self._handle.update(_live_figure(pd.DataFrame(self.view.rows))._repr_mimebundle_(), raw=True)
-            for part in (self.widget, self.view.widget):
-                part.close()
+            self._handle.update(self._repr_mimebundle_(), raw=True)
 
     def _begin(self) -> None:
         "Have a walk, and a task that drives it."

@@ -200,19 +200,30 @@ def test_interrupt_of_finish_can_be_continued(make_trainer, plain_end, tmp_path)
     assert trainer.encoder.fingerprint == plain_end
 
 
-def test_a_finished_run_gives_way_to_a_still_figure(make_trainer):
-    shown = []
-    live = LiveTraining(make_trainer(max_steps=3))
-    live._handle = SimpleNamespace(update=lambda bundle, raw: shown.append(bundle))
-    live.finish()
-    assert len(shown) == 1 and not any("widget" in mime for mime in shown[0])
-    assert live.widget.comm is None and live.view.widget.comm is None, (
-        "five megabytes of figure would stay in the browser"
-    )
-    live.trainer.max_steps = 4
-    assert (
-        next(event for event in live.trainer if event.phase == "step").step == 3
-    )  # the callback of a closed view does no harm
+def test_a_finished_run_stays_with_its_buttons(make_trainer):
+    "View and still picture in one output; a click in the background makes the run longer, and the weights move."
+
+    async def session():
+        shown, live = [], LiveTraining(make_trainer(max_steps=3))
+        live._handle = SimpleNamespace(update=lambda bundle, raw: shown.append(bundle))
+        live.start()
+        await live
+        assert live.state == "done" and {"application/vnd.jupyter.widget-view+json", "image/png"} <= set(shown[-1])
+        assert live.widget.comm is not None and not live.buttons["more"].disabled
+        assert all(button.disabled for name, button in live.buttons.items() if name != "more")
+        before = live.trainer.encoder.fingerprint
+        presser = threading.Thread(target=live.buttons["more"].click)
+        presser.start(), presser.join()
+        while live.trainer.step < 5:
+            await asyncio.sleep(0.01)
+        live.want("stop")
+        while live.state != "stopped":
+            await asyncio.sleep(0.01)
+        return live, before
+
+    live, before = asyncio.run(session())
+    assert live.trainer.max_steps == 53 and 5 <= live.trainer.step < 53
+    assert live.trainer.encoder.fingerprint != before
 
 
 def test_an_objective_of_ones_own_and_no_experts(make_trainer):
