@@ -73,7 +73,7 @@ def gallery_value(
     shared: Mapping[str, Mapping[str, int]] | None = None,  # of `shared_ranks`
     asked: Sequence[str] = (),  # attribute values that the query names
 ) -> list[tuple[Image.Image, str]]:
-    "Pictures and captions for a gallery box: score, what both found, the values asked for that it has and lacks, title."
+    "Pictures and captions for a gallery box: score, what both found, values asked for that it has and lacks, title."
     captions = []
     for product, score in hits:
         ranks = (shared or {}).get(product.product_id, {})

@@ -48,7 +48,8 @@ def _from_link(
     allowed = {
         "tab": ("search", "compare", "heatmap", "about"), "direction": VIEWS, "view": VIEWS,
         "compare": ("", *REPORTED), "method": methods, "kind": ("won", "lost", "moved"), "at": ("1", "5", "10"),
-        "of": letters, "model": letters + (["both"] if len(letters) > 1 else []), "k": [str(k) for k in range(1, MAX_HITS + 1)],
+        "of": letters, "model": letters + (["both"] if len(letters) > 1 else []),
+        "k": [str(k) for k in range(1, MAX_HITS + 1)],
     }
     lengths = {"q": MAX_LETTERS, "item": 200, "hit": 200, "filter": 1000, "category": 300}
     good = {}

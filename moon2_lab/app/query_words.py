@@ -155,9 +155,10 @@ def has_and_lacks(
     product: Product,
     asked: Sequence[str],  # of `AttributeWords.asked`
 ) -> tuple[list[str], list[str]]:
-    "The values asked for that a product has as an attribute, and those that it has not."
-    own = {frozenset(folded_terms(value)) for _, value in _values_of(product)}
-    has = [value for value in asked if frozenset(folded_terms(value)) in own]
+    "The values asked for that a product has, as an attribute or in its title, and those that it has not."
+    own, title = {frozenset(folded_terms(value)) for _, value in _values_of(product)}, set(folded_terms(product.title))
+    terms = {value: frozenset(folded_terms(value)) for value in asked}
+    has = [value for value in asked if terms[value] in own or terms[value] <= title]
     return has, [value for value in asked if value not in has]
 
 # %% ../../nbs/app/857_query_words.ipynb #37a0bb9e

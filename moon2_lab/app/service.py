@@ -298,7 +298,7 @@ class SearchService:
 
     @functools.cached_property
     def known_titles(self) -> tuple[TitleWords, str]:
-        "The words of the titles that the models were trained on, or else of those that are searched, and which they are."
+        "The words of the titles that the models were trained on, else of those searched; which titles they are."
         whole = self.catalog.whole
         if all(_trained_on(model.encoder, whole) for model in self.models.values()):
             known = TitleWords(product.title for product in whole if product.split == "train")
@@ -310,6 +310,11 @@ class SearchService:
     def attribute_words(self) -> AttributeWords:
         "The attribute values of the products that are searched."
         return AttributeWords(self.catalog.products)
+
+    @functools.cached_property
+    def chips(self) -> list[tuple[str, str, int]]:
+        "(name, value, products) of the attribute values that are offered as conditions."
+        return self.attribute_words.frequent(12)
 
     def word_notice(self, query: Item) -> WordNotice | None:
         "What is to be said of words of the query that the models cannot know; None: nothing."

@@ -2,6 +2,7 @@
   // What the page does by itself: the address follows what was asked, each search, opened hit and tab is a step of the history, and a frame takes the height of what is in it and gets the page's theme.
   const narrow = () => innerWidth < 768; // there the answer is below all the boxes
   const show = (element, block) => element?.scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth", block });
+  let folded = false; // the options, once
   let filling = true; // the boxes are being filled from the address: a tab that opens meanwhile was not clicked
   const kept = () => history.state?.moon2Picture ?? null;
   const keep = (asked, picture = kept()) => {
@@ -27,7 +28,12 @@
     },
     picture: kept,
     address: () => location.search + (kept() ? "&picture=1" : ""),
-    filled: () => { setTimeout(() => { filling = false; }, 300); },
+    filled: () => {
+      setTimeout(() => { filling = false; }, 300);
+      if (folded) return;
+      folded = true;
+      if (narrow()) document.querySelector("#moon2-options button.label-wrap.open")?.click(); // the hits come first
+    },
   };
   const here = new URL(location.href);
   if (here.searchParams.get("tab") === "search") { // the same without

@@ -500,6 +500,7 @@ def opened(browser, address, width=1200, **how):
     page.complaints = []
     page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("response", lambda reply: print(reply.status, reply.url) if reply.status >= 400 else None)
     page.goto(address)
     page.locator(".moon2-hits button img").first.wait_for(
         timeout=20_000, state="attached"
@@ -751,18 +752,52 @@ def test_words_that_no_title_has_are_marked(address, browser):
     notice.wait_for(timeout=20_000)
     assert notice.locator("mark").all_inner_texts() == ["sofa"] and "other words" in notice.inner_text()
     assert captions(page)[0].split("\n")[-2] == "has: black, zebra"
-    page.get_by_label("Words", exact=True).fill("红色连衣裙 <b>‮x")
+    page.get_by_label("Words", exact=True).fill("红色连衣裙 <u>\u202eqq")
     page.get_by_role("button", name="Search").click()
     page.get_by_text("written in Chinese characters").wait_for(timeout=20_000)
-    assert "do not trust them" in notice.inner_text() and notice.locator("b").count() == 0
+    assert "do not trust them" in notice.inner_text() and notice.locator("u").count() == 0
     page.get_by_label("Words", exact=True).fill("red zebra bag")
     page.get_by_role("button", name="Search").click()
     until(page, lambda: not notice.count() and captions(page), "no notice", 20)
     assert captions(page)[0].split("\n")[-3:-1] == ["has: zebra", "lacks: red"] and not page.complaints
     page.locator(".moon2-hits button:has(img)").first.click()
-    page.get_by_text("Asked for, not among its attributes: red").wait_for(timeout=20_000)
+    page.get_by_text("Asked for, in neither its attributes nor its title: red").wait_for(timeout=20_000)
     keep_screenshot(page, "demo-words.png")
     page.close()
+
+
+def test_from_a_hit_to_the_next_search(address, browser, demo):
+    "More like this, like this but with words, and attributes put into the filter; on a telephone options are folded."
+    page = opened(browser, f"{address}?q=black+bag&model=A")
+    words, image = page.get_by_label("Words", exact=True), page.locator(".image-frame img")
+    value = demo.service.chips[0][1]
+    page.get_by_role("button", name=value, exact=True).click()
+    until(page, lambda: "filter=" in page.url and value in page.url, "the filter", 20)
+    page.get_by_role("button", name=value, exact=True).click()
+    until(page, lambda: "filter=" not in page.url, "no filter", 20)
+    first = demo.service.search("black bag", None, "mm", 12)["hits"][0]["product_id"]
+    assert not page.get_by_role("button", name="More like this").is_visible()
+    page.locator(".moon2-hits:visible button:has(img)").first.click()
+    page.get_by_role("button", name="More like this").click(timeout=20_000)
+    until(page, lambda: words.input_value() == f"id:{first}" and first in page.url, "the product as the query", 20)
+    wanted = [hit["title"] for hit in demo.service.search(f"id:{first}", None, "mm", 12)["hits"]]
+    until(page, lambda: [one.split("\n")[-1] for one in captions(page)] == wanted, "products like it", 20)
+    page.locator(".moon2-hits:visible button:has(img)").first.click()
+    page.get_by_label("Like this, but ...").fill("red")
+    page.get_by_label("Like this, but ...").press("Enter")
+    until(page, lambda: words.input_value() == "red" and image.count() == 1, "its picture and the words", 20)
+    until(page, lambda: not page.get_by_role("button", name="More like this").is_visible(), "hits of both", 20)
+    keep_screenshot(page, "demo-like.png")
+    assert not page.complaints
+    narrow = opened(browser, f"{address}?q=black+bag", 420)
+    until(narrow, lambda: not narrow.get_by_label("Only").is_visible(), "options folded", 20)
+    galleries = narrow.locator(".moon2-hits")
+    left, right = (galleries.nth(place).bounding_box() for place in range(2))
+    assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"] and left["y"] < 1100  # with a note above
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 420 and not narrow.complaints
+    keep_screenshot(narrow, "demo-narrow-options.png")
+    for one in (page, narrow):
+        one.close()
 
 
 def test_compare_tab(address, browser, demo):
