@@ -203,7 +203,7 @@ def _alike_panel() -> dict[str, gr.components.Component]:
     with gr.Row(visible=False, elem_id="moon2-alike") as alike:
         more = gr.Button("More like this", min_width=160)
         but = gr.Textbox(label="Like this, but ...", placeholder="blue", max_length=MAX_LETTERS, min_width=200)
-        like = gr.Button("Search by its picture and these words", min_width=200)
+        like = gr.Button("Find by its picture and these words", min_width=200)
     return {"alike": alike, "more": more, "but": but, "like": like}
 
 
