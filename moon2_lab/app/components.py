@@ -14,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image, ImageDraw
 
+from .query_words import WordNotice, has_and_lacks
 from ..config import REPORTED
 from ..data.images import ImageRef
 from ..data.products import Product
@@ -70,14 +71,22 @@ def shared_ranks(
 def gallery_value(
     hits: Sequence[tuple[Product, float]],  # best first
     shared: Mapping[str, Mapping[str, int]] | None = None,  # of `shared_ranks`
+    asked: Sequence[str] = (),  # attribute values that the query names
 ) -> list[tuple[Image.Image, str]]:
-    "Pictures and captions for a gallery box."
+    "Pictures and captions for a gallery box: score, what both found, values asked for that it has and lacks, title."
     captions = []
     for product, score in hits:
         ranks = (shared or {}).get(product.product_id, {})
         both = "\n✓ both: " + " / ".join(f"{letter} {rank}" for letter, rank in ranks.items()) if ranks else ""
-        captions.append(f"{score:.3f}{both}\n{product.title or product.product_id}")
+        compared = zip(("has", "lacks"), has_and_lacks(product, asked))
+        values = "".join(f"\n{word}: {', '.join(some)}" for word, some in compared if some)
+        captions.append(f"{score:.3f}{both}{values}\n{product.title or product.product_id}")
     return [(thumbnail(product.image_ref()), caption) for (product, _), caption in zip(hits, captions)]
+
+
+def notice_html(notice: WordNotice | None) -> Markup:
+    "The query with the words marked that the model cannot know, and what that means; empty for None."
+    return card("notice", notice.words[:60], notice.text) if notice else Markup("")
 
 
 def agreement_html(hits: Mapping[str, Sequence[tuple[Product, float]]]) -> Markup:
@@ -94,12 +103,14 @@ def product_html(
     where: str,  # it was found
     matches: Sequence[tuple[str, str]] = (),  # (name, value) that it has in common with the query
     experts: Markup | str = "",  # of `experts_html`
+    lacks: Sequence[str] = (),  # values that the query names and that it has not
 ) -> Markup:
-    "A product: title, picture, what is known about it; what the query asked for is marked."
+    "A product: title, picture, what is known about it; what the query asked for is marked, and what of it is missing."
     names = {name.replace("_", " ") for name, _ in matches}
     common = ", ".join(dict.fromkeys(value for _, value in matches))
     title, image = product.title or "no title", thumbnail(product.image_ref())
-    return card("product", title, image, where, _product_facts(product), names, common, experts)
+    missing = ", ".join(lacks)
+    return card("product", title, image, where, _product_facts(product), names, common, missing, experts)
 
 
 def _product_facts(product: Product) -> list[tuple[str, str]]:

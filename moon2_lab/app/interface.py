@@ -12,6 +12,7 @@ import ipaddress
 import os
 import socket
 import sys
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def _from_link(
     allowed = {
         "tab": ("search", "compare", "heatmap", "about"), "direction": VIEWS, "view": VIEWS,
         "compare": ("", *REPORTED), "method": methods, "kind": ("won", "lost", "moved"), "at": ("1", "5", "10"),
-        "model": letters + (["both"] if len(letters) > 1 else []), "k": [str(k) for k in range(1, MAX_HITS + 1)],
+        "of": letters, "model": letters + (["both"] if len(letters) > 1 else []),
+        "k": [str(k) for k in range(1, MAX_HITS + 1)],
     }
-    lengths = {"q": MAX_LETTERS, "item": 200, "filter": 1000, "category": 300}
+    lengths = {"q": MAX_LETTERS, "item": 200, "hit": 200, "filter": 1000, "category": 300}
     good = {}
     for name, value in given.items():
         if value in allowed.get(name, ()) or len(value) <= lengths.get(name, -1):
@@ -88,8 +90,8 @@ def _connect_links(
     filled += [compare[name] for name in ("direction", "category", "k", "kind")] if compare else []
     opened, first = gr.State({}), search["text"].value
 
-    def fill(request: gr.Request):
-        asks, wrong = _from_link(service, dict(request.query_params))
+    def fill(given, first):
+        asks, wrong = _from_link(service, given)
         if wrong:
             gr.Warning(f"This address asks for something that there is not; left out: {', '.join(wrong)}.")
         query, model = asks.get("q", first), asks.get("model")
@@ -106,9 +108,31 @@ def _connect_links(
             values += [int(asks.get("at", 10)), asks.get("kind", "")]
         return asks, *values
 
-    chain = demo.load(with_messages(fill), None, [opened, *filled], **QUIET)
-    if first:
+    def load(request: gr.Request):
+        return fill(dict(request.query_params), first)
+
+    def go_back(address):
+        given = dict(urllib.parse.parse_qsl(str(address).lstrip("?"), keep_blank_values=True))
+        return fill(given, "" if "picture" in given else first)
+
+    outputs = [opened, *filled]
+    chain = demo.load(with_messages(load), None, outputs, **QUIET)
+    _do_what_is_asked(chain, events, opened, bool(first))
+    address, back = gr.Textbox(visible="hidden"), gr.Button(visible="hidden", elem_id="moon2-back")
+    picture = {"fn": None, "outputs": search["image"], "js": "() => moon2.picture()", "api_visibility": "private"}
+    chain = back.click(trigger_mode="always_last", **picture)
+    chain = chain.then(with_messages(go_back), address, outputs, js="() => moon2.address()", **QUIET)
+    _do_what_is_asked(chain, events, opened, True)
+
+
+def _do_what_is_asked(chain, events: Mapping[str, dict], opened: gr.State, searches: bool) -> None:
+    "What follows when the boxes have been filled from an address: search, open the hit, explain the pair, compare."
+    chain = chain.then(None, js="() => moon2.filled()", api_visibility="private")
+    if searches:
         chain = chain.then(**events["search"])
+        reopen = events["reopen"]
+        chain = chain.then(**reopen | {"inputs": [*reopen["inputs"], opened]})
+        chain = chain.then(**events["explain"]).then(**events["measure"])
     for tab in ("heatmap", "compare"):
         if events[tab]:
             chain = chain.then(**_only_for(tab, opened, events[tab]))
@@ -247,9 +271,9 @@ def build_demo(
             with gr.Tab("About", id="about") as fourth:
                 about_tab(service)
         for name, tab in (("", first), ("compare", second), ("heatmap", third), ("about", fourth)):
-            tab.select(None, js=f"() => moon2.keep({{tab: '{name}'}})", api_visibility="private")
+            tab.select(None, js=f"() => moon2.toTab('{name}')", api_visibility="private")
         boxes = {"search": search, "compare": compare, "heatmap": heatmap}
-        events = {"search": connect_search(service, search), "compare": connect_compare(service, second, compare)}
+        events = connect_search(service, search) | {"compare": connect_compare(service, second, compare)}
         events["heatmap"] = connect_heatmap(service, heatmap)
         _connect_links(service, demo, tabs, boxes, events)
         _add_endpoints(service)

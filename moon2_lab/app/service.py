@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .query_words import AttributeWords, TitleWords, WordNotice, word_notice
 from ..config import TrainConfig, VIEWS
 from ..data.catalog import Catalog
 from ..data.products import Item, Product
@@ -260,6 +261,14 @@ def _checked_k(k: float) -> int:
     raise UsageError(f"k={str(k)[:20]}", where="k", advice=f"a whole number, 1 or more, at most {MAX_HITS}")
 
 
+def _trained_on(encoder, catalog: Catalog) -> bool:
+    "Whether the model says that it was trained on this catalogue, by name and content."
+    info = getattr(encoder, "info", {})
+    name = Path(info.get("catalog") or "-").name
+    named = catalog.folder is not None and catalog.folder.name == name
+    return named and info.get("data_hash") == catalog.data_hash
+
+
 class SearchService:
     "Products and one or two models: all that the interface does, without the interface."
 
@@ -286,6 +295,31 @@ class SearchService:
     def lexicon(self) -> Lexicon:
         "The words of the whole catalogue, for search phrases."
         return Lexicon(self.catalog.whole)
+
+    @functools.cached_property
+    def known_titles(self) -> tuple[TitleWords, str]:
+        "The words of the titles that the models were trained on, else of those searched; which titles they are."
+        whole = self.catalog.whole
+        if all(_trained_on(model.encoder, whole) for model in self.models.values()):
+            known = TitleWords(product.title for product in whole if product.split == "train")
+            if known.words:
+                return known, "titles that the model was trained on"
+        return TitleWords(product.title for product in self.catalog), "titles of the products here"
+
+    @functools.cached_property
+    def attribute_words(self) -> AttributeWords:
+        "The attribute values of the products that are searched."
+        return AttributeWords(self.catalog.products)
+
+    @functools.cached_property
+    def chips(self) -> list[tuple[str, str, int]]:
+        "(name, value, products) of the attribute values that are offered as conditions."
+        return self.attribute_words.frequent(12)
+
+    def word_notice(self, query: Item) -> WordNotice | None:
+        "What is to be said of words of the query that the models cannot know; None: nothing."
+        infos = [getattr(model.encoder, "info", {}) for model in self.models.values()]
+        return word_notice(query.text, *self.known_titles, any(info.get("pretrained_backbone") for info in infos))
 
     @property
     def views(self) -> list[str]:
@@ -319,11 +353,13 @@ class SearchService:
     def search(
         self, text: str, image: str | None, direction: str = "mm", k: int = 10, filter: str = "", model: str = "A"
     ) -> dict[str, list[dict]]:
-        "The answer of the endpoint /search; with a note where a product was named, or could have been meant."
+        "The answer of the endpoint /search; with a note of a product that was named, and of words not known."
         query, hits = self.query_of(text, image), []
         for product, score in self.find(query, direction, k, filter, model):
             hits.append({"product_id": product.product_id, "score": score, "title": product.title})
-        note = query_note(self.catalog, text, query)
+        notice = self.word_notice(query)
+        notes = [query_note(self.catalog, text, query), notice.line if notice else ""]
+        note = "; ".join(one for one in notes if one)
         return {"hits": hits} | ({"note": note} if note else {})
 
     def heatmap(

@@ -1,21 +1,46 @@
 () => {
-  // What the page does by itself: the address follows what was asked, and a frame takes the height of what is in it and gets the page's theme.
+  // What the page does by itself: the address follows what was asked, each search, opened hit and tab is a step of the history, and a frame takes the height of what is in it and gets the page's theme.
   const narrow = () => innerWidth < 768; // there the answer is below all the boxes
   const show = (element, block) => element?.scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth", block });
-  const keep = (asked) => {
+  let folded = false; // the options, once
+  let filling = true; // the boxes are being filled from the address: a tab that opens meanwhile was not clicked
+  const kept = () => history.state?.moon2Picture ?? null;
+  const keep = (asked, picture = kept()) => {
     const address = new URL(location.href);
     for (const [name, value] of Object.entries(asked)) {
       if (value === null || value === undefined || value === "") address.searchParams.delete(name);
       else address.searchParams.set(name, value);
     }
-    history.replaceState(history.state, "", address);
+    const same = address.searchParams.toString() === new URL(location.href).searchParams.toString();
+    if (same && picture?.path === kept()?.path) return;
+    history.pushState({ moon2Picture: picture && JSON.parse(JSON.stringify(picture)) }, "", address); // as a plain object
   };
+  const changed = (asked, picture) => keep({ ...asked, hit: "", of: "" }, picture);
   window.moon2 = {
-    keep,
-    searched: (asked) => { keep(asked); if (narrow()) show(document.querySelector(".moon2-hits"), "start"); },
+    keep, changed,
+    toTab: (name) => filling || keep({ tab: name }),
+    searched: (asked, picture) => { changed(asked, picture); if (narrow()) show(document.querySelector(".moon2-hits"), "start"); },
     explained: (asked) => { keep(asked); if (narrow()) show(document.getElementById("moon2-pair"), "start"); },
-    toDetails: () => show(document.getElementById("moon2-details"), "nearest"),
+    toDetails: (opened) => { // "letter id"
+      const cut = opened.indexOf(" ");
+      keep({ of: opened.slice(0, cut), hit: opened.slice(cut + 1) });
+      show(document.getElementById("moon2-details"), "nearest");
+    },
+    picture: kept,
+    address: () => location.search + (kept() ? "&picture=1" : ""),
+    filled: () => {
+      setTimeout(() => { filling = false; }, 300);
+      if (folded) return;
+      folded = true;
+      if (narrow()) document.querySelector("#moon2-options button.label-wrap.open")?.click(); // the hits come first
+    },
   };
+  const here = new URL(location.href);
+  if (here.searchParams.get("tab") === "search") { // the same without
+    here.searchParams.delete("tab");
+    history.replaceState(history.state, "", here);
+  }
+  addEventListener("popstate", () => { filling = true; document.getElementById("moon2-back")?.click(); });
   addEventListener("message", (event) => {
     const frame = [...document.querySelectorAll("iframe.heat")].find((one) => one.contentWindow === event.source);
     if (!frame || !(event.data?.moon2Height > 0)) return;

@@ -500,6 +500,7 @@ def opened(browser, address, width=1200, **how):
     page.complaints = []
     page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("response", lambda reply: print(reply.status, reply.url) if reply.status >= 400 else None)
     page.goto(address)
     page.locator(".moon2-hits button img").first.wait_for(
         timeout=20_000, state="attached"
@@ -659,6 +660,143 @@ def test_a_copied_address_gives_the_same_hits(address, browser):
     wrong.get_by_text("left out: model, k, tab").wait_for(timeout=20_000)
     assert len(captions(wrong)) == 12 and not page.complaints + fresh.complaints + wrong.complaints
     for one in (page, fresh, wrong):
+        one.close()
+
+
+def test_hits_follow_the_options(address, browser, demo, picture):
+    "Each option searches when it is changed; where that fails no hits stand beside it, and it is said why."
+    page = opened(browser, address)
+    page.get_by_label("Words", exact=True).fill("black bag")
+    page.get_by_role("button", name="Search").click()
+    until(page, lambda: "q=black+bag" in page.url, "the address", 20)
+
+    def wanted(view="mm", k=12, expression="", image=None):
+        hits = demo.service.search("black bag", image, view, k, expression)["hits"]
+        return [hit["title"] for hit in hits]
+
+    def shown():
+        return [caption.split("\n")[-1] for caption in captions(page)]
+
+    def follows(what, **asked):
+        until(page, lambda: shown() == wanted(**asked), what, 20, lambda: f"{shown()} {wanted(**asked)}")
+
+    follows("the first hits")
+    page.get_by_label("title", exact=True).check()
+    follows("the part that is compared", view="t")
+    page.get_by_label("Only").fill("colour == 'zebra'")
+    page.get_by_label("Only").press("Enter")
+    follows("the filter", view="t", expression="colour == 'zebra'")
+    page.get_by_label("Only").fill("colour == 'no such colour'")
+    page.get_by_label("Only").press("Enter")
+    page.locator("#moon2-notice [role=alert]").get_by_text("No product fits the filter").wait_for(timeout=20_000)
+    assert not captions(page) and not captions(page, 1)
+    page.get_by_label("Only").fill("category_l1 == 'Fashion'")
+    page.get_by_label("Only").press("Enter")
+    follows("the filter that is mended", view="t", expression="category_l1 == 'Fashion'")
+    until(page, lambda: not page.locator("#moon2-notice [role=alert]").count(), "the message gone", 20)
+    for _ in range(3):
+        page.get_by_label("number input for Hits").press("ArrowUp")
+    follows("the number of hits", view="t", k=15, expression="category_l1 == 'Fashion'")
+    page.set_input_files("input[type=file]", str(picture))
+    follows("the picture", view="t", k=15, expression="category_l1 == 'Fashion'", image=str(picture))
+    assert "k=15" in page.url and "direction=t" in page.url and not page.complaints
+    page.close()
+
+
+def test_back_leads_to_what_was_there_before(address, browser, picture):
+    "Searches, pictures, opened hits and tabs are steps of the history, and a hit that is open is in the address."
+    page = opened(browser, address)
+    words = page.get_by_label("Words", exact=True)
+
+    def search(text):
+        words.fill(text)
+        page.get_by_role("button", name="Search").click()
+        until(page, lambda: f"q={text.replace(' ', '+')}" in page.url, "the address", 20)
+        return captions(page)
+
+    def back_to(holds, what):
+        page.go_back()
+        until(page, holds, what, 20, lambda: f"{page.url} {words.input_value()} {captions(page)}")
+
+    black, red = search("black bag"), search("red cotton dress")
+    assert black != red
+    back_to(lambda: words.input_value() == "black bag" and captions(page) == black, "the first search")
+    page.go_forward()
+    until(page, lambda: words.input_value() == "red cotton dress" and captions(page) == red, "the second", 20)
+    page.locator(".moon2-hits").nth(1).locator("button:has(img)").nth(2).click()
+    page.get_by_text("Hit 3 of B: second").wait_for(timeout=20_000)
+    until(page, lambda: "of=B&hit=" in page.url, "the hit in the address", 20)
+    fresh = opened(browser, page.url)
+    fresh.get_by_text("Hit 3 of B: second").wait_for(timeout=20_000)
+    framed(fresh, "#moon2-heat").locator(".m2h-word").first.wait_for(timeout=20_000)
+    fresh.close()
+    page.get_by_role("tab", name="About").click()
+    until(page, lambda: "tab=about" in page.url, "the tab in the address", 20)
+    back_to(lambda: page.get_by_text("Hit 3 of B: second").is_visible(), "the hit")
+    back_to(lambda: not page.locator("#moon2-details").inner_text().strip() and captions(page) == red, "the search")
+    page.set_input_files("input[type=file]", str(picture))
+    until(page, lambda: captions(page) not in ([], red), "hits of words and picture", 20)
+    both = captions(page)
+    page.wait_for_timeout(500)  # the step of the history
+    search("black bag")
+    back_to(lambda: captions(page) == both and page.locator(".image-frame img").count() == 1, "with its picture")
+    back_to(lambda: captions(page) == red and not page.locator(".image-frame img").count(), "without a picture")
+    assert page.title() == "Product search" and not page.complaints
+    page.close()
+
+
+def test_words_that_no_title_has_are_marked(address, browser):
+    "The words are marked and it is said what it means, for a script of no title, too; each card says what it lacks."
+    page = opened(browser, f"{address}?q=black+sofa+zebra&filter=colour+%3D%3D+%27zebra%27")
+    notice = page.locator("#moon2-notice [role=status]")
+    notice.wait_for(timeout=20_000)
+    assert notice.locator("mark").all_inner_texts() == ["sofa"] and "other words" in notice.inner_text()
+    assert captions(page)[0].split("\n")[-2] == "has: black, zebra"
+    page.get_by_label("Words", exact=True).fill("红色连衣裙 <u>\u202eqq")
+    page.get_by_role("button", name="Search").click()
+    page.get_by_text("written in Chinese characters").wait_for(timeout=20_000)
+    assert "do not trust them" in notice.inner_text() and notice.locator("u").count() == 0
+    page.get_by_label("Words", exact=True).fill("red zebra bag")
+    page.get_by_role("button", name="Search").click()
+    until(page, lambda: not notice.count() and captions(page), "no notice", 20)
+    assert captions(page)[0].split("\n")[-3:-1] == ["has: zebra", "lacks: red"] and not page.complaints
+    page.locator(".moon2-hits button:has(img)").first.click()
+    page.get_by_text("Asked for, in neither its attributes nor its title: red").wait_for(timeout=20_000)
+    keep_screenshot(page, "demo-words.png")
+    page.close()
+
+
+def test_from_a_hit_to_the_next_search(address, browser, demo):
+    "More like this, like this but with words, and attributes put into the filter; on a telephone options are folded."
+    page = opened(browser, f"{address}?q=black+bag&model=A")
+    words, image = page.get_by_label("Words", exact=True), page.locator(".image-frame img")
+    value = demo.service.chips[0][1]
+    page.get_by_role("button", name=value, exact=True).click()
+    until(page, lambda: "filter=" in page.url and value in page.url, "the filter", 20)
+    page.get_by_role("button", name=value, exact=True).click()
+    until(page, lambda: "filter=" not in page.url, "no filter", 20)
+    first = demo.service.search("black bag", None, "mm", 12)["hits"][0]["product_id"]
+    assert not page.get_by_role("button", name="More like this").is_visible()
+    page.locator(".moon2-hits:visible button:has(img)").first.click()
+    page.get_by_role("button", name="More like this").click(timeout=20_000)
+    until(page, lambda: words.input_value() == f"id:{first}" and first in page.url, "the product as the query", 20)
+    wanted = [hit["title"] for hit in demo.service.search(f"id:{first}", None, "mm", 12)["hits"]]
+    until(page, lambda: [one.split("\n")[-1] for one in captions(page)] == wanted, "products like it", 20)
+    page.locator(".moon2-hits:visible button:has(img)").first.click()
+    page.get_by_label("Like this, but ...").fill("red")
+    page.get_by_label("Like this, but ...").press("Enter")
+    until(page, lambda: words.input_value() == "red" and image.count() == 1, "its picture and the words", 20)
+    until(page, lambda: not page.get_by_role("button", name="More like this").is_visible(), "hits of both", 20)
+    keep_screenshot(page, "demo-like.png")
+    assert not page.complaints
+    narrow = opened(browser, f"{address}?q=black+bag", 420)
+    until(narrow, lambda: not narrow.get_by_label("Only").is_visible(), "options folded", 20)
+    galleries = narrow.locator(".moon2-hits")
+    left, right = (galleries.nth(place).bounding_box() for place in range(2))
+    assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"] and left["y"] < 1100  # with a note above
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 420 and not narrow.complaints
+    keep_screenshot(narrow, "demo-narrow-options.png")
+    for one in (page, narrow):
         one.close()
 
 
