@@ -221,6 +221,23 @@ class MemorySearcher(Searcher):
         "The products that can be found, in the order in which equal scores are listed."
         return [self._products[place] for place in self._places]
 
+    def __contains__(self, product_id: str) -> bool:
+        return product_id in self._lines
+
+    def product(self, product_id: str) -> Product:
+        "What is known of a product; errors as in `line`."
+        return self._products[self._places[self.line(product_id)]]
+
+    @functools.cached_property
+    def _contents(self) -> dict[tuple, str]:
+        "What is read of a product -> its id, of equal ones the first; pictures that are only named are not known."
+        whole = [one for one in self.products if one.refs or not one.image_paths or self.view == "t"]
+        return {product.item(self.view).content: product.product_id for product in reversed(whole)}
+
+    def same_content(self, item: Item) -> str | None:
+        "The id of the first product that shows the same text and picture, and so has the same vector."
+        return self._contents.get(item.content)
+
     def vector(self, product_id: str) -> np.ndarray:
         "(D,) of a product; errors as in `line`."
         return self._vectors[self.line(product_id)]

@@ -6,6 +6,7 @@
 __all__ = ['SideEdit', 'side_edit', 'Standing', 'WhatIf', 'PairEditor', 'what_if_pair']
 
 # %% ../../nbs/retrieval/735_what_if.ipynb #ec3e66f1
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -163,15 +164,16 @@ class PairEditor:
         if gallery is not None and not checked and gallery.encoder is not encoder:
             gallery.check(encoder.fingerprint)
         self.encoder, self.gallery, self.k, self._vectors = encoder, gallery, k, {}
-        self.products = {product.product_id: product for product in gallery.products} if gallery is not None else {}
-        self._known, self.item = {}, item
+        self.query, self.item = query, item
         if gallery is not None:
-            self.item = _seen_as(item, gallery.view)
             gallery.line(item.item_id)  # of a product that is there
-            for product in reversed(gallery.products):  # of equal ones the first
-                self._known[product.item(gallery.view).content] = product.product_id
-        self.query = query
+            self.item = _seen_as(item, gallery.view)
         self.before = self._standing(self.query, self.item)
+
+    @functools.cached_property
+    def products(self) -> dict[str, Product]:
+        "id -> product of the gallery."
+        return {} if self.gallery is None else {product.product_id: product for product in self.gallery.products}
 
     def edit(
         self,
@@ -190,8 +192,7 @@ class PairEditor:
         "The main picture of a product of the gallery. `UsageError` for an unknown id or a product without one."
         if self.gallery is None:
             raise UsageError("there is no gallery to take a picture from", where="picture", advice="give one")
-        self.gallery.line(product_id)
-        picture = self.products[product_id].image_ref()
+        picture = self.gallery.product(product_id).image_ref()
         if picture is None:
             raise UsageError("this product has no picture", where=product_id, advice="choose another product")
         return picture
@@ -209,7 +210,7 @@ class PairEditor:
         "The k best, the item as edited among them at its rank."
         found = self.gallery.search(query, min(self.k + 1, len(self.gallery)))[0]
         others = [hit for hit in found if hit.product_id != item.item_id]
-        product = self.products[item.item_id]
+        product = self.gallery.product(item.item_id)
         title = item.text if self.gallery.view != "i" else product.title
         levels = product.category_l1, product.category_l2, product.category_l3
         image = product.image_paths[0] if product.image_paths else None
@@ -218,7 +219,7 @@ class PairEditor:
 
     def _item_vector(self, item: Item) -> np.ndarray:  # (D,)
         "Of an item that is like a product of the gallery, the stored one."
-        same = self._known.get(item.content)
+        same = self.gallery.same_content(item) if self.gallery is not None else None
         return self._vector(item) if same is None else self.gallery.vector(same)
 
     def _vector(self, item: Item) -> np.ndarray:  # (D,)

@@ -2,7 +2,7 @@
 // Nothing is asked of the network. Titles are put in as text, never as HTML.
 
 const SIDES = ["query", "item"], WAIT = 300, SILENCE = 4000; // milliseconds: of quiet before an edit is sent; without an answer, after which there is no kernel
-const PICTURES = { own: "as it was", none: "without a picture", other: "another product's picture" };
+const PICTURES = { own: "picture as it was", none: "without a picture", other: "another product's picture" };
 const places = (rank, size) => (rank === null || rank === undefined ? "not known" : `${rank.toLocaleString("en")} of ${size.toLocaleString("en")}`);
 const plainEdit = (start) => ({ text: start.text, picture: "own", other: "" });
 let widgets = 0; // for names of radio buttons and lists that are unique on a page
@@ -15,7 +15,7 @@ class Side {
     this.text = make("textarea", { rows: 2, "data-lm-suppress-shortcuts": "true", "aria-label": `${label}: text`, oninput: () => this.send() });
     this.radios = Object.entries(PICTURES).map(([value]) => make("input", { type: "radio", name: group, value, onchange: () => { this.offer(); if (value === "other") this.other.focus(); if (value !== "other" || this.other.value) this.send(); } }));
     this.other = make("input", { type: "text", list, autocomplete: "off", placeholder: "id, or words of its title", "aria-label": `${label}: whose picture`, oninput: () => this.send() });
-    this.reset = make("button", { type: "button", onclick: () => { this.fill(plainEdit(start)); this.send(true); } }, "as it was");
+    this.reset = make("button", { type: "button", onclick: () => { this.fill(plainEdit(start)); this.send(true); } }, `${label} as it was`);
     this.image = make("img", { alt: `picture of the ${name}`, class: "m2w-picture" });
     this.empty = make("p", { class: "m2w-picture m2w-none" }, "no picture");
     this.edits = make("p", { class: "m2w-soft" });
