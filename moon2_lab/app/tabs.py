@@ -504,13 +504,13 @@ def connect_heatmap(service: SearchService, boxes: Mapping) -> dict:  # options 
 # %% ../../nbs/app/865_tabs.ipynb #d05fe045
 _OWN, _NONE = "as it is", "no picture"  # whose picture; anything else names a product
 _OFFERED = 8  # hits whose pictures are offered
-EDITED = ("edit_pair", "edit_fold", "edit_query", "edit_query_picture", "edit_item", "edit_item_picture", "edit_shown")
+EDITED = ("edit_pair", "edit_query", "edit_query_picture", "edit_item", "edit_item_picture", "edit_shown")
 
 
 def edit_boxes() -> dict:
     "The boxes of the fold, by what they are for, and the place of the numbers below it."
     boxes = {"edit_pair": gr.State({})}
-    with gr.Accordion("What if ...", open=False, visible=False, elem_id="moon2-edit") as boxes["edit_fold"]:
+    with gr.Accordion("What if ...", open=False, elem_id="moon2-edit"):
         with gr.Row():
             for side, label in (("query", "Query"), ("item", "Product")):
                 with gr.Column(min_width=240):
@@ -533,7 +533,7 @@ def edit_start(service: SearchService, asked: tuple, letter: str) -> tuple:  # t
             name = printable(hit.product.title or hit.product.product_id, 60)
             pictures.append((f"of hit {place}: {name}", hit.product.product_id))
     boxes = lambda one: (one.text or "", gr.Dropdown(pictures, value=_OWN))
-    return {"asked": asked, "letter": letter}, gr.Accordion(visible=True), *boxes(query), *boxes(item), ""
+    return {"asked": asked, "letter": letter}, *boxes(query), *boxes(item), ""
 
 
 def _first_hits(service: SearchService, query: Item, view: str, letter: str) -> list[ProductHit]:
@@ -548,7 +548,7 @@ def edited_pair(
 ) -> WhatIf:
     "The pair before and after. `UsageError` and `DataError` for an edit that cannot be read."
     if "asked" not in kept:
-        raise UsageError("this pair is kept no longer", where="what if", advice="press Explain again")
+        raise UsageError("there is no pair to edit", where="what if", advice="choose a product and press Explain first")
     query, item, _ = _asked_pair(service, *kept["asked"])
     view, (query_text, query_picture, item_text, item_picture) = kept["asked"][-1], edits
     now = _edited_item(service, query, query_text, query_picture), _edited_item(service, item, item_text, item_picture)
@@ -581,7 +581,7 @@ def connect_edit(service: SearchService, boxes: Mapping) -> None:
         return shown, card("line", "How far to trust this map: press Explain, which measures it.")
 
     def restore(kept):
-        query, item, _ = _asked_pair(service, *kept["asked"])
+        query, item = _asked_pair(service, *kept["asked"])[:2] if kept else (Item(None, None), Item(None, None))
         return query.text or "", _OWN, item.text or "", _OWN
 
     texts = [boxes[f"edit_{name}"] for name in ("query", "query_picture", "item", "item_picture")]
@@ -589,7 +589,8 @@ def connect_edit(service: SearchService, boxes: Mapping) -> None:
     tell = {"fn": with_messages(numbers), "inputs": inputs, "outputs": boxes["edit_shown"]} | QUIET
     draw = {"fn": with_messages(heat), "inputs": inputs, "outputs": [boxes["heat"], boxes["trust"]]} | QUIET | EXPLAINS
     fresh = {"fn": None, "js": "() => moon2.fresh('moon2-edit-shown')"} | _PRIVATE
-    typed = gr.on([box.input for box in texts], js=settled, trigger_mode="always_last", **tell)
+    heard = [box.input for box in texts] + [box.submit for box in texts[::2]]
+    typed = gr.on(heard, js=settled, trigger_mode="always_last", **tell)
     typed.success(**fresh).success(**draw)
     reset = boxes["edit_reset"].click(with_messages(restore), boxes["edit_pair"], texts, **QUIET)
     reset.success(**tell).success(**fresh).success(**draw)
