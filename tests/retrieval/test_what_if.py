@@ -58,7 +58,7 @@ def agrees(encoder, editor, result, products, edited, view="mm"):
     title=st.lists(st.sampled_from(WORDS), max_size=3), picture=st.sampled_from([None, 0, 5, 11]),
     k=st.integers(1, 30),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_many_edits_with_many_equal_scores(place, query, title, picture, k):
     encoder, combinations = Counting(), [(a, b) for a in WORDS[:3] for b in WORDS[3:]]
     products = [Product(f"p{n}", " ".join(combinations[n % 9]), refs=(flat_picture(n % 4),)) for n in range(18)]
