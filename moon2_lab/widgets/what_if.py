@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import anywidget
 import traitlets
 
 from ..data.images import ImageRef
@@ -23,6 +22,7 @@ from ..reporting.html import picture_uri, render
 from ..retrieval.query_input import MAX_LETTERS, pick_product
 from ..retrieval.search import Hit, MemorySearcher
 from ..retrieval.what_if import PairEditor, WhatIf
+from .heatmap import StillWidget
 
 # %% ../../nbs/widgets/825_what_if.ipynb #2359633b
 class _Shelf:
@@ -87,7 +87,7 @@ _LISTED = 1000  # products whose ids and titles the box completes; others can be
 _SIDE, _THUMB = 160, 64  # pixels of the pictures
 
 
-class WhatIfWidget(anywidget.AnyWidget):
+class WhatIfWidget(StillWidget):
     "A pair to be edited. `result` is the last `WhatIf`; `asked` can be set from Python as well as in the browser."
 
     _esm = static_text("parts.js", "what_if.js")
