@@ -27,6 +27,7 @@ _HOMES = {  # module -> its public names
     "retrieval.embed": "embed_catalog",
     "retrieval.search": "Searcher open_searcher",
     "retrieval.vectors": "VectorFile",
+    "retrieval.what_if": "what_if_pair",
     "studies.study_tests": "study_tests",
     "studies.modality_stress": "stress_study",
     "reporting.comparison": "compare_encoders",
@@ -34,6 +35,7 @@ _HOMES = {  # module -> its public names
     "reporting.hub": "push_to_hub",
     "widgets.embedding_map": "embedding_map_widget",
     "widgets.heatmap": "heatmap compare_heatmaps",
+    "widgets.what_if": "what_if_widget",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [*sorted(_MODULES)]  # noqa: PLE0604

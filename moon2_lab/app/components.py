@@ -24,9 +24,10 @@ from ..explain.heatmap_data import PairMaps, trust_words
 from ..model.vision import square
 from ..reporting.comparison import KINDS
 from ..reporting.heatmap_page import heat_page
-from ..reporting.html import environment, percent, picture_uri
+from ..reporting.html import environment, percent, picture_uri, render
 from ..reporting.tables import BASELINE_WORDS, DIRECTION_WORDS, against_baselines, number, score_table, section
 from ..retrieval.filters import COLUMNS
+from ..retrieval.what_if import WhatIf
 
 # %% ../../nbs/app/855_components.ipynb #cf828e1a
 def card(
@@ -142,6 +143,13 @@ def trust_html(maps: PairMaps, method: str) -> Markup:
     "How far the map of each side can be trusted, for a map that was shown before it was measured."
     lines = [(side.side, side.faith.get(method)) for side in (maps.query, maps.item)]
     return card("trust", [(side, bool(faith and faith.warning), trust_words(faith)) for side, faith in lines])
+
+# %% ../../nbs/app/855_components.ipynb #3672f966
+def edited_html(
+    told: WhatIf,
+) -> Markup:
+    "Score, rank and hits of a pair before and after an edit."
+    return render("what_if.html", told=told.as_json(), texts={}, item_id=told.item.item_id, unfolded=False)
 
 # %% ../../nbs/app/855_components.ipynb #5bd57f61
 _KIND_WORDS = {"won": "▲ won", "lost": "▼ lost", "moved": "◆ moved", "same": "= same"}

@@ -21,11 +21,11 @@ from PIL import Image
 from markupsafe import Markup
 
 from moon2_lab.app.components import (
-    about_html, agreement_html, card, compare_html, experts_html, gallery_value, heat_html, notice_html, product_html,
-    shared_ranks, trust_html,
+    about_html, agreement_html, card, compare_html, edited_html, experts_html, gallery_value, heat_html, notice_html,
+    product_html, shared_ranks, trust_html,
 )
 from .query_words import condition, has_and_lacks, toggled
-from .service import COMPARED, MAX_HITS, ProductHit, SearchService
+from .service import COMPARED, MAX_HITS, ProductHit, SearchService, edit_pair
 from ..config import REPORTED, VIEWS
 from ..data.products import Item, Product
 from ..errors import LabError, UsageError, printable
@@ -38,6 +38,7 @@ from ..reporting.tables import DIRECTION_WORDS
 from moon2_lab.retrieval.query_input import (
     MAX_LETTERS, category_paths, matches, named_item, pick_product, query_note, read_upload,
 )
+from ..retrieval.what_if import WhatIf
 from ..rivals.loading import explainable
 
 # %% ../../nbs/app/865_tabs.ipynb #c34abb64
@@ -528,6 +529,7 @@ def heatmap_tab(service: SearchService) -> dict:
         with gr.Column(scale=4, min_width=300):
             start = card("line", "Choose a product, or give a title or picture of your own, and press Explain.")
             boxes["details"] = gr.HTML(start, elem_classes="moon2", elem_id="moon2-pair")
+            boxes |= edit_boxes()
             boxes["heat"] = gr.HTML(elem_classes="moon2", elem_id="moon2-pair-heat", min_height=120)
             boxes["trust"] = gr.HTML(elem_classes="moon2", elem_id="moon2-pair-trust")
     return boxes
@@ -582,7 +584,8 @@ def connect_heatmap(service: SearchService, boxes: Mapping) -> dict:  # options 
 
     def explain(words, image, named, title, picture, view, method, letter, progress=_PROGRESS):
         asked, tell = (words, image, named, title, picture, view), _report_to(progress)
-        return _pair_html(service, *asked, method=method, letter=letter, tell=tell)
+        shown = _pair_html(service, *asked, method=method, letter=letter, tell=tell)
+        return *shown, *edit_start(service, asked, letter)
 
     def measure(words, image, named, title, picture, view, method, letter):
         query, item, _ = _asked_pair(service, words, image, named, title, picture, view)
@@ -590,13 +593,108 @@ def connect_heatmap(service: SearchService, boxes: Mapping) -> dict:  # options 
 
     inputs = [boxes[name] for name in ("text", "image", "item", "title", "picture", "view", "method", "model")]
     event = {"fn": with_messages(explain), "inputs": inputs, "show_progress_on": boxes["heat"]} | _PRIVATE | EXPLAINS
-    event |= {"outputs": [boxes[name] for name in ("details", "heat", "trust")]}
+    event |= {"outputs": [boxes[name] for name in ("details", "heat", "trust", *EDITED)]}
     measurement = {"fn": with_messages(measure), "inputs": inputs, "outputs": [boxes["trust"]]} | QUIET | EXPLAINS
     keep = "moon2.explained({tab: 'heatmap', q, item, view, method, model})"
     keep = f"(q, image, item, title, picture, view, method, model) => {keep}"
     shown = gr.on([boxes["go"].click, boxes["text"].submit], **event)
     shown.success(None, inputs, js=keep, **_PRIVATE).then(**measurement)
+    connect_edit(service, boxes)
     return event
+
+# %% ../../nbs/app/865_tabs.ipynb #d05fe045
+_OWN, _NONE = "as it is", "no picture"  # whose picture; anything else names a product
+_OFFERED = 8  # hits whose pictures are offered
+EDITED = ("edit_pair", "edit_query", "edit_query_picture", "edit_item", "edit_item_picture", "edit_shown")
+
+
+def edit_boxes() -> dict:
+    "The boxes of the fold, by what they are for, and the place of the numbers below it."
+    boxes = {"edit_pair": gr.State({})}
+    with gr.Accordion("What if ...", open=False, elem_id="moon2-edit"):
+        with gr.Row():
+            for side, label in (("query", "Query"), ("item", "Product")):
+                with gr.Column(min_width=240):
+                    text = gr.Textbox("", label=f"{label}: words", lines=1, max_lines=4, max_length=MAX_LETTERS)
+                    info = "or that of another product: its id, or words of its title"
+                    picture = gr.Dropdown([_OWN, _NONE], value=_OWN, allow_custom_value=True, info=info,
+                                          label=f"{label}: picture")
+                    boxes |= {f"edit_{side}": text, f"edit_{side}_picture": picture}
+        boxes["edit_reset"] = gr.Button("Query and product as they were", size="sm")
+    boxes["edit_shown"] = gr.HTML(elem_classes="moon2", elem_id="moon2-edit-shown", padding=False)
+    return boxes
+
+# %% ../../nbs/app/865_tabs.ipynb #e3bc5939
+def edit_start(service: SearchService, asked: tuple, letter: str) -> tuple:  # the values of EDITED
+    "The fold for a pair that was explained: its words, the pictures of its first hits, no numbers yet."
+    query, item, _ = _asked_pair(service, *asked)
+    pictures = [(_OWN, _OWN), (_NONE, _NONE)]
+    for place, hit in enumerate(_first_hits(service, query, asked[-1], letter), 1):
+        if hit.product.has_image:
+            name = printable(hit.product.title or hit.product.product_id, 60)
+            pictures.append((f"of hit {place}: {name}", hit.product.product_id))
+    boxes = lambda one: (one.text or "", gr.Dropdown(pictures, value=_OWN))
+    return {"asked": asked, "letter": letter}, *boxes(query), *boxes(item), ""
+
+
+def _first_hits(service: SearchService, query: Item, view: str, letter: str) -> list[ProductHit]:
+    "A few hits of the query; none where the products have no vectors of this view."
+    return service.find(query, view, _OFFERED, model=letter) if view in service.model(letter).searchers else []
+
+
+def edited_pair(
+    service: SearchService,
+    kept: Mapping,  # of `edit_start`
+    *edits: str,  # words and picture of the query, words and picture of the product
+) -> WhatIf:
+    "The pair before and after. `UsageError` and `DataError` for an edit that cannot be read."
+    if "asked" not in kept:
+        raise UsageError("there is no pair to edit", where="what if", advice="choose a product and press Explain first")
+    query, item, _ = _asked_pair(service, *kept["asked"])
+    view, (query_text, query_picture, item_text, item_picture) = kept["asked"][-1], edits
+    now = _edited_item(service, query, query_text, query_picture), _edited_item(service, item, item_text, item_picture)
+    return edit_pair(service.model(kept["letter"]), query, item, now[0], _seen_as(now[1], view), view, _OFFERED)
+
+
+def _edited_item(service: SearchService, item: Item, text: str | None, picture: str | None) -> Item:
+    "An item with these words, and its own picture, none, or that of the product that is named."
+    image = item.image
+    if picture and picture != _OWN:
+        product = None if picture == _NONE else pick_product(service.catalog, picture)
+        if product is not None and not product.has_image:
+            raise UsageError("this product has no picture", where=product.product_id, advice="choose another")
+        image = product and product.image_ref()
+    text = (text or "")[:MAX_LETTERS]
+    return replace(item, text=item.text if text == (item.text or "") else printable(text) or None, image=image)
+
+# %% ../../nbs/app/865_tabs.ipynb #0e55a0cc
+def connect_edit(service: SearchService, boxes: Mapping) -> None:
+    "What happens on an edit: first the numbers, then the heatmap of the edited pair."
+
+    def numbers(*given):
+        told = edited_pair(service, *given)
+        return edited_html(told) if any(edit.words for edit in told.edits) else ""
+
+    def heat(*given):
+        told, tell = edited_pair(service, *given), lambda share, what: None
+        heading = "Why this score, as edited?" if any(edit.words for edit in told.edits) else "Why this score?"
+        _, shown, _ = explained_pair(service, told.query, told.item, "cross", given[0]["letter"], tell, heading)
+        return shown, card("line", "How far to trust this map: press Explain, which measures it.")
+
+    def restore(kept):
+        query, item = _asked_pair(service, *kept["asked"])[:2] if kept else (Item(None, None), Item(None, None))
+        return query.text or "", _OWN, item.text or "", _OWN
+
+    texts = [boxes[f"edit_{name}"] for name in ("query", "query_picture", "item", "item_picture")]
+    inputs, settled = [boxes["edit_pair"], *texts], "(...given) => moon2.settled('edit', given)"
+    tell = {"fn": with_messages(numbers), "inputs": inputs, "outputs": boxes["edit_shown"]} | QUIET
+    draw = {"fn": with_messages(heat), "inputs": inputs, "outputs": [boxes["heat"], boxes["trust"]]} | QUIET | EXPLAINS
+    fresh = {"fn": None, "js": "() => moon2.fresh('moon2-edit-shown')"} | _PRIVATE
+    heard = [box.input for box in texts] + [box.submit for box in texts[::2]]
+    typed = gr.on(heard, js=settled, trigger_mode="always_last", **tell)
+    typed.success(**fresh).success(**draw)
+    reset = boxes["edit_reset"].click(with_messages(restore), boxes["edit_pair"], texts, **QUIET)
+    reset.success(**tell).success(**fresh).success(**draw)
 
 # %% ../../nbs/app/865_tabs.ipynb #0e58a5a7
 def about_tab(service: SearchService) -> None:

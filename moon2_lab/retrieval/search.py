@@ -21,7 +21,7 @@ import numpy as np
 from ..data.products import Item, Product
 from ..errors import LabError, UsageError
 from ..evaluation.ranking import dot_rows
-from .filters import FacetTable, field_values, milvus_filter
+from .filters import FacetTable, field_values, milvus_filter, nearest_names
 from .milvus import GRAPH_EF, count_rows, read_about, read_fields, require_complete
 from .milvus_client import close_store, open_store, store_address, store_errors, store_folder
 from .vectors import PAYLOAD, VectorBlock, VectorFile, attribute_texts, shorten
@@ -202,6 +202,62 @@ class MemorySearcher(Searcher):
         image = product.image_paths[0] if product.image_paths else None
         categories = product.category_l1, product.category_l2, product.category_l3
         return Hit(product.product_id, score, product.title, *categories, product.attributes, image)
+
+    @functools.cached_property
+    def _lines(self) -> dict[str, int]:
+        "product id -> its line among the vectors."
+        return {self._products[place].product_id: line for line, place in enumerate(self._places)}
+
+    def line(self, product_id: str) -> int:
+        "The line of a product among the vectors. `UsageError` for one that cannot be found, with the nearest ids."
+        if product_id not in self._lines:
+            near = nearest_names(str(product_id), self._lines)
+            advice = f"nearest: {', '.join(near)}" if near else "give the id of a product that was embedded"
+            raise UsageError("no such product among the vectors", where=str(product_id)[:80], advice=advice)
+        return self._lines[product_id]
+
+    @property
+    def products(self) -> list[Product]:
+        "The products that can be found, in the order in which equal scores are listed."
+        return [self._products[place] for place in self._places]
+
+    def __contains__(self, product_id: str) -> bool:
+        return product_id in self._lines
+
+    def product(self, product_id: str) -> Product:
+        "What is known of a product; errors as in `line`."
+        return self._products[self._places[self.line(product_id)]]
+
+    @functools.cached_property
+    def _contents(self) -> dict[tuple, str]:
+        "What is read of a product -> its id, of equal ones the first; pictures that are only named are not known."
+        whole = [one for one in self.products if one.refs or not one.image_paths or self.view == "t"]
+        return {product.item(self.view).content: product.product_id for product in reversed(whole)}
+
+    def same_content(self, item: Item) -> str | None:
+        "The id of the first product that shows the same text and picture, and so has the same vector."
+        return self._contents.get(item.content)
+
+    def vector(self, product_id: str) -> np.ndarray:
+        "(D,) of a product; errors as in `line`."
+        return self._vectors[self.line(product_id)]
+
+    def rank(
+        self,
+        query,  # an item, or a vector (D,)
+        product_id: str,
+        vector: np.ndarray | None = None,  # (D,) in place of the product's own
+    ) -> tuple[int, float]:
+        "(rank, score) of a product among all: 1 is the best, of equal scores the earlier product comes first."
+        line, wanted = self.line(product_id), _query_vectors(query, self.encoder, self._vectors.shape[1])
+        own = self._vectors[line] if vector is None else shorten(vector[None], self._vectors.shape[1])[0]
+        score = dot_rows(wanted, own[None])[0, 0]
+        scores = self._vectors @ wanted[0]
+        scores[line] = -np.inf
+        close = np.flatnonzero(np.abs(scores - score) <= self._margin)  # whose order float32 does not decide
+        exact = dot_rows(wanted, self._vectors[close])[0]
+        before = (exact > score) | ((exact == score) & (close < line))
+        return 1 + int((scores > score + self._margin).sum() + before.sum()), float(score)
 
 # %% ../../nbs/retrieval/720_search.ipynb #ca037562
 _EXACT_MATCHES = 5_000  # so many products that fit a filter are compared one by one, without the index

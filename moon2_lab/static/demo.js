@@ -41,6 +41,13 @@
     history.replaceState(history.state, "", here);
   }
   addEventListener("popstate", () => { filling = true; document.getElementById("moon2-back")?.click(); });
+  const waiting = {}; // what is typed is sent after a short quiet: of the calls of one name only the last is ever answered
+  window.moon2.settled = (name, given) => {
+    document.getElementById(`moon2-${name}-shown`)?.classList.add("moon2-old");
+    clearTimeout(waiting[name]);
+    return new Promise((done) => { waiting[name] = setTimeout(() => done(given), 350); });
+  };
+  window.moon2.fresh = (id) => document.getElementById(id)?.classList.remove("moon2-old");
   addEventListener("message", (event) => {
     const frame = [...document.querySelectorAll("iframe.heat")].find((one) => one.contentWindow === event.source);
     if (!frame || !(event.data?.moon2Height > 0)) return;
