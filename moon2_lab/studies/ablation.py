@@ -66,7 +66,7 @@ class StudyRun:
 class StudySteps:
     "How many steps the runs of a study take."
     equal: int = 0  # under equal steps
-    timed: dict[str, int] = field(default_factory=dict)  # variant -> steps that fit into the minutes; none: by the clock
+    timed: dict[str, int] = field(default_factory=dict)  # variant -> steps that fit the minutes; none: by the clock
 
     def of(self, run: StudyRun) -> int:
         "The steps of a run; 0: as many as the clock lets it take."
