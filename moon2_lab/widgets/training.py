@@ -312,12 +312,13 @@ class LiveTraining:
         "The run is over, or was stopped."
         over = self.trainer.step >= self.trainer.max_steps
         self.view.draw()
+        if over:
+            self._show_still()  # first: who saves on "done" finds it in the output
         self._say("done" if over else "stopped")
-        self._show_still()
 
     def _show_still(self) -> None:
         "After the last step, lay a still figure under the view, which stays with its buttons."
-        if self.state == "done" and self._handle is not None:
+        if self._handle is not None:
             self._handle.update(self._repr_mimebundle_(), raw=True)
 
     def _begin(self) -> None:
@@ -348,7 +349,8 @@ class LiveTraining:
                 self.wish = "pause"
                 raise
             self._raise_error()
-            self._show_still()  # again, as this cell's output: programs that run notebooks do not listen to tasks
+            if self.state == "done":
+                self._show_still()  # again, as this cell's output: programs that run notebooks do not listen to tasks
         return pd.DataFrame(self.trainer.history)
 
     def _raise_error(self) -> None:
