@@ -621,6 +621,7 @@ def edit_boxes() -> dict:
                                           label=f"{label}: picture")
                     boxes |= {f"edit_{side}": text, f"edit_{side}_picture": picture}
         boxes["edit_reset"] = gr.Button("Query and product as they were", size="sm")
+    boxes["edit_emptied"] = gr.Button(visible="hidden", elem_id="moon2-edit-emptied")  # demo.js: Gradio does not tell
     boxes["edit_shown"] = gr.HTML(elem_classes="moon2", elem_id="moon2-edit-shown", padding=False)
     return boxes
 
@@ -690,7 +691,7 @@ def connect_edit(service: SearchService, boxes: Mapping) -> None:
     tell = {"fn": with_messages(numbers), "inputs": inputs, "outputs": boxes["edit_shown"]} | QUIET
     draw = {"fn": with_messages(heat), "inputs": inputs, "outputs": [boxes["heat"], boxes["trust"]]} | QUIET | EXPLAINS
     fresh = {"fn": None, "js": "() => moon2.fresh('moon2-edit-shown')"} | _PRIVATE
-    heard = [box.input for box in texts] + [box.submit for box in texts[::2]]
+    heard = [box.input for box in texts] + [box.submit for box in texts[::2]] + [boxes["edit_emptied"].click]
     typed = gr.on(heard, js=settled, trigger_mode="always_last", **tell)
     typed.success(**fresh).success(**draw)
     reset = boxes["edit_reset"].click(with_messages(restore), boxes["edit_pair"], texts, **QUIET)

@@ -47,6 +47,9 @@
     clearTimeout(waiting[name]);
     return new Promise((done) => { waiting[name] = setTimeout(() => done(given), 350); });
   };
+  addEventListener("input", ({ target }) => { // Gradio tells nobody of a box that was emptied
+    if (target.matches("#moon2-edit textarea, #moon2-edit input[data-testid=textbox]") && !target.value) setTimeout(() => document.getElementById("moon2-edit-emptied")?.click());
+  });
   window.moon2.fresh = (id) => document.getElementById(id)?.classList.remove("moon2-old");
   addEventListener("message", (event) => {
     const frame = [...document.querySelectorAll("iframe.heat")].find((one) => one.contentWindow === event.source);
