@@ -108,6 +108,34 @@ def settle(page):
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
+@contextmanager
+def watched_page(browser, file, drawn, **how):
+    """The page of a file in a browser, once `drawn` is there; afterwards it must have asked nothing of the network,
+    told no error, and run nothing that a title holds (`window.pwned`).
+    """
+    page, asked, wrong = browser.new_page(**{"viewport": {"width": 1200, "height": 950}} | how), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.goto(file.as_uri())
+    page.locator(drawn).wait_for()
+    settle(page)
+    yield page
+    assert not outside(asked, file.as_uri()) and wrong == []
+    assert page.evaluate("window.pwned") is None
+    page.close()
+
+
+def choose_on_map(page, title):
+    "Find a product of an embedding map by its title, and choose it by keys."
+    page.locator(".m2m input[type=search]").fill(title)
+    page.locator(".m2m canvas").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    settle(page)
+    until(page, lambda: title in page.locator(".m2m-product").inner_text(), f"{title} beside the map")
+
+
 def keep_screenshot(page, name):
     "A picture to be looked at, where MOON2_SCREENSHOTS names a folder."
     if os.environ.get("MOON2_SCREENSHOTS"):

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+from collections import Counter
 import subprocess
 import sys
 import tomllib
@@ -501,3 +502,9 @@ def test_the_public_interface_is_lazy_and_whole():
     with pytest.raises(AttributeError, match="no attribute 'Catalogue'"):
         getattr(moon2_lab, "Catalogue")  # noqa: B009
     assert loaded_after("import moon2_lab; moon2_lab.TrainConfig, moon2_lab.LabError") == set()
+
+
+def test_files_of_tests_have_names_of_their_own():
+    "pytest refuses a second file of one name in another folder, and with it all that it tests."
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]

@@ -159,7 +159,8 @@ def _map_of_training(folder: Path, catalog, most: int):
 def _map_of(args: argparse.Namespace):
     "The `EmbeddingMap` that was asked for, and the command that explains one of its hits."
     from moon2_lab.data.catalog import Catalog
-    from moon2_lab.reporting.embedding_map import embedding_map, map_of_model
+    from moon2_lab.evaluation.embedding_figures import sample_places
+    from moon2_lab.reporting.embedding_map import embedding_map, heatmap_command_of, map_of_model
     from moon2_lab.rivals.loading import explainable, known_encoder, load_encoder
     from moon2_lab.studies.doctor import vectors_of_file
 
@@ -174,11 +175,12 @@ def _map_of(args: argparse.Namespace):
         return _map_of_training(Path(args.subject), catalog, args.limit), ""
     split = args.split or ("test" if "test" in catalog.splits else "all")
     products, encoder = catalog.split(split).products, load_encoder(args.subject, device)
+    places = sample_places([product.product_id for product in products], args.limit)
+    total, products = len(products), [products[place] for place in places]
     columns = _run_columns(Path(args.subject), encoder, products, catalog)
     columns |= _more_columns(args.columns, [product.product_id for product in products])
-    shown = map_of_model(encoder, products, args.limit, columns=columns, name=args.subject)
-    told = f"moon2 heatmap {args.subject} --query id:{{query}} --item {{item}} --out heatmap.html"
-    return shown, told if explainable(encoder) else ""
+    shown = map_of_model(encoder, products, args.limit, columns=columns, name=args.subject, total=total)
+    return shown, heatmap_command_of(args.subject) if explainable(encoder) else ""
 
 
 def map_command(args: argparse.Namespace) -> Outcome:

@@ -10,7 +10,6 @@ from dataclasses import asdict
 import hashlib
 import inspect
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -353,13 +352,12 @@ def _write_map(
     device="auto",
 ) -> tuple[bytes, str] | None:  # PNG, and what it shows
     "Write RUN/map.html; its still picture for the page. None where there are too few products, or no room for it."
-    from moon2_lab.reporting.embedding_map import map_of_model, map_png, write_map_page
+    from moon2_lab.reporting.embedding_map import heatmap_command_of, map_of_model, map_png, write_map_page
     from moon2_lab.rivals.loading import load_encoder
 
     try:
         shown = map_of_model(load_encoder(run, device), products, most=_MAPPED, name=run.name)
-        command = f"moon2 heatmap {shlex.quote(str(run))} --query id:{{query}} --item {{item}} --out heatmap.html"
-        write_map_page(shown, run / "map.html", command)
+        write_map_page(shown, run / "map.html", heatmap_command_of(run))
     except LabError as error:
         _log.info(f"no map of the embeddings: {error}")
         return None

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['MAP_VIEW', 'MapColumn', 'product_columns', 'MapProjection', 'EmbeddingMap', 'embedding_map', 'map_of_model',
-           'map_payload', 'map_state', 'map_page', 'write_map_page', 'map_plot', 'map_png']
+           'map_payload', 'opening_view', 'heatmap_command_of', 'map_state', 'map_page', 'write_map_page', 'map_plot',
+           'map_png']
 
 # %% ../../nbs/reporting/795_embedding_map.ipynb #cad65e2d
 import base64
 import io
 import math
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -163,6 +165,7 @@ def embedding_map(
     most: int = 5000,  # products that are shown
     hits: int = 8,
     name: str = "",
+    total: int | None = None,  # products that there are, where these are a sample of them
 ) -> EmbeddingMap:
     """A map of products: PCA, PCA of each view centred, UMAP where it is installed, and the frames of a training.
 
@@ -191,7 +194,7 @@ def embedding_map(
             ranks.append(MapColumn(words, [_rank_words(one) for one in rank]))
     known = {view: tuple(pair) for view, pair in found.items()}
     columns = [*product_columns(shown), *named, *ranks]
-    return EmbeddingMap([ids[place] for place in places], shown, made, columns, known, len(ids), name)
+    return EmbeddingMap([ids[place] for place in places], shown, made, columns, known, total or len(ids), name)
 
 # %% ../../nbs/reporting/795_embedding_map.ipynb #7cd14756
 def _usable_views(encoder, items) -> dict[str, np.ndarray]:
@@ -214,11 +217,9 @@ def map_of_model(
     items = [product.item() for product in some]
     vectors, present = encoder.encode_views(items), _usable_views(encoder, items)
     views = {view: np.where(rows[:, None], vectors[view], np.nan) for view, rows in present.items()}
-    ids, total = [product.product_id for product in some], len(products)
+    ids = [product.product_id for product in some]
     columns = {title: [values[place] for place in places] for title, values in options.pop("columns", {}).items()}
-    made = embedding_map(views, ids, dict(zip(ids, some)), columns, most=most, **options)
-    made.total = total
-    return made
+    return embedding_map(views, ids, dict(zip(ids, some)), columns, most=most, **{"total": len(products)} | options)
 
 # %% ../../nbs/reporting/795_embedding_map.ipynb #841545cf
 _MISSING = 65535  # of a coordinate
@@ -301,9 +302,19 @@ def map_payload(
     return plain(payload), b"".join(data.parts)
 
 # %% ../../nbs/reporting/795_embedding_map.ipynb #f60cd232
-MAP_VIEW = {  # traits of the widget, as they are when a map opens
+MAP_VIEW = {  # traits of the widget that can be chosen
     "projection": 0, "frame": 0, "colour": -1, "hidden": [], "lines": True, "asking": "", "active": "", "selected": [],
 }
+
+
+def opening_view(shown: EmbeddingMap) -> dict:
+    "The traits that a map opens with: coloured by the first column, at the last moment of a training."
+    return MAP_VIEW | {"frame": len(shown.projections[0].frames) - 1, "colour": 0 if shown.columns else -1}
+
+
+def heatmap_command_of(model: str | Path) -> str:
+    "The command that explains a hit of this model, with {query} and {item}: for `map_payload`."
+    return f"moon2 heatmap {shlex.quote(str(model))} --query id:{{query}} --item {{item}} --out heatmap.html"
 
 
 def map_state(
@@ -311,10 +322,9 @@ def map_state(
     pictures: int = 1_500_000,  # bytes
     command: str = "",  # as in `map_payload`
 ) -> dict:
-    "The traits of the widget as JSON, for a page: coloured by the first column, at the last moment of a training."
+    "The traits of the widget as JSON, for a page."
     payload, data = map_payload(shown, pictures, command)
-    view = {"frame": len(shown.projections[0].frames) - 1, "colour": 0 if shown.columns else -1}
-    return {"payload": payload, "data": base64.b64encode(data).decode()} | MAP_VIEW | view
+    return {"payload": payload, "data": base64.b64encode(data).decode()} | opening_view(shown)
 
 
 def map_page(
@@ -324,7 +334,8 @@ def map_page(
 ) -> str:
     "The map as a page of HTML."
     title = f"Embedding map: {printable(shown.name, 80) or 'products'}"
-    return render("embedding_map.html", title=title, state=map_state(shown, pictures, command))
+    state = map_state(shown, pictures, command)
+    return render("map.html", title=title, widget="embedding_map", noun="map", state=state)
 
 
 def write_map_page(

@@ -42,7 +42,7 @@ def heat_page(
     if method not in shown:
         raise UsageError(f"no map of {method!r}", where="method", advice=", ".join(maps.methods) or "make a map first")
     title = f"Heatmap: {printable(maps.ids[0], 60)} and {printable(maps.ids[1], 60)}"
-    return render("map.html", title=title, state=_page_state(maps, method, later))
+    return render("map.html", title=title, widget="heatmap", noun="heatmap", state=_page_state(maps, method, later))
 
 
 def write_heat_page(

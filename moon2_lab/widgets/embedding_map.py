@@ -13,7 +13,7 @@ import traitlets
 from ..data.products import Product
 from ..errors import LabError, UsageError, printable
 from ..files import static_text
-from ..reporting.embedding_map import EmbeddingMap, MAP_VIEW, map_of_model, map_payload, map_png
+from ..reporting.embedding_map import EmbeddingMap, map_of_model, map_payload, map_png, opening_view
 from ..rivals.loading import explainable
 from .heatmap import StillWidget, heatmap
 
@@ -43,9 +43,7 @@ class EmbeddingMapWidget(StillWidget):
         payload, data = map_payload(shown, pictures)
         payload["explains"] = explain is not None
         self.shown, self.explain = shown, explain
-        last = len(shown.projections[0].frames) - 1
-        colour = 0 if shown.columns else -1
-        super().__init__(payload=payload, data=data, **MAP_VIEW | {"frame": last, "colour": colour})
+        super().__init__(payload=payload, data=data, **opening_view(shown))
         self.on_msg(lambda _, message, __: self._on_message(message))
 
     @traitlets.validate("projection", "frame", "colour")

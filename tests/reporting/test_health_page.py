@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from browsing import contrast, keep_screenshot, outside, settle, until
+from browsing import contrast, keep_screenshot, settle, until, watched_page
 
 from moon2_lab.data.products import Product
 from moon2_lab.evaluation.embedding_health import check_embeddings
@@ -34,17 +34,8 @@ def page_file(tmp_path_factory):
 @pytest.fixture
 def page(browser, page_file):
     "The page, opened."
-    opened, asked, wrong = browser.new_page(viewport={"width": 1200, "height": 900}), [], []
-    opened.on("request", lambda request: asked.append(request.url))
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    opened.goto(page_file.as_uri())
-    opened.locator("#map canvas").wait_for()
-    settle(opened)
-    yield opened
-    assert not outside(asked, page_file.as_uri()) and wrong == []
-    assert opened.evaluate("window.pwned") is None
-    opened.close()
+    with watched_page(browser, page_file, "#map canvas") as opened:
+        yield opened
 
 
 def test_findings_name_products(page):

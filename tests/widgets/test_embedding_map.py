@@ -3,7 +3,7 @@ readable in both colour schemes and on a phone; nothing is asked of the network,
 """
 import numpy as np
 import pytest
-from browsing import contrast, keep_screenshot, outside, settle, until
+from browsing import choose_on_map, contrast, keep_screenshot, settle, until, watched_page
 
 from moon2_lab.data.products import Product
 from moon2_lab.reporting.embedding_map import embedding_map, write_map_page
@@ -51,26 +51,8 @@ def page_file(shown, tmp_path_factory):
 @pytest.fixture
 def page(browser, page_file):
     "The page, opened."
-    opened, asked, wrong = browser.new_page(viewport={"width": 1200, "height": 950}), [], []
-    opened.on("request", lambda request: asked.append(request.url))
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    opened.goto(page_file.as_uri())
-    opened.locator(".m2m canvas").wait_for()
-    settle(opened)
-    yield opened
-    assert not outside(asked, page_file.as_uri()) and wrong == []
-    assert opened.evaluate("window.pwned") is None
-    opened.close()
-
-
-def choose(page, title):
-    "Find a product by its title and choose it with the keyboard."
-    page.locator(".m2m input[type=search]").fill(title)
-    page.locator(".m2m canvas").focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("Enter")
-    settle(page)
+    with watched_page(browser, page_file, ".m2m canvas") as opened:
+        yield opened
 
 
 def select(page, label, option):
@@ -94,7 +76,7 @@ def test_keys_tell_titles_and_choose(page):
 
 
 def test_hits_are_those_of_the_full_space(page, shown):
-    choose(page, "Thing 41")
+    choose_on_map(page, "Thing 41")
     place = shown.ids.index("p0041")
     for view, words in (("t", "text"), ("i", "image"), ("mm", "image + text")):
         page.locator(".m2m-panel select").select_option(label=words)
@@ -111,7 +93,7 @@ def test_hits_are_those_of_the_full_space(page, shown):
 
 
 def test_a_click_chooses_and_a_hit_leads_on(page):
-    choose(page, "Thing 12")
+    choose_on_map(page, "Thing 12")
     page.locator(".m2m-hits button").nth(3).click()
     settle(page)
     assert page.locator(".m2m-product").inner_text() != "Thing 12\np0012"
@@ -128,7 +110,7 @@ def test_a_click_chooses_and_a_hit_leads_on(page):
 
 
 def test_a_product_without_a_picture_or_a_view(page):
-    choose(page, "p0007")
+    choose_on_map(page, "p0007")
     assert "onerror=window.pwned" in page.locator(".m2m-product").inner_text()  # as text
     page.locator(".m2m-panel select").select_option(label="image")
     settle(page)
@@ -253,7 +235,7 @@ def test_readable_in_both_schemes_and_on_a_phone(browser, page_file, scheme):
     opened.goto(page_file.as_uri())
     opened.locator(".m2m canvas").wait_for()
     settle(opened)
-    choose(opened, "Thing 12")
+    choose_on_map(opened, "Thing 12")
     assert opened.evaluate("document.documentElement.scrollWidth") <= 420
     style = "getComputedStyle(document.querySelector('.m2m'))[name].match(/\\d+/g).map(Number)"
     colours = opened.evaluate(f"() => ['color', 'backgroundColor'].map((name) => {style})")

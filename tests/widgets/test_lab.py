@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from browsing import jupyter_lab, keep_screenshot, open_notebook, run_cell, until
+from browsing import choose_on_map, jupyter_lab, keep_screenshot, open_notebook, run_cell, until
 
 pytestmark = pytest.mark.slow
 SETUP = """
@@ -227,15 +227,6 @@ encoder = Moon2Encoder.from_backbone("tiny", num_layers=1, image_size=32, visual
 box = embedding_map_widget(encoder, made_up_shop(40).products)
 box
 """
-
-
-def choose_on_map(page, title):
-    "Look for a product by its title, and choose it by keys."
-    page.locator(".m2m input[type=search]").fill(title)
-    page.locator(".m2m canvas").focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("Enter")
-    until(page, lambda: title in page.locator(".m2m-product").inner_text(), f"{title} beside the map")
 
 
 def test_the_embedding_map_asks_the_kernel_and_lives_without_it(tmp_path, browser):
