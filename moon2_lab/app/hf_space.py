@@ -204,7 +204,7 @@ def export_space(
             advice = "export a run of this workbench; moon2 demo shows a rival here"
             raise UsageError("a rival cannot be given away as a Space", where=str(model), advice=advice)
         if not isinstance(catalog, Catalog):
-            catalog = Catalog.load(catalog or catalogue_of(encoders[0], sample))
+            catalog = Catalog.load(catalog) if catalog else catalogue_of(paths[0], sample)
         part = pick_shown(catalog, split, products)
         for name, encoder, path in zip(("model", "model_b"), encoders, paths):
             _write_model(encoder, folder / name, scores_of(path, encoder))

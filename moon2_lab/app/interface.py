@@ -30,6 +30,7 @@ from moon2_lab.app.tabs import (
 )
 from ..config import REPORTED, VIEWS
 from ..data.catalog import Catalog
+from ..data.synthetic.drawn_catalogue import drawn_catalogue
 from ..errors import LabError, UsageError
 from ..files import static_text
 from ..model.encoder import Moon2Encoder
@@ -37,6 +38,7 @@ from ..retrieval.query_input import MAX_LETTERS
 from ..retrieval.search import open_searcher
 from ..retrieval.vectors import VectorFile
 from ..rivals.loading import encoder_name
+from ..terminal import log_messages
 
 # %% ../../nbs/app/870_interface.ipynb #0dafed35
 def _from_link(
@@ -410,8 +412,7 @@ def prepare(
 ) -> gr.Blocks:
     "Models and products as an interface."
     first = open_model(model, device) if model else None
-    folder = catalog or (catalogue_of(first, sample) if first else sample)
-    loaded = Catalog.load(folder)
+    loaded = Catalog.load(catalog) if catalog else catalogue_of(model, sample)
     part = shown_part(loaded, split if split != "auto" else _embedded_split(vectors, uris))
     encoders = [first or train_tiny(loaded), open_model(model_b, device) if model_b else None]
     names = [encoder_name(path) if path else "quick try" for path in (model, model_b)]
@@ -421,10 +422,14 @@ def prepare(
     return build_demo(*encoders, catalog=part, **about)
 
 # %% ../../nbs/app/870_interface.ipynb #837f66ad
+_DRAWN = {"products": 400, "seed": 7}  # what the model of the repository searches: of a seed that it was not trained on
+
+
 def run_demo(
     argv: list[str] | None = None,
-    model: Path | None = None,  # when none is named; trained in seconds when this one is not there
-    sample: Path = Path("data/sample"),  # the catalogue when none is named
+    model: Path | None = None,  # when none is named, and this one is there
+    pretrained: Path | None = None,  # when neither is; without this one too a tiny one is trained in seconds
+    sample: Path = Path("data/sample"),  # the catalogue when none is named or known
 ) -> int:
     "The command line of the demo; the exit code."
     parser = argparse.ArgumentParser(
@@ -433,11 +438,11 @@ def run_demo(
     )
     parser.add_argument(
         "model", nargs="?", type=Path,
-        help="run or model folder (default: runs/demo, else a tiny model trained in seconds)",
+        help="run or model folder (default: runs/demo, else data/pretrained)",
     )
     parser.add_argument("model_b", nargs="?", type=Path, help="a second one, shown beside the first")
     parser.add_argument(
-        "--catalog", type=Path, help="catalogue folder (default: the one the model was trained on, else the sample)"
+        "--catalog", type=Path, help="catalogue folder (default: the one the model was trained on, else drawn products)"
     )
     parser.add_argument(
         "--split", default="auto", help="train, valid, test or all (default: test where it is large enough)"
@@ -452,11 +457,14 @@ def run_demo(
     uri = "search this store of moon2 index; once more for the second model"
     stored.add_argument("--uri", action="append", default=[], help=uri)
     given = parser.parse_args(argv)
-    default = model if model and (model / "config.json").is_file() else None
+    default = next((path for path in (model, pretrained) if path and (path / "config.json").is_file()), None)
     try:
-        models, stored = (given.model or default, given.model_b), (given.vectors, given.uri)
-        page = prepare(*models, given.catalog, given.split, sample, given.device, *stored)
-        serve(page, given.host, given.port, given.share)
+        with log_messages():
+            models, stored = (given.model or default, given.model_b), (given.vectors, given.uri)
+            if default == pretrained and not (given.model or given.catalog):
+                sample = drawn_catalogue(_DRAWN["products"], _DRAWN["seed"], noise=0)
+            page = prepare(*models, given.catalog, given.split, sample, given.device, *stored)
+            serve(page, given.host, given.port, given.share)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -8,6 +8,7 @@ __all__ = ['COMPARED', 'Gallery', 'SearchModel', 'edit_pair', 'SearchService', '
 # %% ../../nbs/app/860_service.ipynb #3c6f5593
 import copy
 import functools
+import logging
 import math
 import threading
 import time
@@ -30,7 +31,7 @@ from ..evaluation.protocol import make_benchmark
 from ..explain.attention import evaluating
 from ..explain.explainer import ExplainerCache
 from ..explain.heatmap_data import Attribution, PairMaps, trust_facts
-from ..files import cache_dir, read_json
+from ..files import read_json
 from ..model.encoder import Moon2Encoder
 from ..reporting.comparison import Comparison, compare_tables
 from ..retrieval.embed import LookupEncoder, cached_vectors
@@ -40,7 +41,8 @@ from ..retrieval.search import MAX_K, MemorySearcher, Searcher, memory_searchers
 from ..retrieval.vectors import VectorBlock, VectorFile
 from ..retrieval.what_if import PairEditor, WhatIf
 from ..rivals.adapters import RivalEncoder
-from ..rivals.loading import explainable, load_encoder
+from ..rivals.loading import explainable, load_encoder, rival_kind
+from ..training.run_catalogue import run_catalogue
 from ..training.trainer import Trainer
 
 # %% ../../nbs/app/860_service.ipynb #06f6bb37
@@ -461,6 +463,7 @@ class SearchService:
 
 # %% ../../nbs/app/860_service.ipynb #92492e18
 _ENOUGH = 100  # products in a test split that is shown alone
+_log = logging.getLogger("moon2_lab")
 
 
 def open_model(name: str | Path, device="auto") -> Moon2Encoder | RivalEncoder:
@@ -484,11 +487,20 @@ def scores_of(
     return {}
 
 # %% ../../nbs/app/860_service.ipynb #99cab4c6
-def catalogue_of(encoder: Moon2Encoder, fallback: str | Path) -> Path:
-    "The folder of the catalogue the model was trained on, if the cache holds it, else `fallback`."
-    name = Path(encoder.info.get("catalog") or "-").name
-    kept = cache_dir("catalogues") / name
-    return kept if (kept / "products.parquet").is_file() else Path(fallback)
+def catalogue_of(
+    model: str | Path | None,  # run or model folder, or kind:name of a rival
+    fallback: str | Path,  # folder of a catalogue
+) -> Catalog:
+    "The catalogue that the model was trained on, where it is known and still there, else `fallback`; told in the log."
+    try:
+        if model is None or rival_kind(model):
+            raise UsageError("it was not trained here")
+        catalog = run_catalogue(model)
+        _log.info(f"catalogue: {catalog.folder}, which {model} was trained on")
+    except UsageError as error:
+        catalog = Catalog.load(fallback)
+        _log.info(f"catalogue: {fallback} ({error})")
+    return catalog
 
 
 def shown_part(catalog: Catalog, split: str = "auto") -> Catalog:

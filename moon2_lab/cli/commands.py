@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .options import Outcome, chosen_device, parse_assignments, typed_settings, written
-from .run_catalogue import asked_catalogue
+from .asked_catalogue import asked_catalogue
 
 # %% ../../nbs/cli/910_commands.ipynb #b2363836
 def check_command(args: argparse.Namespace) -> Outcome:

@@ -17,7 +17,7 @@ import tokenize
 from pathlib import Path
 
 from .options import chosen_device, Outcome, written
-from .run_catalogue import asked_catalogue
+from .asked_catalogue import asked_catalogue
 from ..errors import DataError, UsageError
 
 # %% ../../nbs/cli/912_lookup_commands.ipynb #5766c39c

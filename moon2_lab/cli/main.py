@@ -9,14 +9,14 @@ __all__ = ['main']
 import argparse
 import contextlib
 import json
-import logging
 import os
 import shlex
 import sys
 import traceback
 
 from . import commands, lookup_commands, study_commands
-from .options import Outcome, build_parser, terminal_text
+from .options import Outcome, build_parser
+from ..terminal import log_messages, terminal_text
 
 # %% ../../nbs/cli/920_main.ipynb #3cdaf0ce
 def _print_outcome(
@@ -56,29 +56,6 @@ def _error_line(
     return f"{type(error).__name__}: {' '.join(str(error).split())} -> run it again with --debug to see where", 2
 
 # %% ../../nbs/cli/920_main.ipynb #e24437ab
-class _PlainFormatter(logging.Formatter):
-    "Messages of the log as a terminal may get them."
-
-    def format(self, record: logging.LogRecord) -> str:
-        "The record in one text."
-        return terminal_text(super().format(record))
-
-
-@contextlib.contextmanager
-def _log_messages():
-    "Show what the package logs, on stderr."
-    handler, log = logging.StreamHandler(sys.stderr), logging.getLogger("moon2_lab")
-    handler.setFormatter(_PlainFormatter())
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-
-
 _MAY_BE_EMPTY = {"filter", "text", "query", "item_text", "kinds"}  # these are answered by what reads them
 
 
@@ -104,7 +81,7 @@ def main(
         return stop.code if isinstance(stop.code, int) else 2
     args.command_line = shlex.join(["moon2", *words])
     try:
-        with contextlib.redirect_stdout(sys.stderr), _log_messages():
+        with contextlib.redirect_stdout(sys.stderr), log_messages():
             _require_filled(args)
             outcome = args.run(args)
         shown = _print_outcome(outcome, args.json)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from ..terminal import terminal_text
+
 # %% ../../nbs/cli/905_options.ipynb #5f039e76
 @dataclass
 class Outcome:
@@ -87,17 +89,6 @@ def chosen_device(args: argparse.Namespace):
     from moon2_lab.runtime import pick_device
 
     return pick_device(getattr(args, "device", None) or lab_settings().get("device", "auto"))
-
-# %% ../../nbs/cli/905_options.ipynb #98ca19c1
-# all control characters but tab and line feed, and those that turn the direction of writing
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-
-
-def terminal_text(
-    text: str,  # to be printed; of JSON it stays the same value
-) -> str:
-    "The text with every character that a terminal obeys written as \\u and four digits."
-    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 # %% ../../nbs/cli/905_options.ipynb #fe2db958
 def _whole(

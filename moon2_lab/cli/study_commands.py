@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 
 from .options import Outcome, chosen_device, typed_settings, written
-from .run_catalogue import asked_catalogue
+from .asked_catalogue import asked_catalogue
 from ..errors import UsageError
 
 # %% ../../nbs/cli/914_study_commands.ipynb #3f56408b

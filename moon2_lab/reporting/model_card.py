@@ -162,10 +162,11 @@ def is_hub_id(name: str) -> bool:
 # %% ../../nbs/reporting/786_model_card.ipynb #bcd23712
 def model_card(
     folder: str | Path,  # of a saved model
-    repo: str,  # owner/name on the hub
+    repo: str,  # owner/name on the hub; a path from where one works, if the model is not on it
     metrics: dict | None = None,  # metrics.json of this model
     settings: dict | None = None,  # run_settings.json of its run
     online: bool = False,  # ask the hub for the licence of the base
+    on_hub: bool = True,
 ) -> str:
     "The README.md of a model: base, data, what was trained, scores with intervals, limits, licence, how to load it."
     saved, metrics = read_json(Path(folder) / "config.json"), metrics or {}
@@ -173,7 +174,8 @@ def model_card(
     licence = licence_of(base, online)
     text = f"`{licence}`, as the card of the base says" if licence else "That of the base is not known here"
     values = {
-        "base_id": base if is_hub_id(base) else "", "licence": licence, "repo": repo, "title": repo.rpartition("/")[2],
+        "base_id": base if is_hub_id(base) else "", "licence": licence, "repo": repo, "on_hub": on_hub,
+        "title": repo.rpartition("/")[2],
         "licence_text": f"{text}. Look at it, and at that of the data, before you use or publish this model.",
         "width": saved["decoder"].get("hidden_size") or "D", "version": __version__,
         "facts": _model_facts(saved, stored_parameters(folder)), "trained": _trained_lines(saved, settings),
