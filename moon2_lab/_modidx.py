@@ -4599,6 +4599,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'moon2_lab/reporting/model_card.py'),
                                                 'moon2_lab.reporting.model_card._trained_lines': ( 'reporting/model_card.html#_trained_lines',
                                                                                                    'moon2_lab/reporting/model_card.py'),
+                                                'moon2_lab.reporting.model_card._trained_weights': ( 'reporting/model_card.html#_trained_weights',
+                                                                                                     'moon2_lab/reporting/model_card.py'),
                                                 'moon2_lab.reporting.model_card.is_hub_id': ( 'reporting/model_card.html#is_hub_id',
                                                                                               'moon2_lab/reporting/model_card.py'),
                                                 'moon2_lab.reporting.model_card.licence_of': ( 'reporting/model_card.html#licence_of',

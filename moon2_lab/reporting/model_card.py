@@ -115,6 +115,17 @@ def _cell_long(text) -> str:
     return " ".join(printable(text, 400).split())
 
 # %% ../../nbs/reporting/786_model_card.ipynb #0a7f6604
+def _trained_weights(encoder: dict, config: dict) -> str:
+    "Which weights moved, in words."
+    low_rank = encoder.get("experts") == "lowrank" and encoder.get("num_experts")
+    experts = f"experts of rank {encoder['expert_rank']} and routers" if low_rank else "experts and routers"
+    if config.get("lora_r"):
+        return f"LoRA of rank {config['lora_r']}"
+    if encoder.get("weights_dtype", "float32") != "float32":
+        return experts
+    return f"attention, norms, connector, {experts}" if low_rank else "the decoder itself"
+
+
 def _trained_lines(saved: dict, settings: dict | None) -> list[str]:
     "Data, steps and which weights moved; what the folder does not say is left out."
     info, encoder, config = saved["info"], saved["encoder"], section(settings or {}, "config")
@@ -123,10 +134,7 @@ def _trained_lines(saved: dict, settings: dict | None) -> list[str]:
     batch = f" of {config['per_device_train_batch_size']} triplets" if config else ""
     lines.append(f"{info.get('trained_steps', 0):,} steps{batch}")
     if config:
-        lora = f"LoRA of rank {config['lora_r']}" if config.get("lora_r") else ""
-        frozen = encoder.get("weights_dtype", "float32") != "float32"
-        weights = lora or ("experts and routers" if frozen else "the decoder itself")
-        lines.append(f"weights: {weights}; learning rate {config['learning_rate']:g}, seed {config['seed']}")
+        lines.append(f"weights: {_trained_weights(encoder, config)}; learning rate {config['learning_rate']:g}, seed {config['seed']}")
         lines.append(f"objective weights {config['omega_mode']}, temperature {config['temperature']:g}, "
                      f"sample filter {'on' if config['filter'] else 'off'}")
     return [*lines, "the vision encoder was not trained"]
