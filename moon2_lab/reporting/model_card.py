@@ -134,7 +134,8 @@ def _trained_lines(saved: dict, settings: dict | None) -> list[str]:
     batch = f" of {config['per_device_train_batch_size']} triplets" if config else ""
     lines.append(f"{info.get('trained_steps', 0):,} steps{batch}")
     if config:
-        lines.append(f"weights: {_trained_weights(encoder, config)}; learning rate {config['learning_rate']:g}, seed {config['seed']}")
+        weights = _trained_weights(encoder, config)
+        lines.append(f"weights: {weights}; learning rate {config['learning_rate']:g}, seed {config['seed']}")
         lines.append(f"objective weights {config['omega_mode']}, temperature {config['temperature']:g}, "
                      f"sample filter {'on' if config['filter'] else 'off'}")
     return [*lines, "the vision encoder was not trained"]
