@@ -210,7 +210,8 @@ def report_command(args: argparse.Namespace) -> Outcome:
     model_folder(args.run_folder)
     device = chosen_device(args)
     try_file(Path(args.run_folder, "report.html"), "page")
-    path = report_run(args.run_folder, asked_catalogue(args.catalog, args.run_folder), device=device)
+    catalog = asked_catalogue(args.catalog, args.run_folder)
+    path = report_run(args.run_folder, catalog, device=device, beside=args.beside)
     return Outcome(str(path), {"report": str(path)})
 
 

@@ -276,6 +276,7 @@ def report_run(
     catalog,  # Catalog the model is scored on
     split: str = "test",
     device="auto",
+    beside: str | Path | None = None,  # another run of the same test, set beside this one
 ) -> Path:
     "Write RUN/report.html (and metrics.json, where it is missing); returns its path."
     import pandas as pd
@@ -283,8 +284,9 @@ def report_run(
     from moon2_lab.reporting.query_details import query_details
     from moon2_lab.reporting.report_examples import explain_match, query_hits, stored_benchmark
     from moon2_lab.reporting.run_report import write_report
+    from moon2_lab.reporting.second_run import read_scored_run, second_run
 
-    run = Path(run)
+    run, other = Path(run), read_scored_run(beside) if beside else None
     model_folder(run)
     try_file(run / "report.html", "page")
     metrics = _stored_scores(run / "metrics.json") or evaluate_model(run, catalog, split, out=run, device=device)
@@ -303,6 +305,7 @@ def report_run(
         examples["space"] = _write_map(run, question.products, device)
     settings = read_json(run / "run_settings.json") if (run / "run_settings.json").is_file() else {}
     settings |= {"facts": _run_facts(settings)}
+    examples["second"] = second_run(read_scored_run(run), other) if other else None
     page, rivals = run / "report.html", _rival_scores(run) or None
     return write_report(page, metrics=metrics, comparison=rivals, settings=settings, **examples, **tables)
 

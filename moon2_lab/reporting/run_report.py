@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..config import DIRECTIONS, REPORTED, VIEWS
 from ..errors import LabError, printable
-from ..evaluation.statistics import share_interval
+from ..evaluation.statistics import p_text, share_interval
 from ..explain.heatmap_data import PairHeatmap
 from ..objective.omega_alarm import LARGEST_SHARE, NEAR_SHARE, OMEGA_RULE
 from .alarms import alarms
@@ -33,6 +33,7 @@ from moon2_lab.reporting.run_figures import (
     down_weighted_figure, filter_loss_figure, gradient_figure, load_figure, masked_figure, omega_change_figure,
     recall_figure, reliability_figure, unfiltered_figure,
 )
+from .second_run import SecondRun
 from moon2_lab.reporting.tables import (
     METRICS, OBJECTIVE_WORDS, PAPER_RESULTS, VIEW_WORDS, against_baselines, beside_paper, columns_like, estimate,
     headline_metric, label_table, last_load, number, objective_series, preference_matrix, score_table, section,
@@ -183,6 +184,13 @@ def _label_part(metrics: dict) -> list[tuple[str, dict, object]]:
     tasks = label_table(metrics).groupby("task", sort=False)
     views = {task: {row.view: row for row in rows.itertuples()} for task, rows in tasks}
     return [(str(task).replace("_", " "), by_view, list(by_view.values())[-1]) for task, by_view in views.items()]
+
+# %% ../../nbs/reporting/780_run_report.ipynb #59554fcc
+def _second_part(second: SecondRun) -> dict:
+    "The paired tests against another run, the settings that differ, and the curves of both."
+    rows = [(direction, test, p_text(test)) for direction, test in second.tests.items()]
+    charts = [figure_svg(figure, caption) for figure, caption in second.curves]
+    return {"names": second.names, "rows": rows, "settings": second.settings, "charts": charts}
 
 # %% ../../nbs/reporting/780_run_report.ipynb #63c0180e
 def _charts(history: pd.DataFrame, *figures: tuple[Callable, str]) -> list[Markup]:
@@ -425,6 +433,7 @@ def write_report(
     space: tuple[bytes, str] | None = None,  # PNG of an embedding map, and what it shows; map.html beside it is linked
     quarantine: pd.DataFrame | None = None,  # product_id, file, field, reason; None leaves the section out
     comparison: dict[str, dict] | None = None,  # {name: metrics} of other runs on the same split
+    second: SecondRun | None = None,  # one of them, tested against this run query by query
     notes: list[str] | None = None,  # remarks shown at the top
     title: str | None = None,  # heading of the page
 ) -> Path:  # the file written
@@ -435,10 +444,12 @@ def write_report(
         raise LabError(f"metrics must be a dictionary, not {type(metrics).__name__}", where="metrics", advice=advice)
     if path.is_dir():
         raise LabError("the report's path is a folder", where=str(path), advice="name a file, for example report.html")
+    comparison = (comparison or {}) | ({second.names[1]: second.metrics} if second else {})
     scores, known = score_table(metrics, "this run", comparison), history is not None and len(history)
     parts = {
         "watch": _watch_part(metrics, history, list(notes or [])),
         "scores": _score_part(metrics, scores),
+        "beside": _second_part(second) if second else {},
         "unseen": _unseen_part(metrics),
         "labels": _label_part(metrics),
         "queries": list(queries or []),

@@ -407,10 +407,19 @@ def test_the_main_job_end_to_end(moon2, drawn_catalogue, tmp_path):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count('class="query"') == 12 and not re.search(r"https?://(?!www\.w3\.org/)", page)
     code, printed, _ = moon2("run", "--catalog", drawn_catalogue, "--out", out, *SMALL, "--json")
-    assert code == 0 and Path(json.loads(printed)["moved"], "report.html").is_file() and (out / "report.html").is_file()
+    moved = Path(json.loads(printed)["moved"])
+    assert code == 0 and (moved / "report.html").is_file() and (out / "report.html").is_file()
     (out / "report.html").unlink()
     code, printed, _ = moon2("report", out, "--catalog", drawn_catalogue)
     assert code == 0 and printed.strip() == str(out / "report.html") and (out / "report.html").is_file()
+    assert 'id="beside"' not in (out / "report.html").read_text(encoding="utf-8")
+    assert moon2("report", out, "--catalog", drawn_catalogue, "--beside", moved)[0] == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    part = page[page.index('id="beside"') : page.index('id="details"')]
+    assert "The settings of both are the same" in part and part.count("level") >= 5, part  # equal weights and answers
+    (moved / "per_query.parquet").unlink()
+    code, _, err = moon2("report", out, "--catalog", drawn_catalogue, "--beside", moved)
+    assert code == 2 and "no per_query.parquet" in err, err
 
 
 def test_the_main_job_spares_the_old_run_when_the_catalogue_is_wrong(moon2, tmp_path):
