@@ -136,6 +136,17 @@ def choose_on_map(page, title):
     until(page, lambda: title in page.locator(".m2m-product").inner_text(), f"{title} beside the map")
 
 
+def serious_violations(page):
+    "What axe-core finds on the page that is serious or critical: rule, place and words, one line each."
+    from axe_playwright_python.sync_playwright import Axe
+
+    rules = [rule for rule in Axe().run(page).response["violations"] if rule["impact"] in ("serious", "critical")]
+    return [
+        f"{rule['id']}: {node['target']}: {' '.join(node['failureSummary'].split())}"
+        for rule in rules for node in rule["nodes"]
+    ]
+
+
 def keep_screenshot(page, name):
     "A picture to be looked at, where MOON2_SCREENSHOTS names a folder."
     if os.environ.get("MOON2_SCREENSHOTS"):
