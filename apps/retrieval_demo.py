@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Product search in the browser (`make app`): runs/demo/model if it is there, else the trained model of the repository
-on drawn products. --help lists the options.
+"""Product search in the browser (`make app`): runs/demo/model if it is there, else data/pretrained on drawn products,
+else a tiny model trained in seconds. --help lists the options.
 """
 import sys
 from pathlib import Path

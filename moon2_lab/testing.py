@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['made_up_side', 'made_up_cross', 'made_up_pair', 'made_up_metrics', 'made_up_history', 'drawn_shape', 'made_up_query',
-           'made_up_catalog', 'MadeUpEncoder', 'made_up_comparison', 'made_up_routing']
+           'made_up_catalog', 'made_up_match', 'MadeUpEncoder', 'made_up_comparison', 'made_up_routing']
 
 # %% ../nbs/016_testing.ipynb #b34c2508
 import math
@@ -232,6 +232,26 @@ def made_up_catalog(count: int = 60):
             )
         )
     return Catalog.from_products(products)
+
+
+def made_up_match(
+    kind: str = "hit",  # hit, near miss or failure
+    rank: float = 1.0,  # of the right product; another one was found first where it is not 1
+):
+    "A `MatchExample` with invented maps. It comes from no model."
+    from moon2_lab.explain.heatmap_data import Attribution
+    from moon2_lab.reporting.report_examples import MatchExample
+
+    def pair(seed: int):
+        maps = made_up_pair(seed)
+        for side in (maps.query, maps.item):
+            part = maps.cross.part(side.side)
+            patches = part[: side.patches].reshape(side.grid) if side.patches else None
+            side.maps["cross"] = Attribution("cross", part[side.patches :], patches)
+        return maps
+
+    first = [] if rank == 1 else [("found first", "made-up-2", pair(1))]
+    return MatchExample(kind, "t->mm", rank, [("the right product", "made-up-1", pair(0)), *first])
 
 # %% ../nbs/016_testing.ipynb #9dd81ee2
 class MadeUpEncoder:

@@ -282,9 +282,10 @@ def report_run(
     import pandas as pd
 
     from moon2_lab.reporting.query_details import query_details
-    from moon2_lab.reporting.report_examples import explain_match, query_hits, stored_benchmark
+    from moon2_lab.reporting.report_examples import explain_matches, query_hits, stored_benchmark
     from moon2_lab.reporting.run_report import write_report
     from moon2_lab.reporting.second_run import read_scored_run, second_run
+    from moon2_lab.rivals.loading import load_encoder
 
     run, other = Path(run), read_scored_run(beside) if beside else None
     model_folder(run)
@@ -301,8 +302,9 @@ def report_run(
         question = stored_benchmark(catalog, metrics["protocol"])
         examples["queries"] = query_hits(catalog, per_query, question)
         examples["details"] = query_details(catalog, per_query, question)
-        examples["heatmap"] = explain_match(run, catalog, per_query, question, device)
-        examples["space"] = _write_map(run, question.products, device)
+        encoder = load_encoder(run, device)
+        examples["matches"] = explain_matches(encoder, catalog, per_query, question)
+        examples["space"] = _write_map(run, encoder, question.products)
     settings = read_json(run / "run_settings.json") if (run / "run_settings.json").is_file() else {}
     settings |= {"facts": _run_facts(settings)}
     examples["second"] = second_run(read_scored_run(run), other) if other else None
@@ -329,15 +331,14 @@ _MAPPED = 1000  # products on the map beside the page
 
 def _write_map(
     run: Path,  # run folder
+    encoder,  # its model
     products: list,  # of the gallery
-    device="auto",
 ) -> tuple[bytes, str] | None:  # PNG, and what it shows
     "Write RUN/map.html; its still picture for the page. None where there are too few products, or no room for it."
     from moon2_lab.reporting.embedding_map import heatmap_command_of, map_of_model, map_png, write_map_page
-    from moon2_lab.rivals.loading import load_encoder
 
     try:
-        shown = map_of_model(load_encoder(run, device), products, most=_MAPPED, name=run.name)
+        shown = map_of_model(encoder, products, most=_MAPPED, name=run.name)
         write_map_page(shown, run / "map.html", heatmap_command_of(run))
     except LabError as error:
         _log.info(f"no map of the embeddings: {error}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Attribution', 'SideMaps', 'side_of', 'CrossMap', 'PairMaps', 'check_map', 'check_side', 'trust_words', 'trust_facts',
-           'map_json', 'small_jpeg', 'side_json', 'pair_payload', 'maps_json', 'PairHeatmap', 'page_heatmap']
+           'map_json', 'small_jpeg', 'side_json', 'pair_payload', 'maps_json']
 
 # %% ../../nbs/explain/600_heatmap_data.ipynb #a78e146f
 import io
@@ -162,7 +162,7 @@ class PairMaps:
             picture, words = np.split(values, [side.patches], axis)
             values = np.concatenate([picture.sum(axis, keepdims=True), words] if side.patches else [words], axis)
             names.append((["picture"] if side.patches else []) + [word for word, *_ in side.words])
-        return pd.DataFrame(values, *names)
+        return pd.DataFrame(values, *(pd.Index(part, dtype=object) for part in names))  # a word may be half a character
 
 # %% ../../nbs/explain/600_heatmap_data.ipynb #9c892e29
 def check_map(
@@ -417,32 +417,3 @@ def maps_json(maps: PairMaps) -> dict:
         checked = {method: check_map(attribution, side) for method, attribution in side.maps.items()}
         found[side.side] = {method: map_json(each, side.faith.get(method)) for method, each in checked.items()}
     return found
-
-# %% ../../nbs/explain/600_heatmap_data.ipynb #78f4668b
-@dataclass
-class PairHeatmap:
-    "Which words and which parts of the picture made a score, by one method on one side."
-    words: list[tuple[str, float]]  # the item's title, word by word
-    image: Image.Image | None  # the item's picture, as the model sees it
-    patches: np.ndarray | None  # (rows, columns) numbers over the picture
-    score: float  # the similarity that is explained
-    method: str = ""  # how the numbers were made
-    note: str = ""  # what to keep in mind when reading them
-
-# %% ../../nbs/explain/600_heatmap_data.ipynb #72adc5d0
-def page_heatmap(
-    maps: PairMaps,
-    side: str = "item",  # or query
-    method: str | None = None,  # the first that was made
-) -> PairHeatmap:
-    "One attribution of one side. `UsageError` when it was not made."
-    shown, method = maps.side(side), method or maps.first_method
-    if method not in shown.maps:
-        raise UsageError(f"no map of {method!r}", where=side, advice=", ".join(shown.maps) or "make a map first")
-    attribution = check_map(shown.maps[method], shown)
-    surroundings = "A cell has seen its surroundings, too." if attribution.patches is not None else ""
-    unread = f"The last {shown.unread} words were not read." if shown.unread else ""
-    notes = [attribution.note, surroundings, unread, trust_words(shown.faith.get(method))]
-    words = [(word, number) for word, _, _, number in shown.word_scores(attribution)]
-    title = f"{attribution.title}, {side} side"
-    return PairHeatmap(words, shown.image, attribution.patches, maps.score, title, " ".join(filter(None, notes)))

@@ -22,13 +22,13 @@ from PIL import Image
 from ..config import DIRECTIONS, REPORTED, VIEWS
 from ..errors import LabError, printable
 from ..evaluation.statistics import p_text, share_interval
-from ..explain.heatmap_data import PairHeatmap
 from ..objective.omega_alarm import LARGEST_SHARE, NEAR_SHARE, OMEGA_RULE
 from .alarms import alarms
 from .figure_svg import figure_svg, histogram_svg
-from .heatmap_figures import match_html
+from .heatmap_figures import side_html, strongest_pairs
 from .html import QueryHits, render, write_page
 from .query_details import QueryDetails
+from .report_examples import MatchExample
 from moon2_lab.reporting.run_figures import (
     down_weighted_figure, filter_loss_figure, gradient_figure, load_figure, masked_figure, omega_change_figure,
     recall_figure, reliability_figure, unfiltered_figure,
@@ -327,10 +327,14 @@ def _cards(scores: pd.DataFrame) -> list[tuple]:  # direction, its row of what i
     return [(name, rows[own], rows.get((name, "R@1"))) for name, own in judged.items() if own in rows]
 
 
-def _match_part(heatmap: PairHeatmap) -> dict:
-    "One match explained."
-    about = {"score": number(heatmap.score), "method": heatmap.method, "note": heatmap.note}
-    return about | {"match": match_html(heatmap)}
+def _match_part(example: MatchExample) -> dict:
+    "One match explained: each pair with both sides, its score, and the pairs of words that add most."
+    pairs = [
+        {"role": role, "product": name, "score": maps.score, "total": maps.cross.total(),
+         "sides": [side_html(side) for side in (maps.query, maps.item)], "strongest": strongest_pairs(maps)}
+        for role, name, maps in example.pairs
+    ]
+    return {"kind": example.kind, "direction": example.direction, "rank": example.rank, "pairs": pairs}
 
 # %% ../../nbs/reporting/780_run_report.ipynb #9efedbc5
 def _group_rows(table: pd.DataFrame) -> dict:  # of recall_by
@@ -428,7 +432,7 @@ def write_report(
     history: pd.DataFrame | None = None,  # the table of history.parquet
     settings: dict | None = None,  # run_settings.json; may hold `label` (how far to trust) and `facts` ({name: value})
     queries: list[QueryHits] | None = None,  # about ten, with five to ten hits each
-    heatmap: PairHeatmap | None = None,  # one match explained
+    matches: list[MatchExample] | None = None,  # explained: a hit, a near miss, a failure
     details: QueryDetails | None = None,  # what stands behind the recall
     space: tuple[bytes, str] | None = None,  # PNG of an embedding map, and what it shows; map.html beside it is linked
     quarantine: pd.DataFrame | None = None,  # product_id, file, field, reason; None leaves the section out
@@ -455,7 +459,7 @@ def write_report(
         "queries": list(queries or []),
         "details": _detail_part(details) if details is not None else {},
         "worst": _worst_part(details, metrics) if details is not None else [],
-        "why": _match_part(heatmap) if heatmap is not None else {},
+        "why": list(map(_match_part, matches or [])),
         "space": _space_part(space, path.parent) if space else {},
         "training": _training_part(history) if known else [],
         "experts": _expert_part(history) if known else {},

@@ -14,9 +14,8 @@ from moon2_lab.data.synthetic.generator import draw_product
 from moon2_lab.errors import LabError
 from moon2_lab.explain.attribution import attribute_side, attribution_inputs
 from moon2_lab.explain.explainer import Explainer
-from moon2_lab.explain.heatmap_data import page_heatmap
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
-from moon2_lab.reporting.heatmap_figures import match_html
+from moon2_lab.reporting.heatmap_figures import side_html
 
 pytestmark = [pytest.mark.filterwarnings("ignore:attention=bidirectional"), pytest.mark.usefixtures("own_cache")]
 
@@ -144,18 +143,19 @@ def test_odd_titles(text):
 
 
 def test_the_report_draws_a_map():
-    """A map of one side has all that a page without scripts asks for; the picture is the padded one, so that cells
-    lie where they belong.
+    """A side has all that a page without scripts asks for; the picture is the padded one, so that cells lie where they
+    belong.
     """
     query, item = pair()
     wide = Item("a long scarf", ImageRef.from_pil(Image.new("RGB", (300, 100), "#7a3b2e")), "wide")
     for product in (item, view(item, "t"), view(item, "i"), wide):
-        heat = page_heatmap(Explainer(tiny(), query, product, trials=3).maps(["ig"]))
-        match = match_html(heat)
-        assert ("cells coloured" in match) == (product.image is not None) and ("Numbers" in match) == bool(product.text)
-        assert "integrated gradients" in heat.method and "Faithfulness" in heat.note
-    assert heat.image.size[0] == heat.image.size[1] and heat.image.getpixel((5, 5)) == (255, 255, 255)
-    assert np.abs(heat.patches[[0, 3]]).max() < 0.2 * np.abs(heat.patches[[1, 2]]).max(), "the padding gets nothing"
+        maps = Explainer(tiny(), query, product, trials=3).maps(["ig"])
+        shown = side_html(maps.item, "ig")
+        assert ("cells coloured" in shown) == (product.image is not None) and ("Numbers" in shown) == bool(product.text)
+        assert ("Faithfulness" in shown) == bool(product.text)
+    image, patches = maps.item.image, maps.item.maps["ig"].patches
+    assert image.size[0] == image.size[1] and image.getpixel((5, 5)) == (255, 255, 255)
+    assert np.abs(patches[[0, 3]]).max() < 0.2 * np.abs(patches[[1, 2]]).max(), "the padding gets nothing"
 
 
 @pytest.mark.slow

@@ -21,11 +21,11 @@ from moon2_lab.errors import LabError
 from moon2_lab.evaluation.evaluate import run_benchmark
 from moon2_lab.evaluation.protocol import make_benchmark
 from moon2_lab.evaluation.statistics import share_interval
-from moon2_lab.explain.heatmap_data import PairHeatmap
 from moon2_lab.reporting.query_details import query_details
 from moon2_lab.reporting.run_report import write_report
 from moon2_lab.testing import (
-    MadeUpEncoder, drawn_shape, made_up_catalog, made_up_history, made_up_metrics, made_up_query,
+    MadeUpEncoder, drawn_shape, made_up_catalog, made_up_history, made_up_match, made_up_metrics,
+    made_up_query,
 )
 
 HOSTILE = [
@@ -62,6 +62,16 @@ def hostile_details():
     return details
 
 
+def hostile_match(place: int, kind: str):
+    "A match whose words and ids mean harm."
+    match = made_up_match(kind, [1.0, 3.0, 40.0][place])
+    for number, (role, _, maps) in enumerate(match.pairs):
+        match.pairs[number] = (role, HOSTILE[place], maps)
+        for side in (maps.query, maps.item):
+            side.words = [(HOSTILE[(place + n) % len(HOSTILE)], *rest) for n, (_, *rest) in enumerate(side.words)]
+    return match
+
+
 def made_up_run(**changes) -> dict:
     "All parts of a page, from formulas; every text field is hostile somewhere."
     storable = [title for title in HOSTILE if title.isascii()]  # pandas itself refuses half a surrogate pair
@@ -69,14 +79,7 @@ def made_up_run(**changes) -> dict:
     for place, title in enumerate(HOSTILE):
         queries[place].query_text = title
         queries[place].hits[0].title = queries[place].hits[1].product_id = title
-    heatmap = PairHeatmap(
-        [(title, 0.1 * place - 0.4) for place, title in enumerate(HOSTILE)],
-        drawn_shape(0),
-        np.linspace(-1, 1, 49).reshape(7, 7),
-        0.5,
-        HOSTILE[0],
-        HOSTILE[1],
-    )
+    matches = [hostile_match(place, kind) for place, kind in enumerate(("hit", "near miss", "failure"))]
     metrics = made_up_metrics()
     metrics["attributes"][HOSTILE[1]] = metrics["attributes"]["season"]
     metrics["trivial"]["t->i"][HOSTILE[0]] = metrics["trivial"]["t->i"]["untrained"]
@@ -85,7 +88,7 @@ def made_up_run(**changes) -> dict:
         "metrics": metrics,
         "history": made_up_history(1500),
         "queries": queries,
-        "heatmap": heatmap,
+        "matches": matches,
         "details": hostile_details(),
         "notes": HOSTILE,
         "comparison": {HOSTILE[1]: made_up_metrics(-0.05)},
@@ -162,7 +165,7 @@ def test_accessible_structure(report):
     assert [tag for tag, _ in elements].count("h1") == 1 and dict(elements)["html"]["lang"] == "en"
 
 
-PARTS = ["history", "queries", "heatmap", "details", "quarantine", "comparison", "settings", "notes"]
+PARTS = ["history", "queries", "matches", "details", "quarantine", "comparison", "settings", "notes"]
 
 
 @pytest.mark.parametrize("missing", PARTS)
