@@ -18,6 +18,9 @@ function make(tag, attributes = {}, ...children) {
   return put(element, attributes, children);
 }
 
+// The same for what is drawn as SVG.
+const draw = (tag, attributes = {}, ...children) => put(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
 const range = (count) => Array.from({ length: count }, (_, place) => place);
 
 function bytesOf(view) {

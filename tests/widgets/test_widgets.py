@@ -8,6 +8,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -60,12 +61,17 @@ def no_display(live):
     return live
 
 
+def steps_sent(view):
+    "The steps of which the browser has numbers."
+    return np.frombuffer(view.widget.data, "<f4").reshape(len(view.widget.curves) + 1, -1)[0]
+
+
 def test_finish_gives_the_weights_of_train(make_trainer, plain_end):
     live = LiveTraining(make_trainer())
     history = live.finish()
     assert live.trainer.encoder.fingerprint == plain_end
     assert len(history) == 8 and list(history.step) == list(range(8)) and live.state == "done"
-    assert [trace.x[-1] for trace in live.view.widget.data] == [7] * len(live.view.widget.data)
+    assert steps_sent(live.view).tolist() == list(range(8)) and len(live.view.widget.curves) > 30
 
 
 def test_background_pause_step_and_takeover_give_the_weights_of_train(make_trainer, plain_end):
@@ -232,7 +238,7 @@ def test_an_objective_of_ones_own_and_no_experts(make_trainer):
     trainer.objective = lambda views, routing, keys: {"loss": views.embedding["q"]["mm"].square().sum()}
     live = LiveTraining(trainer)
     live.finish()
-    names = {trace.name for trace in live.view.widget.data}
+    names = {name for _, name, *_ in live.view.widget.curves}
     assert "total" in names and not names & {"inter_t", "share down-weighted"}
 
 
@@ -245,7 +251,7 @@ def test_drawing_is_bounded_in_time():
         time.sleep(0.0003)
     spent = time.monotonic() - start
     assert 1 <= view.drawings <= spent / 0.2 + 1
-    assert len(view.widget.data[0].x) <= 150
+    assert len(steps_sent(view)) <= 150
 
 
 def test_start_in_a_plain_script_trains_to_the_end(tmp_path):
@@ -313,4 +319,4 @@ def test_history_of_a_restored_run(make_trainer):
     next(event for event in trainer if event.phase == "step")
     trainer.restore(kept)
     history = live.finish()
-    assert [row["step"] for row in live.view.rows] == list(range(8)) == list(pd.DataFrame(history).step)
+    assert steps_sent(live.view).tolist() == list(range(8)) == list(pd.DataFrame(history).step)
