@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..errors import UsageError
 from .run_curves import RunCurves
+from .step_what_if import StepWhatIf
 
 # %% ../../nbs/widgets/835_training.ipynb #9cc4ba34
 class BatchView(ipywidgets.VBox):
@@ -102,8 +103,10 @@ class LiveTraining:
             self.buttons[name] = ipywidgets.Button(description=label, icon=icon, layout={"width": "auto"})
             self.buttons[name].on_click(lambda _, wish=name: self.want(wish))
         self.bar, self.status = ipywidgets.IntProgress(layout={"width": "220px"}), ipywidgets.HTML()
-        line = ipywidgets.HBox([*self.buttons.values(), self.bar])
-        self.widget = ipywidgets.VBox([line, self.status, self.view.widget])
+        line = ipywidgets.HBox([*self.buttons.values(), self.bar], layout={"flex_flow": "row wrap"})
+        self.what_if = StepWhatIf(trainer, self._answer_at_rest) if hasattr(trainer, "what_if") else None
+        shown = [line, self.status, self.view.widget, self.what_if]
+        self.widget = ipywidgets.VBox([part for part in shown if part is not None])
         self._say("ready")
 
     def want(self, wish: str) -> None:
@@ -164,6 +167,8 @@ class LiveTraining:
         for name, button in self.buttons.items():
             button.disabled = name not in _STATES[state]
         row = self.trainer.history[-1] if self.trainer.history else {}
+        if self.what_if is not None and row:
+            self.what_if.ready = True  # a batch has been seen
         self.bar.max, self.bar.value = max(self.trainer.max_steps, 1), self.trainer.step
         alarm = f' <b style="color:#b3263a">{html.escape(row["alarm"])}</b>' if row.get("alarm") else ""
         speed = f" · loss {row['loss']:.3f} · {row['seconds']:.2f} s a step{self._time_left()}" if row else ""
@@ -206,17 +211,32 @@ class LiveTraining:
 
     def _between_steps(self) -> Iterator[float]:
         "Do what was asked for."
+        self._answer()
         if self.wish == "step":
             self.wish = "pause"
         if self.wish == "pause":
             self.view.draw()
             self._say("paused")
             while self.wish == "pause":
+                self._answer()
                 yield 0.05
             self._say("running")
         if self.wish == "stop":
             self.wish = "run"
             self.trainer.stop()
+
+    def _answer(self) -> None:
+        "Compute what the sliders ask for. Call it between two steps only."
+        if self.what_if is not None:
+            self.what_if.answer()
+
+    def _answer_at_rest(self) -> None:
+        "Compute it now where no walk is under way; a walk does it between two steps."
+        if self._walk is None:
+            self._answer()
+            folder = getattr(self.trainer, "folder", None)
+            if folder and self.state in ("done", "stopped"):
+                folder.leave()  # what_if takes it, as a step does
 
     def _end(self) -> None:
         "The run is over, or was stopped."

@@ -156,8 +156,8 @@ def test_the_live_view_after_a_reload(page, tmp_path):
 
 
 def test_the_live_view_without_a_kernel(tmp_path, browser, drawn_catalogue):
-    """With the settings of `make lab` the saved notebook shows the curves, what was switched off, and the values of the
-    step that is pointed at, without a kernel; nothing of plotly is on the page.
+    """With the settings of `make lab` the saved notebook shows the curves, what was switched off, the values of the
+    step that is pointed at, and the last what-if, without a kernel; nothing of plotly is on the page.
     """
     cell = SETUP.replace("FOLDER", repr(str(drawn_catalogue))).replace("STEPS", "40")
     with jupyter_lab(tmp_path, [cell], "kept.ipynb", Path(__file__).parents[2] / "scripts" / "lab") as address:
@@ -169,6 +169,9 @@ def test_the_live_view_without_a_kernel(tmp_path, browser, drawn_catalogue):
         page.locator(".m2t [data-panel=omega] button", has_text="inter_t").click()
         until(page, lambda: page.locator(".m2t-paths path[data-name=inter_t]").count() == 0, "the switch")
         before = points(page)
+        page.locator(".m2s [data-control=omega_mode] select").select_option("faithful")
+        summary = page.locator(".m2s-status", has_text="omega mode faithful instead of balanced: the total loss is")
+        summary.wait_for(timeout=60_000)
         page = save_and_reopen(page, browser, address, tmp_path / "kept.ipynb")
         page.locator(CURVES).first.wait_for(timeout=90_000)
         until(page, lambda: points(page) == before, f"the curves of before, {before}")
@@ -178,6 +181,8 @@ def test_the_live_view_without_a_kernel(tmp_path, browser, drawn_catalogue):
         until(page, lambda: page.locator(".m2t-where").inner_text() == "Values of step 0.", "the first step")
         page.locator(".m2t [data-panel=omega] button", has_text="inter_t").click()
         until(page, lambda: page.locator(".m2t-paths path[data-name=inter_t]").count() > 0, "the curve again")
+        page.locator(".m2s-status", has_text="No kernel answers").wait_for(timeout=30_000)
+        assert page.locator(".m2s select").is_disabled() and page.locator(".m2s tbody tr").count() > 10
         keep_screenshot(page, "live_without_kernel.png")
         page.close()
 
@@ -195,8 +200,14 @@ def save_and_reopen(page, browser, address, path):
     page.wait_for_timeout(500)
     page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-editor").first.click(position={"x": 300, "y": 8})
     page.keyboard.press("Control+s")
-    kept = lambda: json.loads(path.read_text())["metadata"].get("widgets", {})
-    state = lambda: kept().get("application/vnd.jupyter.widget-state+json", {}).get("state")
+
+    def state():
+        try:
+            kept = json.loads(path.read_text())["metadata"].get("widgets", {})
+        except ValueError:  # it is being written
+            return None
+        return kept.get("application/vnd.jupyter.widget-state+json", {}).get("state")
+
     until(page, state, "the state of the widget in the file")
     page.close()
     for kernel in json.load(urllib.request.urlopen(f"{address}/api/sessions")):

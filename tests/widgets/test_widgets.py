@@ -232,6 +232,71 @@ def test_a_finished_run_stays_with_its_buttons(make_trainer):
     assert live.trainer.encoder.fingerprint != before
 
 
+def losses(trainer):
+    "What the history holds of losses and omega, without the times."
+    return trainer.table().filter(regex="^(step|loss|omega|p_|phi|grad_norm)")
+
+
+def test_what_if_changes_nothing_of_the_run(make_trainer):
+    """Temperature and omega mode are tried while it trains, in a pause and after a stop: the run ends with the same
+    weights, moments and history, bit for bit, as one that nobody asked.
+    """
+    plain = make_trainer()
+    plain.train()
+
+    async def session():
+        live = no_display(LiveTraining(make_trainer()))
+        asks = iter([{"temperature": 0.02}, {"omega_mode": "faithful"}, {"intra_temperature": 0.2}])
+        box, shown, number = live.what_if, [], iter(range(1, 9))
+        ask = lambda: setattr(box, "asked", {"number": next(number)} | next(asks))
+        live.trainer.callbacks.append(lambda event: ask() if (event.step, event.phase) == (1, "similarity") else None)
+        box.observe(lambda change: shown.append(change.new | {"at": live.trainer.step, "state": live.state}), "shown")
+        live.start()
+        while not shown:
+            await asyncio.sleep(0)
+        live.want("pause")
+        while live.state != "paused":
+            await asyncio.sleep(0)
+        ask()
+        while len(shown) < 2:
+            await asyncio.sleep(0)
+        live.want("stop")
+        while live.state != "stopped":
+            await asyncio.sleep(0)
+        held, weights = live.trainer.step, live.trainer.encoder.fingerprint
+        ask()  # nothing runs: it is computed at once
+        assert len(shown) == 3 and (live.trainer.step, live.trainer.encoder.fingerprint) == (held, weights)
+        as_is, other = (events[-1].data["row"] for events in live.trainer.what_if(intra_temperature=0.2))
+        live.start()
+        await live
+        return live, shown, as_is, other
+
+    live, shown, as_is, other = asyncio.run(session())
+    assert [each["state"] for each in shown] == ["running", "paused", "stopped"] and shown[0]["at"] == 2
+    assert not any("error" in each for each in shown)
+    told = {name: numbers for name, *numbers, _ in shown[2]["losses"]}
+    assert told["intra_p"] == [as_is["loss_intra_p"], other["loss_intra_p"]]
+    assert told["intra_p"][0] != told["intra_p"][1]
+    faithful = {name: numbers for name, *numbers, _ in shown[1]["omega"]}
+    assert any(one != two for one, two in faithful.values())
+    assert live.trainer.encoder.fingerprint == plain.encoder.fingerprint
+    for one, two in zip(plain.optimizer.state.values(), live.trainer.optimizer.state.values(), strict=True):
+        assert all(bool((one[name] == two[name]).all()) for name in ("exp_avg", "exp_avg_sq", "step"))
+    pd.testing.assert_frame_equal(losses(live.trainer), losses(plain), check_exact=True)
+
+
+def test_what_if_of_a_setting_that_there_is_not(make_trainer):
+    "The message stands in the widget; the run goes on."
+    live = LiveTraining(make_trainer(max_steps=2))
+    assert not live.what_if.ready
+    live.finish()
+    live.what_if.asked = {"number": 1, "temperature": -1.0}
+    assert live.what_if.ready and "temperature" in live.what_if.shown["error"] and live.state == "done"
+    live.trainer.objective = lambda *parts: {}
+    live.what_if.asked = {"number": 2, "temperature": 0.1}
+    assert "does not read temperature" in live.what_if.shown["error"]
+
+
 def test_an_objective_of_ones_own_and_no_experts(make_trainer):
     "What the history lacks is left out of the view."
     trainer = make_trainer(max_steps=3)
