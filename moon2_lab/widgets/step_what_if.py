@@ -124,8 +124,8 @@ class StepWhatIf(anywidget.AnyWidget):
         if not hasattr(self.trainer.objective, "with_config"):
             raise UsageError("this trainer's objective does not read temperature and omega mode", where="objective",
                              advice="give an objective that has with_config(config), as Moon2Objective has")
-        changed = ", ".join(f"{name.replace('_', ' ')} {value} instead of {now[name]}" for name, value in changes.items())
-        return compare_steps(*self._rows(changes), changed) | {"note": _NOTE}
+        words = [f"{name.replace('_', ' ')} {value} instead of {now[name]}" for name, value in changes.items()]
+        return compare_steps(*self._rows(changes), ", ".join(words)) | {"note": _NOTE}
 
     def _rows(self, changes: Mapping) -> list[dict]:
         "The rows of the history of both steps; the encoder is put back into the mode that it was in."

@@ -159,13 +159,13 @@ def test_the_live_view_without_a_kernel(tmp_path, browser, drawn_catalogue):
     """With the settings of `make lab` the saved notebook shows the curves, what was switched off, the values of the
     step that is pointed at, and the last what-if, without a kernel; nothing of plotly is on the page.
     """
-    cell = SETUP.replace("FOLDER", repr(str(drawn_catalogue))).replace("STEPS", "40")
+    cell = SETUP.replace("FOLDER", repr(str(drawn_catalogue))).replace("STEPS", "16")
     with jupyter_lab(tmp_path, [cell], "kept.ipynb", Path(__file__).parents[2] / "scripts" / "lab") as address:
         page = browser.new_page(viewport={"width": 1300, "height": 1000})
         open_notebook(page, address, "kept.ipynb")
         run_cell(page, 0)
-        wait_until(page, lambda: status(page).startswith("done"), "the end")
-        until(page, lambda: points(page)[1] == 40, "all points")
+        until(page, lambda: status(page).startswith("done"), "the end", 240)
+        until(page, lambda: points(page)[1] == 16, "all points")
         page.locator(".m2t [data-panel=omega] button", has_text="inter_t").click()
         until(page, lambda: page.locator(".m2t-paths path[data-name=inter_t]").count() == 0, "the switch")
         before = points(page)
