@@ -6,7 +6,6 @@ const VIEWS = [["mm", "picture + text"], ["t", "text"], ["i", "picture"]], PLACE
 const ORDERS = [["low", "lowest phi first"], ["high", "highest phi first"], ["often", "most often doubted first"]];
 const VERDICTS = [["all", "all"], ["none", "none yet"], ["put_back", "put back"], ["drop", "dropped"]], NAMES = { put_back: "put back", drop: "dropped", "": "no verdict" };
 const KEYS = { p: "put_back", d: "drop" }, PAGE = 12;
-const draw = (tag, attributes = {}, ...children) => put(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 const written = (value) => (value === null || value === undefined ? "–" : value.toFixed(2));
 const counted = (number, one, many) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 const readable = (label) => label.replaceAll("_", " ");

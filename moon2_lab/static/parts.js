@@ -18,7 +18,32 @@ function make(tag, attributes = {}, ...children) {
   return put(element, attributes, children);
 }
 
+// The same for what is drawn as SVG.
+const draw = (tag, attributes = {}, ...children) => put(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
 const range = (count) => Array.from({ length: count }, (_, place) => place);
+
+// Whether a kernel answers a "hello". `heard`: null is not known yet; after a silence it is false until something is heard. `quiet`: no answer for a while.
+class Kernel {
+  constructor(model, changed, silence = 4000) { // milliseconds
+    Object.assign(this, { model, changed, silence, heard: null, quiet: false });
+    this.hear = (message) => {
+      if (message?.do !== "hello") return;
+      clearTimeout(this.timer);
+      Object.assign(this, { heard: true, quiet: false });
+      this.changed();
+    };
+    model.on("msg:custom", this.hear);
+  }
+
+  ask() {
+    try { this.model.send({ do: "hello" }); } catch { /* no kernel */ }
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => { this.quiet = true; this.heard ??= false; this.changed(); }, this.silence);
+  }
+
+  close() { clearTimeout(this.timer); this.model.off("msg:custom", this.hear); }
+}
 
 function bytesOf(view) {
   return view instanceof Uint8Array ? view : new Uint8Array(view.buffer ?? view, view.byteOffset ?? 0, view.byteLength);

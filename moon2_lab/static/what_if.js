@@ -1,7 +1,7 @@
 // What if: a query and an item are edited, and score, rank and hits are shown before and after. The kernel computes; the last edit wins.
 // Nothing is asked of the network. Titles are put in as text, never as HTML.
 
-const SIDES = ["query", "item"], WAIT = 300, SILENCE = 4000; // milliseconds: of quiet before an edit is sent; without an answer, after which there is no kernel
+const SIDES = ["query", "item"], WAIT = 300; // milliseconds of quiet before an edit is sent
 const PICTURES = { own: "picture as it was", none: "without a picture", other: "another product's picture" };
 const places = (rank, size) => (rank === null || rank === undefined ? "not known" : `${rank.toLocaleString("en")} of ${size.toLocaleString("en")}`);
 const plainEdit = (start) => ({ text: start.text, picture: "own", other: "" });
@@ -73,38 +73,26 @@ function hits(shown) {
 function render({ model, el }) {
   widgets += 1;
   const start = model.get("start"), list = `m2w-list-${widgets}`;
-  let timer = 0, silence = 0, kernel = null, quiet = false; // kernel: whether it has answered, null: not known yet; quiet: not for a while
+  let timer = 0;
   const status = make("p", { class: "m2w-status", role: "status", "aria-live": "polite" }), wrong = make("p", { class: "m2w-wrong", role: "alert" }), answer = make("div", { class: "m2w-answer" });
   const send = () => {
     clearTimeout(timer);
     timer = 0;
     model.set("asked", { number: (model.get("asked").number ?? 0) + 1, ...Object.fromEntries(sides.map((side) => [side.name, side.edit])) });
     model.save_changes();
-    ask();
-    listen();
+    kernel.ask();
     draw();
   };
   const later = (atOnce) => { clearTimeout(timer); timer = setTimeout(send, atOnce ? 0 : WAIT); draw(); };
   const sides = SIDES.map((name) => new Side(name, start.sides[name], list, later));
   const choices = make("datalist", { id: list }, ...start.gallery.map(([id, title]) => make("option", { value: id }, title)));
   const root = make("div", { class: "m2w", "data-lm-suppress-shortcuts": "true" }, choices, make("div", { class: "m2w-sides" }, ...sides.map((side) => side.boxes)), status, wrong, answer);
-  const ask = () => { try { model.send({ do: "hello" }); } catch { /* no kernel */ } };
-  const listen = () => { // no answer for a while: there is no kernel, or it is busy
-    clearTimeout(silence);
-    silence = setTimeout(() => { quiet = true; kernel ??= false; draw(); }, SILENCE);
-  };
-  const heard = (message) => {
-    if (message?.do !== "hello") return;
-    clearTimeout(silence);
-    [kernel, quiet] = [true, false];
-    draw();
-  };
   let drawn = null;
 
   function draw() {
-    const shown = model.get("shown"), waits = kernel !== false && (timer !== 0 || (model.get("asked").number ?? 0) > shown.number);
+    const shown = model.get("shown"), waits = kernel.heard !== false && (timer !== 0 || (model.get("asked").number ?? 0) > shown.number);
     for (const side of sides) {
-      side.boxes.disabled = kernel === false;
+      side.boxes.disabled = kernel.heard === false;
       side.show(shown.sides[side.name].picture, shown.edits[side.name]);
     }
     const old = waits || Boolean(shown.error);
@@ -112,27 +100,25 @@ function render({ model, el }) {
     answer.setAttribute("aria-busy", waits);
     wrong.textContent = shown.error && !waits ? shown.error : "";
     wrong.hidden = !wrong.textContent;
-    status.textContent = kernel === false ? "This is the last state. Editing needs a running kernel: run the cell again."
-      : waits && quiet ? "No answer from the kernel yet: it is busy, or it was stopped. The numbers below are old."
+    status.textContent = kernel.heard === false ? "This is the last state. Editing needs a running kernel: run the cell again."
+      : waits && kernel.quiet ? "No answer from the kernel yet: it is busy, or it was stopped. The numbers below are old."
       : waits ? "Computing; the numbers below are old." : shown.error ? "The numbers below are old: they are of the last edit that could be read."
         : `Score ${shown.score}${shown.rank ? `; rank: ${shown.rank}; hits: ${shown.hit}` : ""}. ${shown.seconds ? `Computed in ${shown.seconds.toFixed(2)} s.` : ""}`;
     if (drawn !== shown) { answer.replaceChildren(numbers(shown), hits(shown)); drawn = shown; }
   }
 
+  const kernel = new Kernel(model, draw);
   const asked = () => { const now = model.get("asked"); if (timer === 0) for (const side of sides) side.fill(now[side.name] ?? plainEdit(side.start)); draw(); };
   el.append(root);
   model.on("change:shown", draw);
   model.on("change:asked", asked);
-  model.on("msg:custom", heard);
   asked();
-  ask();
-  listen();
+  kernel.ask();
   return () => {
     clearTimeout(timer);
-    clearTimeout(silence);
+    kernel.close();
     model.off("change:shown", draw);
     model.off("change:asked", asked);
-    model.off("msg:custom", heard);
   };
 }
 

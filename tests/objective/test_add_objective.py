@@ -106,10 +106,10 @@ def test_the_widgets_have_it(run):
     from moon2_lab.reporting.routing_figures import routing_picture
     from moon2_lab.reporting.routing_maps import routing_payload, training_steps
     from moon2_lab.testing import made_up_routing
-    from moon2_lab.widgets.training import _live_figure
+    from moon2_lab.widgets.run_curves import _live_figure
 
     _, _, history = run
-    assert [trace.name for trace in _live_figure(history).data].count("query_pair") == 2  # loss and omega
+    assert [trace.name for trace in _live_figure(history).data].count("query_pair") == 3  # loss, omega, preference
     steps = training_steps(history)
     assert steps.objectives == SIX and steps.preference.shape == (3, 4, 6) and steps.omega.shape == (3, 6)
     maps = replace(made_up_routing(), training=steps)

@@ -12,14 +12,12 @@ from browsing import choose_on_map, jupyter_lab, keep_screenshot, open_notebook,
 
 pytestmark = pytest.mark.slow
 SETUP = """
-import plotly.io as pio
 from moon2_lab.config import TrainConfig
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.training.trainer import Trainer
 from moon2_lab.widgets.training import LiveTraining
 
-pio.renderers.default = "plotly_mimetype"
 encoder = Moon2Encoder.from_backbone("tiny", num_layers=2, image_size=32, visual_tokens=4)
 config = TrainConfig(max_steps=STEPS, per_device_train_batch_size=8, num_threads=1)
 trainer = Trainer(encoder, Catalog.load(FOLDER), config)
@@ -86,14 +84,11 @@ def assert_done(page, folder):
 
 def points(page):
     "How many curves the live view draws, and how many points the longest has."
-    return page.evaluate("""() => {
-        const plot = document.querySelector('.jupyter-widgets .js-plotly-plot');
-        const lengths = (plot?.data ?? []).map((trace) => trace.x?.length ?? 0);
-        return [lengths.length, Math.max(0, ...lengths), plot?.querySelectorAll('.scatterlayer .trace').length ?? 0];
-    }""")
+    lengths = page.locator(CURVES).evaluate_all("all => all.map((one) => one.getAttribute('d').split('L').length)")
+    return len(lengths), max(lengths, default=0)
 
 
-CURVES = ".jupyter-widgets .js-plotly-plot .scatterlayer .trace"
+CURVES = ".jupyter-widgets .m2t .m2t-paths path"
 
 
 @pytest.mark.parametrize("lab", [600], indirect=True)
@@ -118,7 +113,7 @@ def test_buttons_of_the_live_view(page, tmp_path):
     wait_until(page, lambda: status(page).startswith("paused"), "a pause while a cell awaits the run")
     assert page.get_by_text("rows 600").count() == 0
     press(page, "Continue")
-    page.get_by_text("rows 600").first.wait_for(timeout=120_000)
+    page.get_by_text("rows 600").first.wait_for(timeout=300_000)
     assert_done(page, tmp_path)
 
 
@@ -153,11 +148,43 @@ def test_the_live_view_after_a_reload(page, tmp_path):
     page.reload(wait_until="domcontentloaded")
     page.locator(CURVES).first.wait_for(timeout=120_000)
     wait_until(page, lambda: points(page) == before, f"the curves of before, {before}")
-    assert before[0] > 10 and before[1] > 20 and before[2] == before[0]
+    assert before[0] > 10 and before[1] > 20
     keep_screenshot(page, "reloaded.png")
     press(page, "Continue")
     wait_until(page, lambda: points(page)[1] > before[1], "longer curves")
     press(page, "Stop")
+
+
+def test_the_live_view_without_a_kernel(tmp_path, browser, drawn_catalogue):
+    """With the settings of `make lab` the saved notebook shows the curves, what was switched off, the values of the
+    step that is pointed at, and the last what-if, without a kernel; nothing of plotly is on the page.
+    """
+    cell = SETUP.replace("FOLDER", repr(str(drawn_catalogue))).replace("STEPS", "16")
+    with jupyter_lab(tmp_path, [cell], "kept.ipynb", Path(__file__).parents[2] / "scripts" / "lab") as address:
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        open_notebook(page, address, "kept.ipynb")
+        run_cell(page, 0)
+        until(page, lambda: status(page).startswith("done"), "the end", 240)
+        until(page, lambda: points(page)[1] == 16, "all points")
+        page.locator(".m2t [data-panel=omega] button", has_text="inter_t").click()
+        until(page, lambda: page.locator(".m2t-paths path[data-name=inter_t]").count() == 0, "the switch")
+        before = points(page)
+        page.locator(".m2s [data-control=omega_mode] select").select_option("faithful")
+        summary = page.locator(".m2s-status", has_text="omega mode faithful instead of balanced: the total loss is")
+        summary.wait_for(timeout=60_000)
+        page = save_and_reopen(page, browser, address, tmp_path / "kept.ipynb")
+        page.locator(CURVES).first.wait_for(timeout=90_000)
+        until(page, lambda: points(page) == before, f"the curves of before, {before}")
+        assert page.get_by_text("model not found").count() == 0 and page.locator(".js-plotly-plot").count() == 0
+        page.locator(".m2t [data-panel=loss] svg[role=slider]").focus()
+        page.keyboard.press("Home")
+        until(page, lambda: page.locator(".m2t-where").inner_text() == "Values of step 0.", "the first step")
+        page.locator(".m2t [data-panel=omega] button", has_text="inter_t").click()
+        until(page, lambda: page.locator(".m2t-paths path[data-name=inter_t]").count() > 0, "the curve again")
+        page.locator(".m2s-status", has_text="No kernel answers").wait_for(timeout=30_000)
+        assert page.locator(".m2s select").is_disabled() and page.locator(".m2s tbody tr").count() > 10
+        keep_screenshot(page, "live_without_kernel.png")
+        page.close()
 
 
 WIDGETS = """
@@ -173,8 +200,14 @@ def save_and_reopen(page, browser, address, path):
     page.wait_for_timeout(500)
     page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-editor").first.click(position={"x": 300, "y": 8})
     page.keyboard.press("Control+s")
-    kept = lambda: json.loads(path.read_text())["metadata"].get("widgets", {})
-    state = lambda: kept().get("application/vnd.jupyter.widget-state+json", {}).get("state")
+
+    def state():
+        try:
+            kept = json.loads(path.read_text())["metadata"].get("widgets", {})
+        except ValueError:  # it is being written
+            return None
+        return kept.get("application/vnd.jupyter.widget-state+json", {}).get("state")
+
     until(page, state, "the state of the widget in the file")
     page.close()
     for kernel in json.load(urllib.request.urlopen(f"{address}/api/sessions")):

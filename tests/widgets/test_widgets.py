@@ -8,6 +8,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -60,12 +61,17 @@ def no_display(live):
     return live
 
 
+def steps_sent(view):
+    "The steps of which the browser has numbers."
+    return np.frombuffer(view.widget.data, "<f4").reshape(len(view.widget.curves) + 1, -1)[0]
+
+
 def test_finish_gives_the_weights_of_train(make_trainer, plain_end):
     live = LiveTraining(make_trainer())
     history = live.finish()
     assert live.trainer.encoder.fingerprint == plain_end
     assert len(history) == 8 and list(history.step) == list(range(8)) and live.state == "done"
-    assert [trace.x[-1] for trace in live.view.widget.data] == [7] * len(live.view.widget.data)
+    assert steps_sent(live.view).tolist() == list(range(8)) and len(live.view.widget.curves) > 30
 
 
 def test_background_pause_step_and_takeover_give_the_weights_of_train(make_trainer, plain_end):
@@ -226,13 +232,78 @@ def test_a_finished_run_stays_with_its_buttons(make_trainer):
     assert live.trainer.encoder.fingerprint != before
 
 
+def losses(trainer):
+    "What the history holds of losses and omega, without the times."
+    return trainer.table().filter(regex="^(step|loss|omega|p_|phi|grad_norm)")
+
+
+def test_what_if_changes_nothing_of_the_run(make_trainer):
+    """Temperature and omega mode are tried while it trains, in a pause and after a stop: the run ends with the same
+    weights, moments and history, bit for bit, as one that nobody asked.
+    """
+    plain = make_trainer()
+    plain.train()
+
+    async def session():
+        live = no_display(LiveTraining(make_trainer()))
+        asks = iter([{"temperature": 0.02}, {"omega_mode": "faithful"}, {"intra_temperature": 0.2}])
+        box, shown, number = live.what_if, [], iter(range(1, 9))
+        ask = lambda: setattr(box, "asked", {"number": next(number)} | next(asks))
+        live.trainer.callbacks.append(lambda event: ask() if (event.step, event.phase) == (1, "similarity") else None)
+        box.observe(lambda change: shown.append(change.new | {"at": live.trainer.step, "state": live.state}), "shown")
+        live.start()
+        while not shown:
+            await asyncio.sleep(0)
+        live.want("pause")
+        while live.state != "paused":
+            await asyncio.sleep(0)
+        ask()
+        while len(shown) < 2:
+            await asyncio.sleep(0)
+        live.want("stop")
+        while live.state != "stopped":
+            await asyncio.sleep(0)
+        held, weights = live.trainer.step, live.trainer.encoder.fingerprint
+        ask()  # nothing runs: it is computed at once
+        assert len(shown) == 3 and (live.trainer.step, live.trainer.encoder.fingerprint) == (held, weights)
+        as_is, other = (events[-1].data["row"] for events in live.trainer.what_if(intra_temperature=0.2))
+        live.start()
+        await live
+        return live, shown, as_is, other
+
+    live, shown, as_is, other = asyncio.run(session())
+    assert [each["state"] for each in shown] == ["running", "paused", "stopped"] and shown[0]["at"] == 2
+    assert not any("error" in each for each in shown)
+    told = {name: numbers for name, *numbers, _ in shown[2]["losses"]}
+    assert told["intra_p"] == [as_is["loss_intra_p"], other["loss_intra_p"]]
+    assert told["intra_p"][0] != told["intra_p"][1]
+    faithful = {name: numbers for name, *numbers, _ in shown[1]["omega"]}
+    assert any(one != two for one, two in faithful.values())
+    assert live.trainer.encoder.fingerprint == plain.encoder.fingerprint
+    for one, two in zip(plain.optimizer.state.values(), live.trainer.optimizer.state.values(), strict=True):
+        assert all(bool((one[name] == two[name]).all()) for name in ("exp_avg", "exp_avg_sq", "step"))
+    pd.testing.assert_frame_equal(losses(live.trainer), losses(plain), check_exact=True)
+
+
+def test_what_if_of_a_setting_that_there_is_not(make_trainer):
+    "The message stands in the widget; the run goes on."
+    live = LiveTraining(make_trainer(max_steps=2))
+    assert not live.what_if.ready
+    live.finish()
+    live.what_if.asked = {"number": 1, "temperature": -1.0}
+    assert live.what_if.ready and "temperature" in live.what_if.shown["error"] and live.state == "done"
+    live.trainer.objective = lambda *parts: {}
+    live.what_if.asked = {"number": 2, "temperature": 0.1}
+    assert "does not read temperature" in live.what_if.shown["error"]
+
+
 def test_an_objective_of_ones_own_and_no_experts(make_trainer):
     "What the history lacks is left out of the view."
     trainer = make_trainer(max_steps=3)
     trainer.objective = lambda views, routing, keys: {"loss": views.embedding["q"]["mm"].square().sum()}
     live = LiveTraining(trainer)
     live.finish()
-    names = {trace.name for trace in live.view.widget.data}
+    names = {name for _, name, *_ in live.view.widget.curves}
     assert "total" in names and not names & {"inter_t", "share down-weighted"}
 
 
@@ -245,7 +316,7 @@ def test_drawing_is_bounded_in_time():
         time.sleep(0.0003)
     spent = time.monotonic() - start
     assert 1 <= view.drawings <= spent / 0.2 + 1
-    assert len(view.widget.data[0].x) <= 150
+    assert len(steps_sent(view)) <= 150
 
 
 def test_start_in_a_plain_script_trains_to_the_end(tmp_path):
@@ -313,4 +384,4 @@ def test_history_of_a_restored_run(make_trainer):
     next(event for event in trainer if event.phase == "step")
     trainer.restore(kept)
     history = live.finish()
-    assert [row["step"] for row in live.view.rows] == list(range(8)) == list(pd.DataFrame(history).step)
+    assert steps_sent(live.view).tolist() == list(range(8)) == list(pd.DataFrame(history).step)
