@@ -88,6 +88,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'moon2_lab/app/hf_space.py'),
                                         'moon2_lab.app.hf_space.pick_shown': ('app/hf_space.html#pick_shown', 'moon2_lab/app/hf_space.py')},
             'moon2_lab.app.interface': { 'moon2_lab.app.interface._Page': ('app/interface.html#_page', 'moon2_lab/app/interface.py'),
+                                         'moon2_lab.app.interface._Page.launch': ( 'app/interface.html#_page.launch',
+                                                                                   'moon2_lab/app/interface.py'),
                                          'moon2_lab.app.interface._Page.preprocess_data': ( 'app/interface.html#_page.preprocess_data',
                                                                                             'moon2_lab/app/interface.py'),
                                          'moon2_lab.app.interface._Page.queue': ( 'app/interface.html#_page.queue',

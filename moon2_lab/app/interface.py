@@ -10,6 +10,7 @@ import argparse
 import inspect
 import ipaddress
 import os
+import secrets
 import socket
 import sys
 import urllib.parse
@@ -20,6 +21,7 @@ from typing import Any
 import gradio as gr
 from gradio.route_utils import FnIndexInferError
 from gradio.routes import ORJSONResponse
+from gradio.utils import get_upload_folder
 
 from .components import card
 from .guards import Guard, Limits, Lines, host_names, line_refusal, security_headers
@@ -164,9 +166,18 @@ _SLOW = {EXPLAINS["concurrency_id"], COMPARES["concurrency_id"]}  # lines of slo
 
 
 class _Page(gr.Blocks):
-    "Blocks that say in our words what is wrong with a request, and that take only so many waiting jobs of one client."
+    "Blocks that tell in our words what is wrong with a request, bound one client's jobs, and share no file with others."
 
     lines = Lines()
+
+    def launch(self, *given, **options):
+        "As in Gradio, with files in a folder of this page's own: a page that is closed deletes all that it has shown."
+        folder = str(Path(get_upload_folder()) / secrets.token_hex(8))
+        for block in self.blocks.values():
+            block.GRADIO_CACHE = folder
+        answer = super().launch(*given, **options)
+        self.app.uploaded_file_dir = folder
+        return answer
 
     def queue(self, *given, **options):
         "As in Gradio, with lines that are bounded by client, the slow ones apart from searches."
