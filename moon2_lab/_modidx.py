@@ -28,6 +28,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'moon2_lab/app/components.py'),
                                           'moon2_lab.app.components.heat_html': ( 'app/components.html#heat_html',
                                                                                   'moon2_lab/app/components.py'),
+                                          'moon2_lab.app.components.judging_html': ( 'app/components.html#judging_html',
+                                                                                     'moon2_lab/app/components.py'),
                                           'moon2_lab.app.components.notice_html': ( 'app/components.html#notice_html',
                                                                                     'moon2_lab/app/components.py'),
                                           'moon2_lab.app.components.product_html': ( 'app/components.html#product_html',

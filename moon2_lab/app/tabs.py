@@ -21,8 +21,8 @@ from PIL import Image
 from markupsafe import Markup
 
 from moon2_lab.app.components import (
-    about_html, agreement_html, card, compare_html, edited_html, experts_html, gallery_value, heat_html, notice_html,
-    product_html, shared_ranks, trust_html,
+    about_html, agreement_html, card, compare_html, edited_html, experts_html, gallery_value, heat_html,
+    judging_html, notice_html, product_html, shared_ranks, trust_html,
 )
 from .query_words import condition, has_and_lacks, toggled
 from .service import COMPARED, MAX_HITS, ProductHit, SearchService, edit_pair
@@ -194,7 +194,7 @@ def _result_panel(service: SearchService, letter: str) -> tuple[gr.Column, gr.Ga
         kinds = ["moon2-hits", "moon2-two"] if len(service.models) > 1 else ["moon2-hits"]
         name = f"Hits of {title_of(service, letter)}"
         return column, HitGallery(
-            label=name, show_label=False, columns=6, object_fit="contain", format="jpeg", allow_preview=False,
+            label=name, elem_id=f"moon2-hits-{letter}", show_label=False, columns=6, object_fit="contain", format="jpeg", allow_preview=False,
             interactive=False, buttons=[], elem_classes=kinds,
         )
 
@@ -218,6 +218,7 @@ def search_tab(service: SearchService) -> dict:
             boxes["agreement"] = gr.HTML(elem_classes="moon2", padding=False, visible=len(service.models) > 1)
             with gr.Row(elem_classes="moon2-columns"):
                 panels = {letter: _result_panel(service, letter) for letter in service.models}
+            boxes["judging"] = gr.HTML(elem_id="moon2-judging", elem_classes="moon2", padding=False)
             boxes["details"] = gr.HTML(elem_id="moon2-details", elem_classes="moon2")
             boxes |= _alike_panel()
             boxes["method"] = _method_box(service, visible=False)
@@ -234,7 +235,8 @@ def search_tab(service: SearchService) -> dict:
 def look_up(
     service: SearchService, words: str, image: str | None, direction: str, k: int, expression: str, shown: str
 ) -> tuple:
-    "What a search puts on the page: the search itself, a notice, agreement, columns, galleries, nothing explained yet."
+    """What a search puts on the page: the search itself, a notice, agreement, what can be judged, columns, galleries,
+    nothing explained yet."""
     query = service.query_of(words, image)
     if note := query_note(service.catalog, words, query):
         gr.Info(html.escape(note[:1].upper() + note[1:] + ".", quote=False), duration=12)
@@ -245,7 +247,8 @@ def look_up(
     asked = service.attribute_words.asked(query.text)
     pictures = [gallery_value(hits.get(letter, []), shared, asked) for letter in service.models]
     search = {"words": words, "image": image, "direction": direction, "hits": hits}
-    return search, notice_html(service.word_notice(query)), agreement_html(hits), *columns, *pictures, *_nothing_open()
+    told = notice_html(service.word_notice(query)), agreement_html(hits), judging_html(query, hits)
+    return search, *told, *columns, *pictures, *_nothing_open()
 
 
 def _nothing_open() -> tuple:  # details, heat, trust, clicked, method, opened, alike
@@ -288,7 +291,7 @@ def look_up_or_say(service: SearchService, *given) -> tuple:  # of `look_up`
         return with_messages(functools.partial(look_up, service))(*given)
     except gr.Error as error:  # its text is escaped
         columns, count = [gr.skip() for _ in service.models], len(service.models)
-        return {}, card("problem", Markup(error.message)), "", *columns, *[[]] * count, *_nothing_open()
+        return {}, card("problem", Markup(error.message)), "", "", *columns, *[[]] * count, *_nothing_open()
 
 
 def _clicked_hit(search: Mapping, letter: str, place: int) -> ProductHit:
@@ -394,7 +397,7 @@ def connect_search(
         return measured_pair(service, *clicked_pair(search, clicked), method, clicked["letter"]) if clicked else ""
 
     inputs = [boxes[name] for name in ("text", "image", "direction", "k", "filter", "shown")]
-    outputs = [boxes[name] for name in ("search", "notice", "agreement")]
+    outputs = [boxes[name] for name in ("search", "notice", "agreement", "judging")]
     outputs += [*boxes["columns"].values(), *boxes["galleries"].values()]
     outputs += [boxes[name] for name in ("details", "heat", "trust", "clicked", "method", "opened", "alike")]
     search = {"fn": functools.partial(look_up_or_say, service), "inputs": inputs, "outputs": outputs} | QUIET
