@@ -99,6 +99,12 @@ def agreement_html(hits: Mapping[str, Sequence[tuple[Product, float]]]) -> Marku
     return card("agreement", len(shared_ranks(hits)), max(map(len, hits.values())), same)
 
 
+def picture_examples_html(products: Sequence[Product]) -> Markup:
+    "A row of buttons with small pictures; each carries the place of its product."
+    named = [(product.title or product.product_id, _small_uri(product.image_ref())) for product in products]
+    return card("picture_examples", named)
+
+
 def judging_html(
     query: Item,
     hits: Mapping[str, Sequence[tuple[Product, float]]],  # by letter of the model

@@ -15,7 +15,10 @@
     if (same && picture?.path === kept()?.path) return;
     history.pushState({ moon2Picture: picture && JSON.parse(JSON.stringify(picture)) }, "", address); // as a plain object
   };
-  const changed = (asked, picture) => keep({ ...asked, hit: "", of: "" }, picture);
+  const changed = (asked, picture) => {
+    keep({ ...asked, hit: "", of: "" }, picture);
+    if (picture) document.querySelector("#moon2-picture button.label-wrap:not(.open)")?.click(); // what is asked with is seen
+  };
   window.moon2 = {
     keep, changed,
     toTab: (name) => filling || keep({ tab: name }),
@@ -32,7 +35,8 @@
       setTimeout(() => { filling = false; }, 300);
       if (folded) return;
       folded = true;
-      if (narrow()) document.querySelector("#moon2-options button.label-wrap.open")?.click(); // the hits come first
+      if (!narrow()) return;
+      for (const fold of ["options", ...(kept() ? [] : ["picture"])]) document.querySelector(`#moon2-${fold} button.label-wrap.open`)?.click(); // the hits come first
     },
   };
   const here = new URL(location.href);
@@ -40,6 +44,11 @@
     here.searchParams.delete("tab");
     history.replaceState(history.state, "", here);
   }
+  const searchLike = (product) => { // of the map: a step of the history, and what the address asks for is done
+    keep({ tab: "", q: `id:${product}`, hit: "", of: "" }, null);
+    filling = true;
+    document.getElementById("moon2-back")?.click();
+  };
   addEventListener("popstate", () => { filling = true; document.getElementById("moon2-back")?.click(); });
   const waiting = {}; // what is typed is sent after a short quiet: of the calls of one name only the last is ever answered
   window.moon2.settled = (name, given) => {
@@ -128,6 +137,7 @@
   new MutationObserver(() => { cancelAnimationFrame(drawn); drawn = requestAnimationFrame(showJudged); }).observe(document.body, { childList: true, subtree: true });
   addEventListener("message", (event) => {
     const frame = [...document.querySelectorAll("iframe.heat")].find((one) => one.contentWindow === event.source);
+    if (frame && event.data?.moon2Asked?.do === "search") searchLike(String(event.data.moon2Asked.item));
     if (!frame || !(event.data?.moon2Height > 0)) return;
     frame.style.height = `${Math.min(4000, event.data.moon2Height + 4)}px`;
     frame.contentWindow.postMessage({ moon2Light: !document.body.classList.contains("dark") }, "*"); // a page of its own would follow the system's theme
