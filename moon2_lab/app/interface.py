@@ -167,7 +167,7 @@ _SLOW = {EXPLAINS["concurrency_id"], COMPARES["concurrency_id"]}  # lines of slo
 
 
 class _Page(gr.Blocks):
-    "Blocks that tell in our words what is wrong with a request, bound one client's jobs, and share no file with others."
+    "Blocks that tell in our words what is wrong with a request, bound one client's jobs, and share no files."
 
     lines = Lines()
 

@@ -43,7 +43,7 @@ def product_map(
     model: SearchModel,
     most: int = MAPPED,
 ) -> EmbeddingMap:
-    "The map of the products that a model searches. `UsageError` where a store has the vectors, `DataError` for too few."
+    "The map of the products that a model searches. `UsageError` for vectors in a store, `DataError` for too few."
     if model.read_vectors is None:
         advice = "start the page with --vectors FILE, or with neither --vectors nor --uri"
         raise UsageError("the vectors stay in their store, which gives no map", where="map", advice=advice)
@@ -84,7 +84,7 @@ def map_tab(service: SearchService) -> dict:
     "The boxes of the tab, by what they are for."
     count = min(MAPPED, len(service.catalog))
     which = "All products" if count == len(service.catalog) else f"{count:,} of the {len(service.catalog):,} products"
-    words = f"{which}: those that the model holds for alike lie near each other. Choose one, and it shows what it finds."
+    words = f"{which}: those that the model holds for alike lie near each other. Choose one to see what it finds."
     gr.HTML(card("line", words), elem_classes="moon2", padding=False)
     boxes = {"model": model_box(service), "shown": gr.State("")}
     boxes["map"] = gr.HTML(elem_id="moon2-map", elem_classes="moon2", min_height=160)
