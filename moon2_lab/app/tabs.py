@@ -215,8 +215,8 @@ def _result_panel(service: SearchService, letter: str) -> tuple[gr.Column, gr.Ga
         kinds = ["moon2-hits", "moon2-two"] if len(service.models) > 1 else ["moon2-hits"]
         name = f"Hits of {title_of(service, letter)}"
         return column, HitGallery(
-            label=name, elem_id=f"moon2-hits-{letter}", show_label=False, columns=6, object_fit="contain", format="jpeg",
-            allow_preview=False, interactive=False, buttons=[], elem_classes=kinds,
+            label=name, elem_id=f"moon2-hits-{letter}", show_label=False, columns=6, object_fit="contain",
+            format="jpeg", allow_preview=False, interactive=False, buttons=[], elem_classes=kinds,
         )
 
 
