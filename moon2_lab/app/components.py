@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from .query_words import WordNotice, has_and_lacks
 from ..config import REPORTED
 from ..data.images import ImageRef
-from ..data.products import Product
+from ..data.products import Item, Product
 from ..errors import LabError
 from ..evaluation.statistics import p_text
 from ..explain.heatmap_data import PairMaps, trust_words
@@ -97,6 +97,22 @@ def agreement_html(hits: Mapping[str, Sequence[tuple[Product, float]]]) -> Marku
     first = [found[0][0].product_id for found in hits.values() if found]
     same = len(first) == 2 and first[0] == first[1]
     return card("agreement", len(shared_ranks(hits)), max(map(len, hits.values())), same)
+
+
+def picture_examples_html(products: Sequence[Product]) -> Markup:
+    "A row of buttons with small pictures; each carries the place of its product."
+    named = [(product.title or product.product_id, _small_uri(product.image_ref())) for product in products]
+    return card("picture_examples", named)
+
+
+def judging_html(
+    query: Item,
+    hits: Mapping[str, Sequence[tuple[Product, float]]],  # by letter of the model
+) -> Markup:
+    "What the page's thumbs judge: query and products for its script; said why not, where a picture is asked with."
+    judged = query.text if query.image is None else ""
+    ids = {letter: [product.product_id for product, _ in found] for letter, found in hits.items()}
+    return card("judging", judged or "", ids)
 
 # %% ../../nbs/app/855_components.ipynb #0d57ee9d
 def product_html(

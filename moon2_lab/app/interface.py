@@ -10,6 +10,7 @@ import argparse
 import inspect
 import ipaddress
 import os
+import secrets
 import socket
 import sys
 import urllib.parse
@@ -20,9 +21,11 @@ from typing import Any
 import gradio as gr
 from gradio.route_utils import FnIndexInferError
 from gradio.routes import ORJSONResponse
+from gradio.utils import get_upload_folder
 
 from .components import card
 from .guards import Guard, Limits, Lines, host_names, line_refusal, security_headers
+from .map_tab import connect_map, map_tab
 from .service import MAX_HITS, SearchService, catalogue_of, open_model, scores_of, shown_part, train_tiny
 from moon2_lab.app.tabs import (
     COMPARES, EXPLAINS, PictureFile, QUIET, VIEW_LABELS, about_tab, compare_tab, connect_compare, connect_heatmap,
@@ -48,7 +51,7 @@ def _from_link(
     "What an address asks for."
     letters, methods = list(service.models), [key for _, key in method_choices(service)]
     allowed = {
-        "tab": ("search", "compare", "heatmap", "about"), "direction": VIEWS, "view": VIEWS,
+        "tab": ("search", "compare", "heatmap", "map", "about"), "direction": VIEWS, "view": VIEWS,
         "compare": ("", *REPORTED), "method": methods, "kind": ("won", "lost", "moved"), "at": ("1", "5", "10"),
         "of": letters, "model": letters + (["both"] if len(letters) > 1 else []),
         "k": [str(k) for k in range(1, MAX_HITS + 1)],
@@ -135,7 +138,7 @@ def _do_what_is_asked(chain, events: Mapping[str, dict], opened: gr.State, searc
         reopen = events["reopen"]
         chain = chain.then(**reopen | {"inputs": [*reopen["inputs"], opened]})
         chain = chain.then(**events["explain"]).then(**events["measure"])
-    for tab in ("heatmap", "compare"):
+    for tab in ("heatmap", "compare", "map"):
         if events[tab]:
             chain = chain.then(**_only_for(tab, opened, events[tab]))
 
@@ -164,9 +167,18 @@ _SLOW = {EXPLAINS["concurrency_id"], COMPARES["concurrency_id"]}  # lines of slo
 
 
 class _Page(gr.Blocks):
-    "Blocks that say in our words what is wrong with a request, and that take only so many waiting jobs of one client."
+    "Blocks that tell in our words what is wrong with a request, bound one client's jobs, and share no files."
 
     lines = Lines()
+
+    def launch(self, *given, **options):
+        "As in Gradio, with files in a folder of this page's own: a page that is closed deletes all that it has shown."
+        folder = str(Path(get_upload_folder()) / secrets.token_hex(8))
+        for block in self.blocks.values():
+            block.GRADIO_CACHE = folder
+        answer = super().launch(*given, **options)
+        self.app.uploaded_file_dir = folder
+        return answer
 
     def queue(self, *given, **options):
         "As in Gradio, with lines that are bounded by client, the slow ones apart from searches."
@@ -270,13 +282,16 @@ def build_demo(
                 compare = compare_tab(service)
             with gr.Tab("Heatmap", id="heatmap") as third:
                 heatmap = heatmap_tab(service)
-            with gr.Tab("About", id="about") as fourth:
+            with gr.Tab("Map", id="map") as fourth:
+                products = map_tab(service)
+            with gr.Tab("About", id="about") as fifth:
                 about_tab(service)
-        for name, tab in (("", first), ("compare", second), ("heatmap", third), ("about", fourth)):
+        named = {"": first, "compare": second, "heatmap": third, "map": fourth, "about": fifth}
+        for name, tab in named.items():
             tab.select(None, js=f"() => moon2.toTab('{name}')", api_visibility="private")
         boxes = {"search": search, "compare": compare, "heatmap": heatmap}
         events = connect_search(service, search) | {"compare": connect_compare(service, second, compare)}
-        events["heatmap"] = connect_heatmap(service, heatmap)
+        events |= {"heatmap": connect_heatmap(service, heatmap), "map": connect_map(service, fourth, products)}
         _connect_links(service, demo, tabs, boxes, events)
         _add_endpoints(service)
     demo.service = service

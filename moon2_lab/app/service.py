@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .examples import example_phrases, example_products
 from .query_words import AttributeWords, TitleWords, WordNotice, word_notice
 from ..config import TrainConfig, VIEWS
 from ..data.catalog import Catalog
@@ -420,13 +421,18 @@ class SearchService:
         return choices
 
     def phrases(self, count: int = 4) -> list[str]:
-        "A few search phrases, made from titles as the evaluation makes them."
-        phrases = {}
+        "A few search phrases: a colour and a kind of thing, else made from titles as the evaluation makes them."
+        phrases = {frozenset(fold_value(one).split()): one for one in example_phrases(self.catalog.products, count)}
         for product in self.catalog.products[:: max(1, len(self.catalog) // (4 * count))]:
-            phrase = search_phrase(product, 0, self.lexicon)
+            phrase = search_phrase(product, 0, self.lexicon) if len(phrases) < count else None
             if phrase:
                 phrases.setdefault(frozenset(fold_value(phrase).split()), phrase)
         return list(phrases.values())[:count]
+
+    @functools.cached_property
+    def picture_examples(self) -> list[Product]:
+        "A few products whose pictures are offered to search with."
+        return example_products(self.catalog.products)
 
     def comparison(
         self,

@@ -59,16 +59,16 @@ def _mix_of(benchmark: PublicBenchmark, task: str) -> dict[str, float]:
 
 def read_benchmark(
     benchmark: PublicBenchmark,
-    folder: str | Path,
+    folder: str | Path,  # or for qrels one file of judgements in JSON, such as the demo's
     task: str,
     catalog: Catalog | None = None,  # the products of a ground truth or of TREC's qrels
 ) -> tuple[BenchmarkData, str]:
     "(queries, judgements and candidates, the task)."
     if benchmark.layout == "mcmr":
         return read_mcmr(folder), task
-    if benchmark.layout == "qrels":
+    if benchmark.layout == "qrels" and not Path(folder).is_file():
         return read_qrels_folder(folder, catalog), task
-    path, task = ground_truth_file(folder, task)
+    path, task = (Path(folder), task) if benchmark.layout == "qrels" else ground_truth_file(folder, task)
     if catalog is None:
         advice = "give the catalogue that the ground truth is about with --catalog"
         raise UsageError("a ground truth has no products", where=str(folder), advice=advice)

@@ -331,10 +331,12 @@ def map_page(
     shown: EmbeddingMap,
     pictures: int = 1_500_000,  # bytes
     command: str = "",  # as in `map_payload`
+    searches: bool = False,  # in a frame of a page that searches: a product can be handed to it
 ) -> str:
     "The map as a page of HTML."
     title = f"Embedding map: {printable(shown.name, 80) or 'products'}"
     state = map_state(shown, pictures, command)
+    state["payload"]["searches"] = searches
     return render("map.html", title=title, widget="embedding_map", noun="map", state=state)
 
 

@@ -318,7 +318,7 @@ class Panel {
     list.value = asking;
     const hits = hitsOf(numbers.hits[asking] ?? { k: 0 }, place), id = numbers.payload.ids[place];
     root.replaceChildren(
-      make("div", { class: "m2m-product" }, ...thumbOf(numbers, place, "m2m-picture"), make("div", {}, make("b", {}, make("bdi", {}, numbers.title(place))), make("div", { class: "m2m-soft" }, make("bdi", {}, id)))),
+      make("div", { class: "m2m-product" }, ...thumbOf(numbers, place, "m2m-picture"), make("div", {}, make("b", {}, make("bdi", {}, numbers.title(place))), make("div", { class: "m2m-soft" }, make("bdi", {}, id)), ...(numbers.payload.searches ? [make("button", { onclick: () => model.send({ do: "search", item: id }) }, "Search like this")] : []))),
       make("dl", {}, ...numbers.facts(place).flatMap(([name, value]) => [make("dt", {}, make("bdi", {}, name)), make("dd", {}, make("bdi", {}, value))])),
       make("label", {}, "found in the full space, asked with its", list),
       hits.length ? make("ol", { class: "m2m-hits" }, ...hits.map((hit) => this.hit(id, hit, place, asking))) : make("p", { class: "m2m-soft" }, "Nothing: it has no vector of this kind."),

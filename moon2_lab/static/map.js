@@ -7,7 +7,7 @@ const model = {
   on: (name, listener) => { (heard[name] ??= new Set()).add(listener); },
   off: (name, listener) => heard[name]?.delete(listener),
   save_changes: () => {},
-  send: () => {},
+  send: (asked) => { if (parent !== window) parent.postMessage({ moon2Asked: asked }, "*"); }, // the page around it may answer
 };
 render({ model, el: document.querySelector("[data-widget]") });
 if (parent !== window) { // in a frame: it tells its height, and takes the theme of the page around it

@@ -23,6 +23,7 @@ from bench.demo_load import free_port
 from moon2_lab.app.components import thumbnail
 from moon2_lab.app.interface import build_demo, prepare, run_demo, serve
 from moon2_lab.app.service import SearchModel, SearchService, train_tiny
+from moon2_lab.app.tabs import HitGallery
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Product
@@ -241,6 +242,28 @@ def test_headers_and_hosts(address):
     strange = httpx.get(address, headers={"Host": "shop.evil.example"})
     assert strange.status_code == 421 and "MOON2_DEMO_HOSTS" in strange.json()["detail"]
     assert httpx.get(address, headers={"Host": "localhost:7860"}).status_code == 200
+
+
+def test_a_page_that_is_closed_leaves_the_pictures_of_others(catalog, encoders, picture):
+    "Two pages of one machine show the same picture and are given the same upload; one of them is closed."
+    import httpx
+
+    pages = [build_demo(encoders[0], catalog=catalog) for _ in range(2)]
+    addresses, files = [serve(page, port=free_port(), wait=False) for page in pages], []
+    try:
+        for page, address in zip(pages, addresses):
+            given = {"files": ("photo.png", picture.read_bytes(), "image/png")}
+            uploaded = httpx.post(f"{address}gradio_api/upload", files=given).json()
+            gallery = next(block for block in page.blocks.values() if isinstance(block, HitGallery))
+            shown = gallery.postprocess([(thumbnail(catalog[3].image_ref()), "a hit")]).root[0].image.path
+            gallery.temp_files.add(shown)  # as Gradio does when it sends it
+            files.append([f"{address}gradio_api/file={path}" for path in (*uploaded, shown)])
+        assert [httpx.get(url).status_code for both in files for url in both] == [200] * 4
+        pages[0].close(verbose=False)
+        assert [httpx.get(url).status_code for url in files[1]] == [200, 200]
+    finally:
+        for page in pages:
+            page.close(verbose=False)
 
 
 def test_words_that_are_an_id_are_words(address, demo):
