@@ -303,7 +303,7 @@ SEES_ONLY = {  # tighter than the order of the numbers: what sees arrays must no
     "reporting.run_figures": {"errors", "config", "objective.omega_alarm", "reporting.tables"},
     "widgets.training": {
         "errors", "config", "objective.omega_alarm", "reporting.tables", "reporting.run_figures",
-        "reporting.still_figures",
+        "reporting.still_figures", "widgets.run_curves", "widgets.step_what_if",
     },
 }
 
@@ -396,7 +396,7 @@ MAY_IMPORT = {  # heavy packages, and the modules that may import them when they
     "peft": set(),
     "accelerate": set(),
     "captum": set(),
-    "gradio": {"app.interface", "app.tabs"},
+    "gradio": {"app.interface", "app.map_tab", "app.tabs"},
     "plotly": set(),
     "matplotlib": set(),
     "sklearn": set(),

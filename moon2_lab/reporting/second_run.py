@@ -36,7 +36,8 @@ def read_scored_run(folder: str | Path) -> ScoredRun:
     files = {name: folder / name for name in ("metrics.json", "per_query.parquet")}
     missing = [name for name, path in files.items() if not path.is_file()]
     if missing or not is_one_evaluation(files["metrics.json"]):
-        what = f"no {' and no '.join(missing)}" if missing else "metrics.json and per_query.parquet are of two evaluations"
+        two = f"{' and '.join(files)} are of two evaluations"
+        what = f"no {' and no '.join(missing)}" if missing else two
         raise UsageError(what, where=str(folder), advice="score it first: moon2 eval RUN --out RUN")
     tables = {name: pd.read_parquet(folder / name) for name in ("per_query.parquet", "history.parquet")
               if (folder / name).is_file()}
