@@ -229,10 +229,7 @@ def test_notebook_outputs_are_small_and_deterministic(path):
             assert not re.search(r" at 0x[0-9a-f]{6,}", text), f"cell {number}: object address in the output"
 
 
-LATER = {"98_does_it_hold.ipynb"}  # made anew with the results that it reads
-
-
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.name not in LATER], ids=named)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
 def test_saved_figures_are_seen_where_no_script_runs(path):
     """A plotly figure is saved with a picture beside it, for GitHub and nbconvert (`begin_notebook` sees to it), and no
     lesson opens with renderers and filters of warnings.

