@@ -56,12 +56,12 @@ def fill_map():
 def relative_to_root(markdown):
     "Links and pictures of index.ipynb are relative to nbs/; in README.md they are relative to the root."
     def move(match):
-        target = match[2]
+        target = match[1]
         if re.match(r"[a-z]+:|#|/", target):
             return match[0]
-        return f"{match[1]}({os.path.relpath(SOURCE.parent / target, ROOT)})"
+        return f"]({os.path.relpath(SOURCE.parent / target, ROOT)})"
 
-    return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", move, markdown)
+    return re.sub(r"\]\(([^)\s]+)\)", move, markdown)  # also of a picture that is a link
 
 
 def readme():
