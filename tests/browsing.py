@@ -1,4 +1,5 @@
 "What the tests in a real browser share: a JupyterLab of one's own, cells that are run by clicks, and waiting."
+import json
 import os
 import shutil
 import subprocess
@@ -124,6 +125,35 @@ def watched_page(browser, file, drawn, **how):
     assert not outside(asked, file.as_uri()) and wrong == []
     assert page.evaluate("window.pwned") is None
     page.close()
+
+
+_WIDGET_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>widget</title>
+<style>body { margin: 0; background: light-dark(#fff, #000); color-scheme: light dark } CSS</style>
+<main></main><script type="module">
+ESM
+const state = STATE, heard = {};
+const tell = (name, ...values) => { for (const one of heard[name] ?? []) one(...values); };
+const set = (name, value) => { state[name] = value; tell(`change:${name}`); };
+const ask = async (message) => {
+  const answer = await window.kernel?.(message, state.asked);
+  if (answer?.do) tell("msg:custom", answer); else if (answer) set("shown", answer);
+};
+window.model = { get: (name) => state[name], set, save_changes: () => ask({ do: "SAVED" }), send: ask,
+  on: (name, told) => (heard[name] ??= new Set()).add(told), off: (name, told) => heard[name].delete(told), heard };
+window.stop = widget.render({ model: window.model, el: document.querySelector("main") });
+</script></html>"""
+
+
+def write_widget_page(path, widget, traits, saved):
+    """The page of an anywidget with these traits; its kernel is the function `window.kernel`, where a test exposes one,
+    and hears {do: saved} when a trait is saved.
+    """
+    state = json.dumps({name: getattr(widget, name) for name in traits}).replace("<", "\\u003c")
+    esm = widget._esm.replace("export default", "const widget =")
+    filled = _WIDGET_PAGE.replace("CSS", widget._css).replace("ESM", esm).replace("SAVED", saved)
+    path.write_text(filled.replace("STATE", state), encoding="utf-8")
+    return path
 
 
 def choose_on_map(page, title):

@@ -7,36 +7,20 @@ __all__ = ['MAPPED', 'product_map', 'MapPages', 'map_tab', 'connect_map']
 
 # %% ../../nbs/app/867_map_tab.ipynb #af484476
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import gradio as gr
-import numpy as np
 from markupsafe import Markup
 
 from .components import card
 from .service import SearchModel, SearchService
 from .tabs import EXPLAINS, model_box
-from ..config import VIEWS
 from ..errors import LabError, UsageError
 from ..evaluation.embedding_figures import sample_places
 from ..reporting.embedding_map import EmbeddingMap, embedding_map, map_page
-from ..retrieval.vectors import VectorBlock
 
 # %% ../../nbs/app/867_map_tab.ipynb #554ebb7a
 MAPPED = 2000  # products of a map
-
-
-def _view_rows(block: VectorBlock, ids: Sequence[str]) -> dict[str, np.ndarray]:
-    "view -> (N, D) vectors of these products, NaN where a product lacks the view."
-    place, views, width = {name: number for number, name in enumerate(ids)}, {}, block.vectors.shape[1]
-    own = np.array([place.get(name, -1) for name in block.ids], dtype=np.int64)
-    of_view = np.array(block.views)
-    for view in VIEWS:
-        lines = np.flatnonzero((own >= 0) & (of_view == view))
-        if len(lines):
-            views[view] = np.full((len(ids), width), np.nan, np.float32)
-            views[view][own[lines]] = block.vectors[lines]
-    return views
 
 
 def product_map(
@@ -50,8 +34,8 @@ def product_map(
     products = model.catalog.products
     some = [products[place] for place in sample_places([product.product_id for product in products], most)]
     ids = [product.product_id for product in some]
-    views = _view_rows(model.read_vectors(), ids)
-    return embedding_map(views, ids, dict(zip(ids, some)), most=most, total=len(products), name=model.name)
+    views, about = model.read_vectors().by_view(ids), {"total": len(products), "name": model.name}
+    return embedding_map(views, ids, dict(zip(ids, some)), most=most, **about)
 
 # %% ../../nbs/app/867_map_tab.ipynb #8aa9b345
 _PICTURES = 800_000  # bytes of the pictures in a map

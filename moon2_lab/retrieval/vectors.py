@@ -210,6 +210,23 @@ class VectorBlock:
         payload = None if payloads[0] is None else pd.concat(payloads, ignore_index=True)
         return cls(ids, views, np.concatenate([block.vectors for block in blocks]), payload)
 
+    def lines_of(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
+        "view -> (N,) the first line of each of these ids, -1 where it has none; views in which all lack it are absent."
+        place, found = {name: number for number, name in enumerate(ids)}, {}
+        rows = np.array([place.get(name, -1) for name in self.ids], dtype=np.int64)
+        for view in VIEWS:
+            lines = np.flatnonzero((rows >= 0) & (np.array(self.views, dtype=str) == view))
+            known, first = np.unique(rows[lines], return_index=True)
+            if len(known):
+                found[view] = np.full(len(ids), -1)
+                found[view][known] = lines[first]
+        return found
+
+    def by_view(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
+        "view -> (N, D) float32 of these ids, NaN where there is no line; views as in `lines_of`."
+        chosen = lambda lines: np.where(lines[:, None] < 0, np.float32(np.nan), self.vectors[lines])
+        return {view: chosen(lines) for view, lines in self.lines_of(ids).items()}
+
     def products(self) -> list[Product]:
         "What the payload tells of each product: title, categories, attributes, path of the picture."
         columns = [self.payload[name].tolist() for name in PAYLOAD]

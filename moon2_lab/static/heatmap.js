@@ -148,9 +148,6 @@ function paint(element, value, most, signed, strongest) {
   element.style.backgroundColor = strength > 0 ? `rgb(var(${colour}) / ${(strongest * strength).toFixed(3)})` : "";
 }
 
-// An SVG element, without naming its namespace: a page that asks nothing of the network has no address in it.
-function drawn(svg) { const holder = document.createElement("template"); holder.innerHTML = svg; return holder.content.firstChild; }
-
 // Heat over a picture: one pixel for each cell, which the browser draws large and smooth.
 function drawHeat(canvas, values, map, strongest, root) {
   const context = canvas.getContext("2d"), style = getComputedStyle(root), colour = (name) => style.getPropertyValue(name).trim().split(/\s+/).map(Number);
@@ -171,8 +168,7 @@ class Side extends Pointing {
     this.told = make("p", { class: "m2h-told" });
     this.legend = make("div", { class: "m2h-legend" });
     this.trust = make("div", { class: "m2h-trust" });
-    this.arcs = drawn("<svg></svg>");
-    put(this.arcs, { class: "m2h-arcs", "aria-hidden": "true" }, []);
+    this.arcs = draw("svg", { class: "m2h-arcs", "aria-hidden": "true" });
     this.root = this.hear(make("section", { class: "m2h-side", "data-side": name, "aria-label": `${name} of the pair` },
       make("h3", {}, make("span", {}, name), make("bdi", { class: "m2h-id" }, this.part.id)), this.picture(), this.title(), this.legend, this.told, this.trust));
   }
@@ -271,10 +267,8 @@ class Side extends Pointing {
     const strongest = range(links.words.length).filter(worth).sort((a, b) => links.words[b] - links.words[a]).slice(0, 3);
     const middle = (place) => { const box = this.words[place].getBoundingClientRect(); return [box.left + box.width / 2 - frame.left, box.top - frame.top + 3]; };
     for (const place of strongest) {
-      const [x, y] = middle(from), [u, v] = middle(place), path = drawn("<svg><path></path></svg>").firstChild;
-      const height = Math.min(y, v) - Math.min(22, 6 + Math.abs(x - u) / 8);
-      put(path, { d: `M ${x} ${y} Q ${(x + u) / 2} ${height} ${u} ${v}`, "stroke-width": (1 + 3 * (links.words[place] / (links.most || 1))).toFixed(2) }, []);
-      this.arcs.append(path);
+      const [x, y] = middle(from), [u, v] = middle(place), height = Math.min(y, v) - Math.min(22, 6 + Math.abs(x - u) / 8);
+      this.arcs.append(draw("path", { d: `M ${x} ${y} Q ${(x + u) / 2} ${height} ${u} ${v}`, "stroke-width": (1 + 3 * (links.words[place] / (links.most || 1))).toFixed(2) }));
     }
   }
 

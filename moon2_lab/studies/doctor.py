@@ -145,17 +145,10 @@ def examine_encoder(
 def _by_view(block: VectorBlock) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
     "Ids; by view vectors, NaN where there is no line, and whether there is one; the ids that stand twice in a view."
     ids = list(dict.fromkeys(block.ids))
-    place, dim, twice = {name: number for number, name in enumerate(ids)}, block.vectors.shape[1], []
-    rows, views, present = np.array([place[name] for name in block.ids]), {}, {}
-    for view in [view for view in VIEWS if view in block.views]:
-        lines = np.flatnonzero(np.array(block.views) == view)
-        first = np.unique(rows[lines], return_index=True)[1]
-        twice += [block.ids[line] for line in np.delete(lines, first)]
-        lines = lines[first]
-        views[view] = np.full((len(ids), dim), np.nan, dtype=np.float32)
-        views[view][rows[lines]] = block.vectors[lines]
-        present[view] = np.isin(np.arange(len(ids)), rows[lines])
-    return ids, views, present, list(dict.fromkeys(twice))
+    first, of_view = block.lines_of(ids), np.array(block.views, dtype=str)
+    others = [np.setdiff1d(np.flatnonzero(of_view == view), lines) for view, lines in first.items()]
+    twice = dict.fromkeys(block.ids[line] for lines in others for line in lines)
+    return ids, block.by_view(ids), {view: lines >= 0 for view, lines in first.items()}, list(twice)
 
 
 def _file_findings(file: VectorFile, twice: list[str], unknown: list[str]) -> Health:

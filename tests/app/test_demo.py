@@ -64,13 +64,6 @@ def demo(catalog, encoders):
     )
 
 
-@pytest.fixture(scope="module")
-def address(demo) -> str:
-    "The running page."
-    yield serve(demo, port=free_port(), wait=False)
-    demo.close(verbose=False)
-
-
 @pytest.fixture
 def picture(catalog, tmp_path):
     "A photo file of a product."

@@ -5,8 +5,7 @@ from browsing import serious_violations, until
 pytest.importorskip("gradio")
 pytest.importorskip("axe_playwright_python")
 
-from bench.demo_load import free_port
-from moon2_lab.app.interface import build_demo, serve
+from moon2_lab.app.interface import build_demo
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 
@@ -19,15 +18,13 @@ def catalog(drawn_catalogue) -> Catalog:
 
 
 @pytest.fixture(scope="module")
-def address(catalog) -> str:
-    "The running page of two models."
+def demo(catalog):
+    "The page of two models."
     first, second = (
         perturb_experts(Moon2Encoder.from_backbone("tiny", num_layers=2, seed=seed), 0.05, seed=seed).eval()
         for seed in (1, 2)
     )
-    demo = build_demo(first, second, catalog=catalog, names=("first", "second"))
-    yield serve(demo, port=free_port(), wait=False)
-    demo.close(verbose=False)
+    return build_demo(first, second, catalog=catalog, names=("first", "second"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -4,8 +4,7 @@ from browsing import keep_screenshot, until
 
 pytest.importorskip("gradio")
 
-from bench.demo_load import free_port
-from moon2_lab.app.interface import build_demo, serve
+from moon2_lab.app.interface import build_demo
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.retrieval.query_input import query_item
@@ -17,13 +16,6 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def demo(drawn_catalogue):
     encoder = perturb_experts(Moon2Encoder.from_backbone("tiny", num_layers=2, seed=1), 0.05, seed=1).eval()
     return build_demo(encoder, catalog=Catalog.load(drawn_catalogue), names=("first",))
-
-
-@pytest.fixture(scope="module")
-def address(demo) -> str:
-    "The running page."
-    yield serve(demo, port=free_port(), wait=False)
-    demo.close(verbose=False)
 
 
 @pytest.fixture

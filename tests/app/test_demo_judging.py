@@ -6,8 +6,7 @@ from browsing import keep_screenshot, until
 
 pytest.importorskip("gradio")
 
-from bench.demo_load import free_port
-from moon2_lab.app.interface import build_demo, serve
+from moon2_lab.app.interface import build_demo
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 
@@ -22,13 +21,6 @@ def encoder() -> Moon2Encoder:
 @pytest.fixture(scope="module")
 def demo(drawn_catalogue, encoder):
     return build_demo(encoder, catalog=Catalog.load(drawn_catalogue), names=("first",))
-
-
-@pytest.fixture(scope="module")
-def address(demo) -> str:
-    "The running page."
-    yield serve(demo, port=free_port(), wait=False)
-    demo.close(verbose=False)
 
 
 @pytest.fixture

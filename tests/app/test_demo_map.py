@@ -4,8 +4,7 @@ from browsing import keep_screenshot, outside, until
 
 pytest.importorskip("gradio")
 
-from bench.demo_load import free_port
-from moon2_lab.app.interface import build_demo, serve
+from moon2_lab.app.interface import build_demo
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 
@@ -17,13 +16,6 @@ def demo(drawn_catalogue):
     encoders = [Moon2Encoder.from_backbone("tiny", num_layers=2, seed=seed) for seed in (1, 2)]
     encoders = [perturb_experts(encoder, 0.05, seed=seed).eval() for seed, encoder in enumerate(encoders)]
     return build_demo(*encoders, catalog=Catalog.load(drawn_catalogue), names=("first", "second"))
-
-
-@pytest.fixture(scope="module")
-def address(demo) -> str:
-    "The running page."
-    yield serve(demo, port=free_port(), wait=False)
-    demo.close(verbose=False)
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ from browsing import keep_screenshot, until
 
 pytest.importorskip("gradio")
 
-from bench.demo_load import free_port
-from moon2_lab.app.interface import build_demo, serve
+from moon2_lab.app.interface import build_demo
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import Item
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
@@ -27,11 +26,8 @@ def encoder() -> Moon2Encoder:
 
 
 @pytest.fixture(scope="module")
-def address(catalog, encoder) -> str:
-    "The running page."
-    demo = build_demo(encoder, catalog=catalog, names=("first",))
-    yield serve(demo, port=free_port(), wait=False)
-    demo.close(verbose=False)
+def demo(catalog, encoder):
+    return build_demo(encoder, catalog=catalog, names=("first",))
 
 
 @pytest.fixture

@@ -1,34 +1,18 @@
 """The what-if of a training step in a page of its own: sliders are sent once after a quiet, both steps are drawn with
 the difference in words, errors are told; without a kernel, before the first step, by keyboard, at 420 px.
 """
-import json
 import re
 from types import SimpleNamespace
 
 import pytest
-from browsing import contrast, keep_screenshot, outside, settle, until
+from browsing import contrast, keep_screenshot, outside, settle, until, write_widget_page
 
 from moon2_lab.config import TrainConfig
 from moon2_lab.testing import made_up_history
 from moon2_lab.widgets.step_what_if import StepWhatIf
 
 HOSTILE = "<img src=x onerror=window.pwned=1> 红色"
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>what if</title>
-<style>body { margin: 0; background: light-dark(#fff, #000); color-scheme: light dark } CSS</style>
-<main></main><script type="module">
-ESM
-const state = STATE, heard = {};
-const tell = (name, ...values) => { for (const one of heard[name] ?? []) one(...values); };
-const set = (name, value) => { state[name] = value; tell(`change:${name}`); };
-const ask = async (message) => {
-  const answer = await window.kernel?.(message, state.asked);
-  if (answer?.do) tell("msg:custom", answer); else if (answer) set("shown", answer);
-};
-window.model = { get: (name) => state[name], set, save_changes: () => ask({ do: "asked" }), send: ask,
-  on: (name, told) => (heard[name] ??= new Set()).add(told), off: (name, told) => heard[name].delete(told), heard };
-window.stop = widget.render({ model: window.model, el: document.querySelector("main") });
-</script></html>"""
+
 
 
 class Straw:
@@ -71,9 +55,7 @@ def page(browser, widget, tmp_path, request):
     if not dead:
         page.expose_function("kernel", kernel)
     names = ("settings", "ready", "asked", "shown")
-    state = json.dumps({name: getattr(widget, name) for name in names}).replace("<", "\\u003c")
-    esm, path = widget._esm.replace("export default", "const widget ="), tmp_path / "page.html"
-    path.write_text(PAGE.replace("CSS", widget._css).replace("ESM", esm).replace("STATE", state), encoding="utf-8")
+    path = write_widget_page(tmp_path / "page.html", widget, names, "asked")
     page.goto(path.as_uri())
     page.locator(".m2s fieldset").wait_for()
     settle(page)

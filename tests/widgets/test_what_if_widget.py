@@ -1,10 +1,9 @@
 """The what-if widget in a page of its own: what is typed is sent after a quiet, the last edit wins, old numbers are
 marked, errors are told; without a kernel the last state is shown; by keyboard, at 420 px, in both colour schemes.
 """
-import json
 
 import pytest
-from browsing import contrast, keep_screenshot, outside, settle, until
+from browsing import contrast, keep_screenshot, outside, settle, until, write_widget_page
 
 from moon2_lab.data.products import Item, Product
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
@@ -12,22 +11,7 @@ from moon2_lab.testing import flat_picture, made_up_catalog
 from moon2_lab.widgets.what_if import what_if_widget
 
 HOSTILE = "<img src=x onerror=window.pwned=1></script><script>window.pwned=2</script> \u202egnol 红色 &amp;"
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>what if</title>
-<style>body { margin: 0; background: light-dark(#fff, #000); color-scheme: light dark } CSS</style>
-<main></main><script type="module">
-ESM
-const state = STATE, heard = {};
-const tell = (name, ...values) => { for (const one of heard[name] ?? []) one(...values); };
-const set = (name, value) => { state[name] = value; tell(`change:${name}`); };
-const ask = async (message) => {
-  const answer = await window.kernel?.(message, state.asked);
-  if (answer?.do) tell("msg:custom", answer); else if (answer) set("shown", answer);
-};
-window.model = { get: (name) => state[name], set, save_changes: () => ask({ do: "edit" }), send: ask,
-  on: (name, told) => (heard[name] ??= new Set()).add(told), off: (name, told) => heard[name].delete(told), heard };
-window.stop = widget.render({ model: window.model, el: document.querySelector("main") });
-</script></html>"""
+
 
 
 @pytest.fixture
@@ -58,10 +42,7 @@ def page(browser, widget, tmp_path, request):
 
     if not dead:
         page.expose_function("kernel", kernel)
-    state = json.dumps({name: getattr(widget, name) for name in ("start", "asked", "shown")}).replace("<", "\\u003c")
-    esm = widget._esm.replace("export default", "const widget =")
-    path = tmp_path / "page.html"
-    path.write_text(PAGE.replace("CSS", widget._css).replace("ESM", esm).replace("STATE", state), encoding="utf-8")
+    path = write_widget_page(tmp_path / "page.html", widget, ("start", "asked", "shown"), "edit")
     page.goto(path.as_uri())
     page.locator(".m2w table").wait_for()
     settle(page)
