@@ -505,3 +505,15 @@ def test_files_of_tests_have_names_of_their_own():
     "pytest refuses a second file of one name in another folder, and with it all that it tests."
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert not [name for name, count in names.items() if count > 1]
+
+
+@pytest.mark.parametrize("shared", ["parts.js", "map.js"])
+def test_scripts_of_one_page_declare_different_names(shared):
+    "parts.js stands before every other script of a page, map.js after some: a name declared twice stops them all."
+    declared = {
+        path.name: set(re.findall(r"^(?:async )?(?:const|let|var|function\*?|class) (\w+)", path.read_text(), re.M))
+        for path in (ROOT / "moon2_lab" / "static").glob("*.js")
+    }
+    assert declared[shared] and len(declared) > 5
+    twice = {name: both for name in declared if name != shared and (both := declared[name] & declared[shared])}
+    assert not twice, twice

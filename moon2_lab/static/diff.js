@@ -206,7 +206,7 @@ function choose(change) {
   Object.assign(view, change, { query: "" });
   unknown = [];
   writeAddress();
-  draw();
+  drawList();
 }
 
 function select(name, label, options) {
@@ -264,7 +264,7 @@ function drawCategories() {
 }
 
 // Draws the list for what is chosen.
-function draw() {
+function drawList() {
   const total = totals(view.direction, view.category);
   for (const name of ["direction", "category", "sort"]) if (controls[name]) controls[name].value = view[name];
   if (controls.text.value.trim() !== view.text) controls.text.value = view.text;
@@ -282,7 +282,7 @@ function draw() {
 function show() {
   readAddress();
   const wanted = view.query;
-  draw();
+  drawList();
   const found = wanted && cards.find((shown) => keyOf(shown.row) === wanted);
   if (found) { toggle(found, true); found.article.focus(); found.article.scrollIntoView({ block: "start" }); }
 }
