@@ -66,6 +66,14 @@ def steps_sent(view):
     return np.frombuffer(view.widget.data, "<f4").reshape(len(view.widget.curves) + 1, -1)[0]
 
 
+async def reached(holds, seconds=120):
+    "Leave the loop to the others until `holds()`."
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        await asyncio.sleep(0)
+
+
 def test_finish_gives_the_weights_of_train(make_trainer, plain_end):
     live = LiveTraining(make_trainer())
     history = live.finish()
@@ -82,18 +90,15 @@ def test_background_pause_step_and_takeover_give_the_weights_of_train(make_train
         live.start()
         live.start()  # a second call changes nothing
         live.want("pause")
-        while live.state != "paused":
-            await asyncio.sleep(0.01)
+        await reached(lambda: live.state == "paused")
         assert live.trainer.step == 1
         presser = threading.Thread(target=live.buttons["step"].click)
         presser.start(), presser.join()
-        while live.trainer.step < 2 or live.state != "paused":
-            await asyncio.sleep(0.01)
+        await reached(lambda: live.trainer.step >= 2 and live.state == "paused")
         live.want("run")
         phases = []
         live.trainer.callbacks.append(lambda event: phases.append(event.phase))
-        while not phases or phases[-1] != "similarity":
-            await asyncio.sleep(0)
+        await reached(lambda: phases[-1:] == ["similarity"])
         live.finish()
         await asyncio.sleep(0.05)
         return live
@@ -107,14 +112,12 @@ def test_stop_and_continue_from_another_thread(make_trainer, plain_end):
         live = no_display(LiveTraining(make_trainer()))
         live.start()
         live.want("stop")
-        while live.state != "stopped":
-            await asyncio.sleep(0.01)
+        await reached(lambda: live.state == "stopped")
         stopped_at = live.trainer.step
         assert len(live.finish()) == stopped_at  # stopped is stopped
         waker = threading.Thread(target=live.want, args=("resume",))
         waker.start(), waker.join()
-        while live.state != "done":
-            await asyncio.sleep(0.01)
+        await reached(lambda: live.state == "done")
         return stopped_at, live
 
     stopped_at, live = asyncio.run(session())
@@ -135,8 +138,7 @@ def test_background_error_is_told_and_raised_by_finish(make_trainer, plain_end):
         live = no_display(LiveTraining(make_trainer()))
         live.trainer.callbacks.append(trip)
         live.start()
-        while live.state != "failed":
-            await asyncio.sleep(0.01)
+        await reached(lambda: live.state == "failed")
         assert "ValueError: a callback" in live.status.value and not live.buttons["resume"].disabled
         with pytest.raises(ValueError, match="own mistake"):
             live.finish()
@@ -154,13 +156,11 @@ def test_await_waits_without_holding_the_loop(make_trainer, plain_end):
         live = no_display(LiveTraining(make_trainer()))
         live.start()
         waiting = asyncio.create_task(live._wait())
-        while live.trainer.step < 2:
-            await asyncio.sleep(0)
+        await reached(lambda: live.trainer.step >= 2)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        while live.state != "paused":
-            await asyncio.sleep(0.01)
+        await reached(lambda: live.state == "paused")
         held = live.trainer.step
         await asyncio.sleep(0.2)
         assert live.trainer.step == held
@@ -220,11 +220,9 @@ def test_a_finished_run_stays_with_its_buttons(make_trainer):
         before = live.trainer.encoder.fingerprint
         presser = threading.Thread(target=live.buttons["more"].click)
         presser.start(), presser.join()
-        while live.trainer.step < 5:
-            await asyncio.sleep(0.01)
+        await reached(lambda: live.trainer.step >= 5)
         live.want("stop")
-        while live.state != "stopped":
-            await asyncio.sleep(0.01)
+        await reached(lambda: live.state == "stopped")
         return live, before
 
     live, before = asyncio.run(session())
@@ -245,24 +243,20 @@ def test_what_if_changes_nothing_of_the_run(make_trainer):
     plain.train()
 
     async def session():
-        live = no_display(LiveTraining(make_trainer()))
+        live = no_display(LiveTraining(make_trainer(), every=3600))  # between two drawings, too
         asks = iter([{"temperature": 0.02}, {"omega_mode": "faithful"}, {"intra_temperature": 0.2}])
         box, shown, number = live.what_if, [], iter(range(1, 9))
         ask = lambda: setattr(box, "asked", {"number": next(number)} | next(asks))
         live.trainer.callbacks.append(lambda event: ask() if (event.step, event.phase) == (1, "similarity") else None)
         box.observe(lambda change: shown.append(change.new | {"at": live.trainer.step, "state": live.state}), "shown")
         live.start()
-        while not shown:
-            await asyncio.sleep(0)
+        await reached(lambda: shown)
         live.want("pause")
-        while live.state != "paused":
-            await asyncio.sleep(0)
+        await reached(lambda: live.state == "paused")
         ask()
-        while len(shown) < 2:
-            await asyncio.sleep(0)
+        await reached(lambda: len(shown) > 1)
         live.want("stop")
-        while live.state != "stopped":
-            await asyncio.sleep(0)
+        await reached(lambda: live.state == "stopped")
         held, weights = live.trainer.step, live.trainer.encoder.fingerprint
         ask()  # nothing runs: it is computed at once
         assert len(shown) == 3 and (live.trainer.step, live.trainer.encoder.fingerprint) == (held, weights)
