@@ -7,6 +7,7 @@ median, 95th percentile and longest wait, searches a second, and the memory of t
 the same cores as the app.
 
     python bench/demo_load.py --model runs/demo --catalog path/to/catalogue
+    python bench/demo_load.py --products 50000 --clients 1    # each product many times, its vectors moved a little
 """
 import contextlib
 import http.client
@@ -14,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import socket
 import statistics
 import subprocess
@@ -89,11 +91,12 @@ def _answers(port: int) -> bool:
         connection.close()
 
 
-def app_words(model: Path, catalog: Path) -> list[str]:
-    "How the search page is started on all products of a catalogue."
+def app_words(model: Path, catalog: Path, vectors: Sequence[Path] = ()) -> list[str]:
+    "How the search page is started on all products of a catalogue, of files of vectors where there are some."
+    stored = [word for path in vectors for word in ("--vectors", str(path))]
     return [
         sys.executable, str(ROOT / "apps" / "retrieval_demo.py"), str(model), "--catalog", str(catalog), "--split",
-        "all", "--port", "PORT",
+        "all", "--port", "PORT", *stored,
     ]
 
 
@@ -343,6 +346,35 @@ def material(args, work: Path) -> tuple[Path, Path]:
     return Path(model).resolve(), Path(catalog).resolve()
 
 
+def large_catalogue(encoder, path: Path, products: int, work: Path) -> tuple[Path, Path]:
+    """A catalogue of so many products, those of `path` over and over under ids of their own, and a file of its vectors:
+    those of `encoder`, each turned a little another way (noise of a third of its length), so that no two are equal.
+    """
+    import numpy as np
+    import pandas as pd
+
+    from moon2_lab.data.catalog import Catalog
+    from moon2_lab.retrieval.embed import embed_catalog
+    from moon2_lab.retrieval.vectors import VectorBlock, VectorFile
+
+    folder, base, stored = work / "large", work / "base.parquet", work / "large.parquet"
+    shutil.copytree(path, folder, ignore=shutil.ignore_patterns("*.parquet"))
+    rows = pd.read_parquet(path / "products.parquet")
+    copies = -(-products // len(rows))
+    many = pd.concat([rows.assign(product_id=rows.product_id + f"-{copy}") for copy in range(copies)])[:products]
+    many.to_parquet(folder / "products.parquet", index=False)
+    embed_catalog(encoder, Catalog.load(path), base, view="all")
+    file, kept, chance = VectorFile(base), set(many.product_id), np.random.default_rng(0)
+    block, made = file.read(), []
+    for copy in range(copies):
+        noise = chance.standard_normal(block.vectors.shape, dtype=np.float32) / np.sqrt(9 * block.vectors.shape[1])
+        moved = block.vectors + noise
+        moved /= np.linalg.norm(moved, axis=1, keepdims=True)
+        one = VectorBlock([f"{name}-{copy}" for name in block.ids], block.views, moved, block.payload)
+        made.append(one.take([place for place, name in enumerate(one.ids) if name in kept]))
+    return folder, VectorBlock.join(made).write(stored, about=file.about)
+
+
 def some_pictures(catalog, work: Path, count: int = 3) -> list[Path]:
     "Photos of products as files."
     products = [product for product in catalog if product.has_image][:count]
@@ -357,12 +389,19 @@ def run(args) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         model, path = material(args, work := Path(folder))
-        encoder, catalog = open_model(model), Catalog.load(path)
-        shop, pictures = SearchService(catalog, {"A": encoder}), some_pictures(catalog, work)
+        encoder, vectors = open_model(model), []
+        if args.products:
+            path, stored = large_catalogue(encoder, path, args.products, work)
+            vectors = [stored]
+        catalog = Catalog.load(path)
+        shop, pictures = SearchService(catalog, {"A": encoder}, vectors=vectors), some_pictures(catalog, work)
         env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "GRADIO_TEMP_DIR": str(work / "uploads")}
-        with serving(app_words(model, path), work, env, args.cores) as app:
+        begun = time.perf_counter()
+        with serving(app_words(model, path, vectors), work, env, args.cores, seconds=600) as app:
+            ready = time.perf_counter() - begun
             told = measure(app, shop, args.clients, args.searches, pictures)
-        return told | {"model": shop.models["A"].label, "products": len(catalog), "cores": args.cores}
+        about = {"model": shop.models["A"].label, "products": len(catalog), "cores": args.cores}
+        return told | about | {"ready_s": round(ready, 1)}
 
 
 def main() -> None:
@@ -370,6 +409,7 @@ def main() -> None:
 
     parser = options(__doc__)
     parser.add_argument("--model", help="run or model folder; without it an untrained model of --backbone")
+    parser.add_argument("--products", type=int, default=0, help="a catalogue of so many, made of those that there are")
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--searches", type=int, default=200, help="of each client")
     parser.add_argument("--cores", type=int, default=2, help="that the app may use")

@@ -27,6 +27,7 @@ def demo(drawn_catalogue, encoder):
 def page(browser, address):
     "The hits of a query in words; afterwards the page must have told no error."
     page, wrong = browser.new_page(viewport={"width": 1200, "height": 1000}, accept_downloads=True), []
+    page.complaints = wrong
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.goto(f"{address}?q=black+bag")
@@ -103,6 +104,8 @@ def test_a_judgement_is_taken_back_kept_and_forgotten(page, demo):
     until(page, lambda: pressed(page, 1, "does not fit the query"), "the thumbs of before", 20)
     page.reload()
     thumb(page, 1).wait_for(timeout=60_000)
+    left = [page.complaints.pop() for _ in page.complaints[:]]  # Gradio's, of a page that is left while it asks
+    assert all("AbortError" in one or "Connection errored out" in one for one in left), left
     until(page, lambda: pressed(page, 1, "does not fit the query"), "the thumbs after a reload", 20)
     page.locator(".moon2-hits button:has(img)").first.click()
     page.get_by_role("button", name="More like this").click(timeout=20_000)

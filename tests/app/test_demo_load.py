@@ -14,18 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from PIL import Image
 
 pytest.importorskip("gradio")
 
 from bench.demo_load import (
-    App, Client, app_words, ask, expected_answers, is_right, make_questions, measure, memory, peak_memory, picture_data,
-    serving, some_pictures,
+    App, Client, app_words, ask, expected_answers, is_right, large_catalogue, make_questions, measure, memory,
+    peak_memory, picture_data, serving, some_pictures,
 )
 from moon2_lab.app.service import SearchService
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
+from moon2_lab.retrieval.vectors import VectorFile
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 REQUESTS, SECRET = 500, "the-secret-of-the-shop"
@@ -149,6 +151,20 @@ def test_a_few_clients_at_once(app, shop, place):
 def test_many_clients_at_once(app, shop, place):
     "20 clients x 200 searches."
     under_load(app, shop, place, 20, 200)
+
+
+def test_a_large_catalogue_of_a_small_one(shop, tmp_path):
+    "So many products with a vector of each view that they have; no two are equal, all stay near the one they are of."
+    path = Path(shop.catalog.folder)
+    folder, stored = large_catalogue(shop.models["A"].encoder, path, 150, tmp_path)
+    many, block = Catalog.load(folder), VectorFile(stored).read()
+    assert len(many) == 150 and set(block.ids) == {product.product_id for product in many}
+    view = np.array(block.views) == "t"
+    first = VectorFile(tmp_path / "base.parquet").read()
+    known = dict(zip(zip(first.ids, first.views), first.vectors))
+    lines = zip(np.array(block.ids)[view], block.vectors[view])
+    near = [known[name.rsplit("-", 1)[0], "t"] @ vector for name, vector in lines]
+    assert len(np.unique(block.vectors[view], axis=0)) == view.sum() and 0.9 < min(near) < max(near) < 0.99
 
 
 def test_a_wrong_answer_would_be_seen(shop):
