@@ -437,7 +437,7 @@ def prepare(
     return build_demo(*encoders, catalog=part, **about)
 
 # %% ../../nbs/app/870_interface.ipynb #837f66ad
-_DRAWN = {"products": 400, "seed": 7}  # what the model of the repository searches: of a seed that it was not trained on
+_DRAWN = {"products": 240, "seed": 22}  # what the model of the repository searches: not its seed; it has red dresses
 
 
 def run_demo(
@@ -477,7 +477,7 @@ def run_demo(
         with log_messages():
             models, stored = (given.model or default, given.model_b), (given.vectors, given.uri)
             if default == pretrained and not (given.model or given.catalog):
-                sample = drawn_catalogue(_DRAWN["products"], _DRAWN["seed"], noise=0)
+                given.catalog = drawn_catalogue(_DRAWN["products"], _DRAWN["seed"], noise=0)
             page = prepare(*models, given.catalog, given.split, sample, given.device, *stored)
             serve(page, given.host, given.port, given.share)
     except LabError as error:
