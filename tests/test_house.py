@@ -469,9 +469,9 @@ def test_nothing_of_a_machine_is_in_the_repository():
     large, found = {".safetensors": 8_000_000, ".gif": 2_000_000}, []  # bytes: trained weights, a moving picture
     for path in repository_files():
         data = path.read_bytes()
-        if len(data) > 1_000_000:
+        if len(data) > large.get(path.suffix, 1_000_000):
             found.append(f"{named(path)}: {len(data)} bytes")
-        if path.suffix in {".png", ".jpg", ".parquet", ".tar"}:
+        if path.suffix in {".png", ".jpg", ".gif", ".parquet", ".tar", ".safetensors"}:
             continue
         for number, line in enumerate(data.decode("utf-8", errors="replace").splitlines(), 1):
             if '"image/png": "' in line:  # letters of a picture say what they like

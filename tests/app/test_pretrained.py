@@ -60,8 +60,8 @@ def right_hits(encoder, catalog, phrases) -> tuple[float, float]:
 
 
 def test_a_red_dress_is_found(encoder, untrained):
-    """Every colour and kind of which there are three among 400 products: 25 phrases of two words, in another catalogue than
-    it was trained on. Measured: 97 % of the hits of the right kind, 76 % of kind and colour; untrained 79 and 27 %.
+    """Every colour and kind of which there are three among 400 products of another catalogue than it was trained on: 25
+    phrases of two words. Measured: 97 % of the hits of the right kind, 76 % of kind and colour; untrained 79 and 27 %.
     """
     catalog = Catalog.load(drawn_catalogue(400, 7, noise=0))
     count = Counter((product.attributes.get("colour"), product.category_l3) for product in catalog)
