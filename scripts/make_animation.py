@@ -20,10 +20,10 @@ from browsing import CHROMIUM, FLAGS, jupyter_lab, open_notebook, run_cell, sett
 
 TARGET = ROOT / "nbs" / "images" / "in_a_minute.gif"
 LIMIT = 2_000_000  # bytes
-VIEW, SCALE, CAPTION = {"width": 1000, "height": 640}, 0.8, 40  # of the page; film to page; pixels under each frame
+VIEW, SCALE, CAPTION = {"width": 1180, "height": 720}, 0.68, 40  # of the page; film to page; pixels under each frame
 SHORT, LONG = 500, 1600  # milliseconds
 
-LOVED = """
+MATCHED = """
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.queries import Lexicon, make_query
 from moon2_lab.data.synthetic.drawn_catalogue import drawn_catalogue
@@ -33,7 +33,7 @@ from moon2_lab.widgets.heatmap import heatmap
 catalog = Catalog.load(drawn_catalogue(400, 7, noise=0))
 encoder = Moon2Encoder.from_pretrained(RUN)
 product = next(one for one in catalog if one.has_image and len((one.title or "").split()) > 4)
-query, _ = make_query(product, 0, Lexicon(catalog)), None
+query = make_query(product, 0, Lexicon(catalog))
 heatmap(encoder, query, product.item(), trials=0)
 """
 TRAINED = """
@@ -51,7 +51,8 @@ DROPPED = """
 from moon2_lab.training.triplet_review import triplet_phi
 from moon2_lab.widgets.triplets import FilterInspector
 
-live.stop()
+live.want("stop")
+await live
 FilterInspector(trainer.triplets, triplet_phi(start, trainer.triplets), trainer.ledger)
 """
 COMPARED = """
@@ -90,6 +91,7 @@ class Film:
 
     def point(self, target, milliseconds: int = SHORT) -> None:
         "Move the pointer onto an element, and a frame of what that does."
+        target.scroll_into_view_if_needed(timeout=20_000)
         box = target.bounding_box()
         self.pointer = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         self.page.mouse.move(*self.pointer)
@@ -140,6 +142,8 @@ def point_at_a_word(film: Film) -> None:
     shown = show_output(page, 0, ".m2h")
     until(page, lambda: shown.locator(".m2h-arcs line, .m2h-arcs path").count() or shown.locator(".m2h-legend").count(),
           "the cross map")
+    shown.locator(".m2h-sides").evaluate("element => element.scrollIntoView({block: 'start'})")
+    page.wait_for_timeout(600)
     film.shot(LONG)
     words = shown.locator("[data-side=query] .m2h-word")
     for place in range(min(3, words.count())):
@@ -166,7 +170,7 @@ def drop_a_triplet(film: Film) -> None:
     shown = show_output(film.page, 2, ".m2i")
     film.page.wait_for_timeout(1500)
     film.shot(LONG)
-    film.click(shown.get_by_role("option").nth(1), 1000)
+    film.click(shown.locator(".m2i-row").nth(1), 1000)
     film.click(shown.locator("[data-verdict=drop]"), LONG)
 
 
@@ -184,13 +188,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, default=ROOT / "data" / "pretrained")
     run = parser.parse_args().run.resolve()
-    cells = [LOVED.replace("RUN", repr(str(run))), TRAINED, DROPPED, COMPARED]
+    cells = [MATCHED.replace("RUN", repr(str(run))), TRAINED, DROPPED, COMPARED]
     with tempfile.TemporaryDirectory() as place, chromium() as browser:
         folder = Path(place)
         with jupyter_lab(folder, cells, "lab.ipynb", ROOT / "scripts" / "lab") as address:
             page = browser.new_page(viewport=VIEW)
             film = Film(page)
             open_notebook(page, address, "lab.ipynb")
+            page.get_by_role("button", name="No", exact=True).click()  # no news of Jupyter
+            page.keyboard.press("Control+b")  # no list of files
             point_at_a_word(film)
             pause_a_training(film)
             drop_a_triplet(film)
