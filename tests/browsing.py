@@ -177,6 +177,11 @@ def serious_violations(page):
     ]
 
 
+def assert_cut_connections(told):
+    "What a page of Gradio told when it was left while it asked: nothing but its cut connections."
+    assert all("AbortError" in one or "Connection errored out" in one for one in told), told
+
+
 def keep_screenshot(page, name):
     "A picture to be looked at, where MOON2_SCREENSHOTS names a folder."
     if os.environ.get("MOON2_SCREENSHOTS"):
