@@ -64,8 +64,13 @@ check: $(READY) system
 test: check
 	MOON2_QUICK=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" tests $(LESSONS)
 
+# What test runs, then the slow tests and the lessons at full scale; every part runs, whatever the one before it said.
 test-all: check
-	MOON2_QUICK= $(PYTEST) tests $(LESSONS)
+	@failed=0; set -x; \
+	MOON2_QUICK=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" tests || failed=1; \
+	$(PYTEST) -m slow tests || failed=1; \
+	MOON2_QUICK= $(PYTEST) $(LESSONS) || failed=1; \
+	exit $$failed
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs --LabApp.app_settings_dir="$(CURDIR)/scripts/lab" $(ARGS)
