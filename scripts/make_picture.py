@@ -9,7 +9,6 @@
 import argparse
 import ast
 import collections
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,25 +18,22 @@ from measure_house import imported_modules, module_files, room_of
 from PIL import Image
 from rooms import PURPOSES, ROOMS
 
-from moon2_lab.data.synthetic.generator import describe, draw_product
-from moon2_lab.files import read_json
-from moon2_lab.reporting.run_figures import score_figure
-from moon2_lab.reporting.tables import score_table
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from browsing import CHROMIUM  # noqa: E402
 
-IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
+from moon2_lab.data.synthetic.generator import describe, draw_product  # noqa: E402
+from moon2_lab.files import read_json  # noqa: E402
+from moon2_lab.reporting.run_figures import score_figure  # noqa: E402
+from moon2_lab.reporting.tables import score_table  # noqa: E402
+
+IMAGES = ROOT / "nbs" / "images"
 WIDTH, HEIGHT = 860, 380
-
-
-def browser():
-    "Chromium under one of its names."
-    return next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
 
 
 def screenshot(page, target):
     "A PNG of a page, with few colours so that it stays small."
-    program = browser() or sys.exit("no Chromium found: install it (Debian: chromium) to draw the picture")
+    program = CHROMIUM or sys.exit("no Chromium found: install it (Debian: chromium) to draw the picture")
     with tempfile.TemporaryDirectory() as profile:
         command = [
             program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",

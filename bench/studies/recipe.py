@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(TRIED))
     parser.add_argument("--set", nargs="+", default=[], help="key=value, over the settings of --only")
     args = parser.parse_args()
+    if not args.set and (unknown := [name for name in args.only if name not in TRIED]):
+        parser.error(f"no such settings: {', '.join(unknown)}; one of {', '.join(TRIED)}, or a new name with --set")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from moon2_lab.data.catalog import Catalog
 

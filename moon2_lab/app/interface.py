@@ -476,7 +476,7 @@ def run_demo(
     try:
         with log_messages():
             models, stored = (given.model or default, given.model_b), (given.vectors, given.uri)
-            if default == pretrained and not (given.model or given.catalog):
+            if default and default == pretrained and not (given.model or given.catalog):
                 given.catalog = drawn_catalogue(_DRAWN["products"], _DRAWN["seed"], noise=0)
             page = prepare(*models, given.catalog, given.split, sample, given.device, *stored)
             serve(page, given.host, given.port, given.share)

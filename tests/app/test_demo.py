@@ -954,6 +954,7 @@ def test_main_without_a_model(drawn_catalogue, monkeypatch, capsys):
     assert run_demo(["--catalog", str(drawn_catalogue), "--port", "7999"], model=drawn_catalogue / "no-model") == 0
     assert served["given"] == ("127.0.0.1", 7999, False) and len(served["demo"].service.catalog) == 80
     assert "No trained model was found" in str(served["demo"].config["components"])
+    assert run_demo([], sample=drawn_catalogue) == 0 and len(served["demo"].service.catalog) == 80  # nothing is drawn
     assert run_demo([str(drawn_catalogue)]) == 2 and "no model in this folder" in capsys.readouterr().err
     assert (
         run_demo(["--catalog", str(drawn_catalogue), "--split", "nowhere"]) == 2
