@@ -1,4 +1,5 @@
 "What the tests in a real browser share: a JupyterLab of one's own, cells that are run by clicks, and waiting."
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import nbformat
+from PIL import Image
 
 from bench.demo_load import free_port
 
@@ -186,6 +188,28 @@ def keep_screenshot(page, name):
     "A picture to be looked at, where MOON2_SCREENSHOTS names a folder."
     if os.environ.get("MOON2_SCREENSHOTS"):
         page.screenshot(path=os.path.join(os.environ["MOON2_SCREENSHOTS"], name))
+
+
+def rewrite(page, box, words):
+    "Type in place of what stands in a box."
+    box.focus()
+    page.keyboard.press("Control+a")
+    page.keyboard.type(words, delay=20)
+
+
+def keep_picture(page, name, width=860):
+    """A picture for the docs, `width` pixels wide in few colours, where MOON2_SCREENSHOTS names a folder; an empty page
+    is an error everywhere.
+    """
+    seen = "[...document.images].every((one) => one.complete || one.getBoundingClientRect().top > innerHeight)"
+    until(page, lambda: page.evaluate(seen), "pictures", 20)
+    settle(page)
+    taken = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    assert len(taken.getcolors(1 << 24)) > 50, f"{name}: an empty page"
+    if os.environ.get("MOON2_SCREENSHOTS"):
+        small = taken.resize((width, round(taken.height * width / taken.width)), Image.Resampling.LANCZOS)
+        small = small.quantize(256, Image.Quantize.FASTOCTREE)
+        small.save(os.path.join(os.environ["MOON2_SCREENSHOTS"], name), optimize=True)
 
 
 def outside(urls, address):

@@ -2,7 +2,7 @@
 an edit that cannot be read is told; all of it by keyboard and on a telephone.
 """
 import pytest
-from browsing import keep_screenshot, until
+from browsing import keep_screenshot, rewrite, until
 
 pytest.importorskip("gradio")
 
@@ -44,13 +44,6 @@ def page(browser, address, catalog, request):
     yield page
     assert not wrong
     page.close()
-
-
-def rewrite(page, box, words):
-    "Type in place of what stands in a box."
-    box.focus()
-    page.keyboard.press("Control+a")
-    page.keyboard.type(words, delay=20)
 
 
 def heat(page):

@@ -1,0 +1,40 @@
+"How long a click on a hit takes to its cross map, in the browser, with the trained model of the repository."
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+from browsing import until
+
+pytest.importorskip("gradio")
+
+from moon2_lab import Moon2Encoder
+from moon2_lab.app.interface import _DRAWN, build_demo
+from moon2_lab.data.catalog import Catalog
+from moon2_lab.data.synthetic.drawn_catalogue import drawn_catalogue as draw
+
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "pretrained"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    catalog = Catalog.load(draw(_DRAWN["products"], _DRAWN["seed"], noise=0))
+    return build_demo(Moon2Encoder.from_pretrained(FOLDER), catalog=catalog)
+
+
+@pytest.mark.slow
+def test_from_a_click_to_the_cross_map(browser, address, demo):
+    "Median over ten hits of a search."
+    page = browser.new_page(viewport={"width": 1200, "height": 1000})
+    page.goto(f"{address}?q=red+mug")
+    page.locator(".moon2-hits button img").first.wait_for(timeout=120_000)
+    heading, seen, took = page.frame_locator("#moon2-heat iframe").locator(".m2h-side[data-side=item] h3"), "", []
+    for place in range(11):
+        began = time.monotonic()
+        page.locator(".moon2-hits button img").nth(place).click()
+        until(page, lambda: heading.count() and heading.inner_text() != seen, "the map of this hit", 30)  # noqa: B023
+        took.append(time.monotonic() - began)
+        seen = heading.inner_text()
+    print("seconds from click to cross map:", *(f"{one:.2f}" for one in took))
+    page.close()
+    assert statistics.median(took[1:]) < 1
