@@ -11,7 +11,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from .options import Outcome, chosen_device, parse_assignments, typed_settings, written
+from moon2_lab.cli.options import (
+    Outcome, chosen_device, next_command, parse_assignments, run_of, typed_settings, written,
+)
 from .asked_catalogue import asked_catalogue
 
 # %% ../../nbs/cli/910_commands.ipynb #b2363836
@@ -27,7 +29,8 @@ def check_command(args: argparse.Namespace) -> Outcome:
         lines.append(f"  {entry['product_id'] or '-'}  {entry['file'] or '-'}  {entry['field']}: {entry['reason']}")
     if len(aside) > args.show:
         lines.append(f"  and {len(aside) - args.show} more (--show {len(aside)} or --json lists all)")
-    return Outcome("\n".join(lines), facts, 0 if len(catalog) else 1)
+    then = run_of(args.folder) if len(catalog) else ""
+    return Outcome("\n".join(lines), facts, 0 if len(catalog) else 1, next=then)
 
 
 def _title_tokens(catalog) -> dict | None:
@@ -84,7 +87,8 @@ def synth_command(args: argparse.Namespace) -> Outcome:
     started = time.perf_counter()
     make_catalog(args.out, products=args.products, seed=args.seed, noise=args.noise)
     facts = {"folder": str(args.out), "products": args.products, "seconds": round(time.perf_counter() - started, 1)}
-    return Outcome(f"{args.out}: {args.products:,} products drawn in {facts['seconds']} s", facts)
+    drawn = f"{args.out}: {args.products:,} products drawn in {facts['seconds']} s"
+    return Outcome(drawn, facts, next=run_of(args.out))
 
 # %% ../../nbs/cli/910_commands.ipynb #0e07773d
 def import_command(args: argparse.Namespace) -> Outcome:
@@ -97,7 +101,8 @@ def import_command(args: argparse.Namespace) -> Outcome:
     summary = import_catalog(args.layout, args.source, args.out, mapping=mapping, **options)
     usable = summary.check["products"] > 0
     facts = {"usable": usable, "folder": summary.out, **summary.check, "import": summary}
-    return Outcome("\n".join([*summary.lines(), f"next: moon2 data check {args.out}"]), facts, 0 if usable else 1)
+    then = next_command("data", "check", args.out)
+    return Outcome("\n".join(summary.lines()), facts, 0 if usable else 1, next=then)
 
 # %% ../../nbs/cli/910_commands.ipynb #98770576
 def augment_command(args: argparse.Namespace) -> Outcome:
@@ -116,7 +121,8 @@ def augment_command(args: argparse.Namespace) -> Outcome:
     recipe = Recipe(kinds, enricher, args.editor, keep_quantile=args.keep_quantile, seed=args.seed, **options)
     recipe.scorer = augment_scorer(args.scorer, args.catalog, args.backbone)
     summary = augment_catalog(args.catalog, args.out, recipe, args.limit)
-    return Outcome(f"{args.out}\n{summary_lines(summary)}", {"folder": str(args.out), **summary})
+    facts = {"folder": str(args.out), **summary}
+    return Outcome(f"{args.out}\n{summary_lines(summary)}", facts, next=run_of(args.out))
 
 # %% ../../nbs/cli/910_commands.ipynb #7cb02d93
 def backbone_command(args: argparse.Namespace) -> Outcome:
@@ -177,7 +183,7 @@ def train_command(args: argparse.Namespace) -> Outcome:
     model = str(Path(args.out) / "model")
     facts = {"run": str(args.out), "model": model, "steps": trainer.step}
     facts |= {"seconds": trainer.seconds, "best": trainer.best}
-    return Outcome(f"{model}: {trainer.step} steps; next: moon2 eval {args.out} --catalog {args.catalog}", facts)
+    return Outcome(f"{model}: {trainer.step} steps", facts, next=next_command("eval", args.out))
 
 # %% ../../nbs/cli/910_commands.ipynb #e5bbb8d5
 def eval_command(args: argparse.Namespace) -> Outcome:
@@ -198,7 +204,8 @@ def eval_command(args: argparse.Namespace) -> Outcome:
         metrics = evaluate_model(args.model, catalog, args.split, args.out, device, **options)
     except NotSaved as error:
         metrics, trouble = error.result, error
-    return Outcome(score_lines(metrics), metrics, trouble=trouble)
+    then = next_command("report", args.model) if Path(args.model, "run_settings.json").is_file() else ""
+    return Outcome(score_lines(metrics), metrics, trouble=trouble, next=then)
 
 
 def report_command(args: argparse.Namespace) -> Outcome:
@@ -212,7 +219,7 @@ def report_command(args: argparse.Namespace) -> Outcome:
     try_file(Path(args.run_folder, "report.html"), "page")
     catalog = asked_catalogue(args.catalog, args.run_folder)
     path = report_run(args.run_folder, catalog, device=device, beside=args.beside)
-    return Outcome(str(path), {"report": str(path)})
+    return Outcome(str(path), {"report": str(path)}, next=next_command("demo", args.run_folder))
 
 
 def run_command(args: argparse.Namespace) -> Outcome:
@@ -346,7 +353,7 @@ def embed_command(args: argparse.Namespace) -> Outcome:
     options = {name: getattr(args, name) for name in ("split", "view", "dtype", "dim", "resume", "piece")}
     encoder = load_encoder(name, device)
     done = embed_catalog(encoder, catalog, args.out, model=str(args.model), **options)
-    lines = [f"{done.path}: {done.rows:,} products; next: moon2 index {done.path} --uri vectors.db"]
+    lines = [f"{done.path}: {done.rows:,} products"]
     if done.kept is not None:
         lines.append(f"of the 10 nearest neighbours of a product, {done.kept:.1%} are still found in this form")
     lines += [f"left out {entry['product_id']}: {entry['reason']}" for entry in done.left_out[:20]]
@@ -356,7 +363,8 @@ def embed_command(args: argparse.Namespace) -> Outcome:
     if done.encoded:
         facts["items_per_second"] = done.encoded / done.seconds
         facts["tokens_per_second"] = done.tokens / done.seconds
-    return Outcome("\n".join(lines), facts)
+    then = next_command("search", args.model, "--vectors", done.path, "--text", "red dress")
+    return Outcome("\n".join(lines), facts, next=then)
 
 
 def index_command(args: argparse.Namespace) -> Outcome:

@@ -23,12 +23,14 @@ def _print_outcome(
     outcome: Outcome,
     as_json: bool = False,
 ) -> int:
-    "Print an outcome to stdout; returns its exit code."
+    "Print an outcome to stdout, and what to do next to stderr; returns its exit code."
     from moon2_lab.files import plain
 
     text = json.dumps(plain(outcome.facts), ensure_ascii=False, allow_nan=False) if as_json else outcome.text
     try:
         print(terminal_text(text), flush=True)
+        if outcome.next and not as_json and outcome.trouble is None:
+            print(terminal_text(f"next: {outcome.next}"), file=sys.stderr)
     except OSError as error:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()

@@ -3,6 +3,7 @@ small drawn catalogue."""
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -559,3 +560,17 @@ def test_a_plan_of_a_model_of_transformers_reads_no_weights(moon2, drawn_catalog
     assert code == 0 and not (tmp_path / "run").exists() and plan["weights_read"] is False
     assert plan["checkpoint_mb"] >= 1 and plan["parameters_trained"] < plan["parameters"]
     assert plan["tokens_per_step"] > 16 * plan["triplets_per_step"] and plan["memory_gb"]["total"] >= 0
+
+
+def test_the_closing_line_is_the_next_step(moon2, drawn_catalogue, tmp_path):
+    "On stderr, a command that parses; not with --json, and not where there is nothing to go on with."
+    from moon2_lab.cli import commands, lookup_commands, study_commands
+    from moon2_lab.cli.options import build_parser
+
+    _, out, err = moon2("data", "check", drawn_catalogue)
+    last = err.strip().splitlines()[-1]
+    assert last == f"next: moon2 run --catalog {drawn_catalogue} --out runs/mine" and "next:" not in out
+    build_parser(commands, lookup_commands, study_commands).parse_args(shlex.split(last)[2:])
+    assert "next:" not in moon2("data", "check", drawn_catalogue, "--json")[2]
+    (tmp_path / "none").mkdir()
+    assert "next:" not in moon2("data", "check", tmp_path / "none")[2]
