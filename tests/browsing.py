@@ -201,7 +201,8 @@ def keep_picture(page, name, width=860):
     """A picture for the docs, `width` pixels wide in few colours, where MOON2_SCREENSHOTS names a folder; an empty page
     is an error everywhere.
     """
-    seen = "[...document.images].every((one) => one.complete || one.getBoundingClientRect().top > innerHeight)"
+    seen = """[...document.images].every((one) => one.complete || !one.getClientRects().length
+        || one.getBoundingClientRect().top > innerHeight)"""
     until(page, lambda: page.evaluate(seen), "pictures", 20)
     settle(page)
     taken = Image.open(io.BytesIO(page.screenshot())).convert("RGB")

@@ -268,6 +268,21 @@ def test_module_notebook_has_the_form_of_the_house(path):
                 )
 
 
+@pytest.mark.parametrize("path", MODULE_NOTEBOOKS, ids=named)
+def test_module_notebook_shows_its_idea_and_asks(path):
+    "A picture, a rendered page or a diagram; at the end an exercise, with one answer that is run as a test."
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    shown = {kind for output in outputs for kind in output.get("data", {})} & {"image/png", "image/jpeg", "text/html"}
+    assert shown or "```mermaid" in "".join(cells(path, "markdown")), "nothing to look at"
+    sources = ["".join(cell["source"]) for cell in notebook["cells"]]
+    last = max(place for place, cell in enumerate(notebook["cells"]) if cell["cell_type"] == "markdown")
+    assert sources[last].startswith("## Exercise\n"), "the last words are the exercise"
+    answer = sources[last + 1]
+    assert answer.startswith("#| hide\n# One answer\n")
+    assert re.search(r"\bassert |\btest_\w+\(", answer), "an answer that nothing checks"
+
+
 def test_no_two_notebooks_export_one_module():
     """They would overwrite each other in silence. And every module has its notebook, and every notebook a number of its
     own.
