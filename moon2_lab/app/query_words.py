@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ..augment.entities import is_negated
 from ..data.products import Product
 from ..data.words import fold, folded_terms, term_spans
 from ..errors import printable
@@ -20,6 +21,7 @@ from ..retrieval.filters import fold_value
 
 # %% ../../nbs/app/852_query_words.ipynb #3ac94c6b
 _JOINING = set("a an and by for from in of on or the to with without".split())  # say nothing of a product
+_SIBILANTS = ("s", "x", "z", "ch", "sh")  # a plural behind them is written with -es
 
 
 def scripts(text: str) -> set[str]:
@@ -45,7 +47,9 @@ class TitleWords:
     def knows(self, term: str) -> bool:
         "Whether a word occurs in a title; words that only join others count as known."
         folded = fold(term)
-        return folded in self.words or folded in _JOINING or not folded
+        stem = folded.removesuffix("e")  # dresses are folded to dresse
+        forms = {folded, stem, f"{stem}e"} if stem.endswith(_SIBILANTS) else {folded}
+        return not self.words.isdisjoint(forms) or folded in _JOINING or not folded
 
     def marked(self, query: str) -> list[QueryWord]:
         "The query in stretches, in order and whole: those of words that occur in no title are not known."
@@ -120,7 +124,7 @@ class AttributeWords:
         self._longest = max(map(len, self._by_terms), default=0)
 
     def asked(self, query: str | None) -> list[str]:
-        "The values that occur in the words of a query, in their order; the longest where they overlap."
+        "The values that a query asks for, in its order: the longest where they overlap, none that it denies."
         terms, found, place = folded_terms(query), {}, 0
         while place < len(terms):
             lengths = range(min(self._longest, len(terms) - place), 0, -1)
@@ -129,7 +133,7 @@ class AttributeWords:
             if length:
                 found[self._by_terms[frozenset(terms[place : place + length])]] = True
             place += max(length, 1)
-        return list(found)
+        return [value for value in found if not is_negated(value, query)]
 
     def frequent(
         self,
