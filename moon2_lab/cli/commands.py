@@ -29,8 +29,7 @@ def check_command(args: argparse.Namespace) -> Outcome:
         lines.append(f"  {entry['product_id'] or '-'}  {entry['file'] or '-'}  {entry['field']}: {entry['reason']}")
     if len(aside) > args.show:
         lines.append(f"  and {len(aside) - args.show} more (--show {len(aside)} or --json lists all)")
-    then = run_of(args.folder) if len(catalog) else ""
-    return Outcome("\n".join(lines), facts, 0 if len(catalog) else 1, next=then)
+    return Outcome("\n".join(lines), facts, 0 if len(catalog) else 1, next=run_of(args.folder))
 
 
 def _title_tokens(catalog) -> dict | None:

@@ -29,7 +29,7 @@ def _print_outcome(
     text = json.dumps(plain(outcome.facts), ensure_ascii=False, allow_nan=False) if as_json else outcome.text
     try:
         print(terminal_text(text), flush=True)
-        if outcome.next and not as_json and outcome.trouble is None:
+        if outcome.next and not (as_json or outcome.exit_code or outcome.trouble):
             print(terminal_text(f"next: {outcome.next}"), file=sys.stderr)
     except OSError as error:
         os.dup2(

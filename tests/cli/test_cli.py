@@ -110,7 +110,8 @@ def test_version(moon2):
 
 def test_data_check_tells_what_is_usable(moon2, drawn_catalogue):
     code, out, err = moon2("data", "check", drawn_catalogue)
-    assert (code, err) == (0, "") and "80 of 80 records usable" in out and "set aside: 0" in out
+    assert code == 0 and "80 of 80 records usable" in out and "set aside: 0" in out
+    assert err.splitlines() == [f"next: moon2 run --catalog {drawn_catalogue} --out runs/mine"]
 
 
 def test_data_check_lists_what_was_set_aside(moon2, tmp_path):
