@@ -28,6 +28,7 @@ from ..data.products import Item, Product
 from ..data.queries import Lexicon, search_phrase
 from ..errors import LabError, UsageError
 from ..evaluation.evaluate import run_benchmark
+from ..evaluation.item_sets import query_encoder
 from ..evaluation.protocol import make_benchmark
 from ..explain.attention import evaluating
 from ..explain.explainer import ExplainerCache
@@ -145,7 +146,7 @@ class SearchModel:
             advice = f"there are: {known}; moon2 embed --view all makes the others"
             raise UsageError(f"no vectors of the view {view}", where="direction", advice=advice)
         with self.lock:
-            vector = self.encoder.encode([query])
+            vector = query_encoder(self.encoder).encode([query])
         return self._shown_hits(self.searchers[view], vector, k, filter)
 
     def _shown_hits(self, searcher: Searcher, vector: np.ndarray, k: int, filter: str) -> list[ProductHit]:

@@ -86,7 +86,7 @@ def _retrieval_task(
     candidates, lacking = with_views(data.candidates, mix)
     prefix = benchmark.id_prefix if data.catalog is not None else None
     asked = askable_queries(data.judgements, candidates.ids, unknown_limit, prefix)
-    queries = ItemSet("queries", asked.ids, asked.items, asked.places, np.arange(len(asked.ids)))
+    queries = ItemSet("queries", asked.ids, asked.items, asked.places, np.arange(len(asked.ids)), ask=True)
     scored = RetrievalTask(queries, candidates, mix, asked.gains, benchmark.metrics(task))
     return scored, asked, len(lacking) + len(data.left_out)
 

@@ -34,7 +34,7 @@ def catalog_queries(
     ids = [product.product_id for product in products]
     images = [query_image_ref(product, 0, lexicon.protocol) for product in products]
     phrases = [search_phrase(product, 0, lexicon) or None for product in products]
-    return ItemSet("queries", ids, list(map(Item, phrases, images, ids)), keys, keys, both=True)
+    return ItemSet("queries", ids, list(map(Item, phrases, images, ids)), keys, keys, both=True, ask=True)
 
 
 def _query_image_counts(products: Sequence[Product]) -> dict[str, int]:
@@ -113,7 +113,7 @@ def _triplet_queries(
     items = [_triplet_item(split, name, grouped[name]) for name in names]
     keys = [np.unique([split.product_key(positive) for positive in grouped[name]["positive_id"]]) for name in names]
     first = np.array([several[0] for several in keys], dtype=np.int64)
-    return ItemSet("queries", list(names), items, keys, first, both=True), int(false.sum())
+    return ItemSet("queries", list(names), items, keys, first, both=True, ask=True), int(false.sum())
 
 
 def _triplet_item(split: Catalog, name: str, triplets) -> Item:

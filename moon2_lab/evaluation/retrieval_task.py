@@ -8,7 +8,7 @@ __all__ = ['trained_products', 'training_overlap', 'overlap_warnings', 'Retrieva
 # %% ../../nbs/evaluation/447_retrieval_task.ipynb #01389227
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ def bare_items(
     seen = set(views)
     words, pictures = bool(seen & {"t", "mm"}), bool(seen & {"i", "mm"})
     bare = [Item(x.text if words else None, x.image if pictures else None, x.item_id) for x in items.items]
-    return ItemSet(items.name, items.ids, bare, items.hit_keys, items.group)
+    return replace(items, items=bare, both=False)
 
 
 def mixed_vectors(
@@ -53,7 +53,7 @@ def mixed_vectors(
     for start in range(0, len(items), chunk):
         part = slice(start, start + chunk)
         keys = items.group[part]
-        views = ItemSet(items.name, items.ids[part], items.items[part], keys, keys).encode(encoder)
+        views = ItemSet(items.name, items.ids[part], items.items[part], keys, keys, ask=items.ask).encode(encoder)
         without = np.all([np.isnan(views[view][:, 0]) for view in mix], axis=0)
         total = sum(weight * np.nan_to_num(views[view]) for view, weight in mix.items())
         pieces.append(normalised(total))

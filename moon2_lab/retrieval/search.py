@@ -20,6 +20,7 @@ import numpy as np
 
 from ..data.products import Item, Product
 from ..errors import LabError, UsageError
+from ..evaluation.item_sets import query_encoder
 from ..evaluation.ranking import dot_rows
 from .filters import FacetTable, field_values, milvus_filter, nearest_names
 from .milvus import GRAPH_EF, count_rows, read_about, read_fields, require_complete
@@ -110,7 +111,7 @@ def _query_vectors(
         if encoder is None:
             advice = "give vectors, or `bind` the model that made the searched ones"
             raise UsageError("no model to encode the query", where="query", advice=advice)
-        query = encoder.encode(items)
+        query = query_encoder(encoder).encode(items)
     return shorten(np.atleast_2d(np.asarray(query, dtype=np.float32)), dim)
 
 

@@ -17,7 +17,7 @@ from ..config import VIEWS
 from ..data.images import ImageRef
 from ..data.products import Item, Product
 from ..errors import DataError, UsageError
-from ..evaluation.item_sets import checked_vectors
+from ..evaluation.item_sets import checked_vectors, query_encoder
 from ..evaluation.ranking import normalised
 from ..model.memory import weights_digest
 
@@ -136,6 +136,10 @@ class RivalEncoder(nn.Module):
         "view -> (N, D) l2-normalised, in the order given; NaN where an item lacks it. Each item has something."
         raise NotImplementedError
 
+    def for_queries(self) -> "RivalEncoder":
+        "The encoder as it reads queries, where an instruction or a prompt tells them from products; else itself."
+        return self
+
     @property
     def fingerprint(self) -> str:
         "12 hex digits that change with any weight, and with anything in `about`."
@@ -248,6 +252,11 @@ class CheckedEncoder(RivalEncoder):
     @property
     def fingerprint(self) -> str:
         return self.inner.fingerprint
+
+    def for_queries(self) -> RivalEncoder:
+        "The same of the encoder as it reads queries, where it tells them apart."
+        inner = query_encoder(self.inner)
+        return self if inner is self.inner else CheckedEncoder(inner, self.own_views)
 
     def compute_views(self, items: Sequence[Item], views: Sequence[str]) -> dict[str, np.ndarray]:
         "What the encoder returns."

@@ -6,6 +6,7 @@
 __all__ = ['PROMPTS', 'ChatPrompt', 'LastTokenEncoder']
 
 # %% ../../nbs/rivals/583_last_token.ipynb #32b866de
+import copy
 import math
 import re
 import unicodedata
@@ -78,6 +79,7 @@ class LastTokenEncoder(RivalEncoder):
         device="auto",
         kind: str = "qwen3-vl-embedding",  # of PROMPTS
         instruction: str = "",  # another one than the kind's own
+        query_instruction: str = "",  # for queries; empty: the same
         image_side: int = 0,  # pixels; its square is the largest area of a picture, 0: what the kind allows
         dtype: str = "auto",  # of weights and arithmetic: bfloat16 on a GPU, float32 on the CPU
         batch_size: int = 8,
@@ -85,14 +87,29 @@ class LastTokenEncoder(RivalEncoder):
     ):
         prompt = PROMPTS[kind] if not instruction else replace(PROMPTS[kind], instruction=instruction)
         prompt = replace(prompt, pixels=image_side**2) if image_side else prompt
-        super().__init__(f"{kind}:{name}", {"prompt": asdict(prompt), "max_text_tokens": max_text_tokens})
+        about = {"prompt": asdict(prompt), "query_instruction": query_instruction, "max_text_tokens": max_text_tokens}
+        super().__init__(f"{kind}:{name}", about)
         target, (where, _) = pick_device(device), hub_or_folder(name)
         dtype = ("bfloat16" if target.type == "cuda" else "float32") if dtype == "auto" else dtype
         backbone = _read_backbone(where, prompt, dtype, max_text_tokens).to(target).eval()
         self.backbone, self.batch_size = backbone.requires_grad_(False), batch_size
-        before, self.behind = prompt_ids(backbone.tokenizer.inner, prompt, name)
-        self.frame = replace(backbone.frame, start=(*backbone.frame.start, *before))
         self.about |= {"dtype": dtype, "pixels": backbone.config.image_size**2, "fit": backbone.config.image_fit}
+        self._set_prompt(prompt)
+
+    def _set_prompt(self, prompt: ChatPrompt) -> None:
+        "Read items between the parts of this prompt."
+        before, self.behind = prompt_ids(self.backbone.tokenizer.inner, prompt, self.name)
+        self.prompt = prompt
+        self.frame = replace(self.backbone.frame, start=(*self.backbone.frame.start, *before))
+
+    def for_queries(self) -> "LastTokenEncoder":
+        "The same model with the instruction of queries; itself where there is none."
+        if not self.about["query_instruction"]:
+            return self
+        other = copy.copy(self)  # the same backbone
+        other._set_prompt(replace(self.prompt, instruction=self.about["query_instruction"]))
+        other.about = self.about | {"read_as": "queries"}
+        return other
 
     @property
     def embedding_dim(self) -> int:

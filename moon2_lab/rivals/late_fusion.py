@@ -15,7 +15,7 @@ import pandas as pd
 from ..data.catalog import Catalog
 from ..data.products import Item
 from ..errors import DataError, UsageError
-from ..evaluation.item_sets import Direction
+from ..evaluation.item_sets import Direction, query_encoder
 from ..evaluation.protocol import make_benchmark
 from ..evaluation.ranking import hit_at
 from ..files import read_json, write_json
@@ -61,6 +61,11 @@ class LateFusion(RivalEncoder):
     @property
     def embedding_dim(self) -> int:
         return sum(encoder.embedding_dim for encoder in self.inner)
+
+    def for_queries(self) -> "LateFusion":
+        "The same two as they read queries."
+        cross, words = map(query_encoder, self.inner)
+        return self if (cross, words) == self.inner else LateFusion(cross, words, self.image_share, self.name)
 
     def compute_views(self, items: Sequence[Item], views: Sequence[str]) -> dict[str, np.ndarray]:
         "The fused vectors of both encoders' views."

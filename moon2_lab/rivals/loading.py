@@ -36,8 +36,11 @@ def _late_fusion(name: str, device="auto", image_share: float = -1.0) -> LateFus
 
 def _last_token(kind: str) -> Callable[..., LastTokenEncoder]:
     "A maker of models of this kind."
-    def make(name: str, device="auto", instruction: str = "", image_side: int = 0, dtype: str = "auto"):
-        return LastTokenEncoder(name, device, kind, instruction, image_side, dtype)
+    def make(
+        name: str, device="auto", instruction: str = "", query_instruction: str = "", image_side: int = 0,
+        dtype: str = "auto",
+    ):
+        return LastTokenEncoder(name, device, kind, instruction, query_instruction, image_side, dtype)
 
     return make
 

@@ -6,6 +6,7 @@
 __all__ = ['ClipEncoder', 'minilm_folder', 'MeanPooledText', 'FrozenEncoder', 'SentenceEncoder']
 
 # %% ../../nbs/rivals/582_pretrained.ipynb #58b56d5c
+import copy
 import re
 import tempfile
 import zipfile
@@ -240,10 +241,12 @@ class SentenceEncoder(SeparateEncoder):
         name: str,  # a folder or hub id
         device="auto",
         image_weight: float = 0.5,  # where words and picture cannot be read together
-        prompt: str = "",  # put before each input, as the model's card says; empty: the model's own default
+        prompt: str = "",  # put before each input, as the model's card says; empty: the model's own of products
+        query_prompt: str = "",  # before each query; empty: as `prompt`, and without that the model's own of queries
         batch_size: int = 32,
     ):
-        super().__init__(f"st:{name}", {"image_weight": image_weight, "prompt": prompt})
+        given = {"prompt": prompt, "query_prompt": query_prompt or prompt}
+        super().__init__(f"st:{name}", {"image_weight": image_weight, **given})
         where, local = hub_or_folder(name)
         if not find_spec("sentence_transformers"):
             what = "sentence-transformers is not installed"
@@ -253,11 +256,18 @@ class SentenceEncoder(SeparateEncoder):
         how = {"device": str(pick_device(device)), "local_files_only": local}
         load = lambda: SentenceTransformer(where, **how).eval()
         self.network = read_pretrained("a sentence-transformers model", where, load)
-        self.prompt, self.image_weight, self.batch_size = prompt, image_weight, batch_size
+        self.image_weight, self.batch_size, self._read = image_weight, batch_size, "document"
         sees = self.network.supports("image")
         self.joint = sees and self.network.supports(("image", "text"))
         self.own_views = VIEWS if sees else ("t", "mm")
-        self.about |= {"joint": self.joint, "default_prompt": self.network.default_prompt_name}
+        own = {"default": self.network.default_prompt_name, **self.network.prompts}
+        self.about |= {"joint": self.joint, "own_prompts": own}
+
+    def for_queries(self) -> "SentenceEncoder":
+        "The same model with what it puts before a query."
+        other = copy.copy(self)  # the same network
+        other._read, other.about = "query", self.about | {"read_as": "queries"}
+        return other
 
     @property
     def embedding_dim(self) -> int:
@@ -284,5 +294,8 @@ class SentenceEncoder(SeparateEncoder):
     def _encode(self, things: Sequence, inputs: Callable[[Sequence], list]) -> np.ndarray:
         "(N, D), as many pictures decoded at a time as a batch has."
         how = {"batch_size": self.batch_size, "show_progress_bar": False, "convert_to_tensor": True}
-        how |= {"prompt": self.prompt} if self.prompt else {}
-        return in_batches(things, self.batch_size, lambda some: self.network.encode(inputs(some), **how))
+        query = self._read == "query"
+        prompt = self.about["query_prompt" if query else "prompt"]
+        how |= {"prompt": prompt} if prompt else {}
+        encode = self.network.encode_query if query else self.network.encode_document
+        return in_batches(things, self.batch_size, lambda some: encode(inputs(some), **how))

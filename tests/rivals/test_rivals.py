@@ -225,7 +225,7 @@ def test_the_chosen_share_is_not_worse_than_either_side_on_the_split_it_was_chos
 class FakeSentenceTransformer:
     "What `SentenceEncoder` calls of a multimodal model of sentence-transformers 6, and what it was given."
 
-    default_prompt_name = None
+    default_prompt_name, prompts = None, {}
 
     def __init__(self, where, device, local_files_only):
         self.where, self.local, self.calls = where, local_files_only, []
@@ -239,7 +239,10 @@ class FakeSentenceTransformer:
     def get_embedding_dimension(self):
         return 4
 
-    def encode(self, inputs, **how):
+    def encode_query(self, inputs, **how):
+        return self.encode_document(inputs, **how)
+
+    def encode_document(self, inputs, **how):
         self.calls.append((list(inputs), how))
         sums = [sum(map(ord, str(one.get("text", "")))) if isinstance(one, dict) else one.width for one in inputs]
         shown = [float(not isinstance(one, dict) or "image" in one) for one in inputs]
@@ -265,6 +268,21 @@ def test_words_and_picture_are_read_together_where_the_model_can(fake_library, t
     assert any(set(one) == {"image", "text"} for one in given)
     assert all(how["prompt"] == "Represent: " for _, how in encoder.network.calls)
     assert (views["mm"][0] != views["t"][0]).any() and (views["mm"][1] == views["t"][1]).all()
+
+
+def test_an_evaluation_reads_queries_with_their_own_prompt(fake_library, tmp_path, drawn_catalogue):
+    "Words of products and of queries meet the prompt that is theirs, in each direction that asks with queries."
+    encoder = SentenceEncoder(str(tmp_path), "cpu", prompt="passage: ", query_prompt="query: ")
+    catalog = Catalog.load(drawn_catalogue)
+    evaluate(encoder, catalog, split="valid", resamples=0, baselines=False, labels=False)
+    read = {how["prompt"]: set() for _, how in encoder.network.calls}
+    for inputs, how in encoder.network.calls:
+        read[how["prompt"]] |= {one["text"] for one in inputs if isinstance(one, dict) and set(one) == {"text"}}
+    benchmark = make_benchmark(catalog, "valid")
+    texts = {items.name: {item.text for item in items.items if item.has_text} for items in benchmark.item_sets}
+    assert set(read) == {"passage: ", "query: "}
+    assert texts["products"] <= read["passage: "] and texts["queries"] <= read["query: "]
+    assert texts["conditions"] <= read["query: "] and not texts["conditions"] & read["passage: "]
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch, tmp_path):
