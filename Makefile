@@ -18,6 +18,7 @@ ARGS     ?=
 VENV     ?= .venv
 EXTRAS   ?= dev
 WORKERS  ?= 2
+THREADS  ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$(( cores > $(WORKERS) ? cores / $(WORKERS) : 1 )))
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.moon2-ready
@@ -58,16 +59,17 @@ demo: $(READY)
 check: $(READY) system
 	$(BIN)/ruff check --quiet .
 	$(BIN)/python scripts/check_sync.py
-	$(BIN)/nbdev-test --n-workers $(WORKERS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev-test --n-workers $(WORKERS)
 
-# In as many processes as WORKERS says, a file of tests in one of them; the slow ones measure times, and run alone.
+# In as many processes as WORKERS says, a file of tests in one of them, which share the cores: processes that each take
+# all of them wait for one another, and take twice as long. The slow ones measure times, and run alone.
 test: check
-	MOON2_QUICK=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" tests $(LESSONS)
+	MOON2_QUICK=1 OMP_NUM_THREADS=$(THREADS) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" tests $(LESSONS)
 
 # What test runs, then the slow tests and the lessons at full scale; every part runs, whatever the one before it said.
 test-all: check
 	@failed=0; set -x; \
-	MOON2_QUICK=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" tests || failed=1; \
+	MOON2_QUICK=1 OMP_NUM_THREADS=$(THREADS) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" tests || failed=1; \
 	$(PYTEST) -m slow tests || failed=1; \
 	MOON2_QUICK= $(PYTEST) $(LESSONS) || failed=1; \
 	exit $$failed

@@ -372,7 +372,7 @@ class TrainConfig(EncoderConfig):
     max_nonfinite_steps: int = 5  # stop after so many steps in a row with a loss or gradient that is not finite
     report_to: str = "none"  # none, tensorboard, trackio, wandb
     seed: int = 0  # of the router, the sampler and the negatives
-    num_threads: int = 0  # 0 = the cores this process may use
+    num_threads: int = 0  # 0 = OMP_NUM_THREADS, else the cores this process may use
     device: str = "auto"  # auto (cuda, mps, cpu, the first there is), one of them, or cuda:N; the same as --device
     dtype: str = "auto"  # of training: auto (bfloat16 where a probe finds it faster, else float32), float32, bfloat16
     quarantine_limit: float = 0.2  # share of records set aside at which loading stops

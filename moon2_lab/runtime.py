@@ -123,10 +123,11 @@ def usable_cores() -> int:
 
 
 def set_threads(number: int = 0) -> int:
-    "Use `number` threads (0: the cores this process may use); returns what is in force."
+    "Use `number` threads (0: OMP_NUM_THREADS, else the cores this process may use); returns what is in force."
     import torch
 
-    torch.set_num_threads(number or usable_cores())
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": by level of nesting
+    torch.set_num_threads(number or (int(asked) if asked.isdecimal() and int(asked) else usable_cores()))
     return torch.get_num_threads()
 
 # %% ../nbs/015_runtime.ipynb #68aceaaf
