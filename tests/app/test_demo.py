@@ -893,7 +893,7 @@ def test_heatmap_tab(address, browser, picture):
     page.close()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["dark", pytest.param("light", marks=pytest.mark.slow)])
 def test_narrow_page(address, browser, theme):
     """On a telephone no tab is wider than the screen, every tab can be reached, a search leads to its hits; the theme
     reaches into the heatmap."""

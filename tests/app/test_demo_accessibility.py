@@ -27,7 +27,7 @@ def demo(catalog):
     return build_demo(first, second, catalog=catalog, names=("first", "second"))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_no_serious_violation_on_any_tab(browser, address, scheme):
     page = browser.new_page(viewport={"width": 1200, "height": 1000}, color_scheme=scheme)
     page.goto(f"{address}?q=brown+lamp")

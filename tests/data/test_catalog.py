@@ -819,6 +819,7 @@ def test_one_bad_cell_never_ends_a_load(tmp_path):
     catalog.quarantine.to_parquet(tmp_path / "quarantine.parquet")  # what is listed can be written
 
 
+@pytest.mark.slow
 def test_a_small_file_cannot_unpack_to_gigabytes(tmp_path):
     folder = make(tmp_path / "c", [row("x")])
     title = pa.DictionaryArray.from_arrays(pa.array([0] * 7000, pa.int32()), ["x" * 999_000])

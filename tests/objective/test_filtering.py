@@ -525,6 +525,7 @@ def trained_shop(folder, dims, steps=80, **options):
     return trainer
 
 
+@pytest.mark.slow
 def test_an_encoder_trained_with_prefixes_has_better_ones(small_runs, tmp_path):
     """Same seed, same steps, the same columns of history; the loss of the first 4 of 64 numbers over the products
     trained on. And the saved model says what it was trained for.

@@ -35,7 +35,7 @@ PAGES = {
 DRAWN = {"report": "#scores svg", "diff": "main li, main tr", "heatmap": ".m2h-word", "map": ".m2m canvas"}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PAGES)
 def test_no_serious_violation(browser, tmp_path, name, scheme):
     with watched_page(browser, PAGES[name](tmp_path), f"{DRAWN[name]} >> nth=0", color_scheme=scheme) as page:

@@ -866,7 +866,10 @@ def test_a_killed_run_continues_bit_equal(catalog, eight_steps, tmp_path):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
+)
 def test_an_interrupted_run_goes_on(catalog, eight_steps, tmp_path, number):
     """A real signal: the run stops between two updates, leaves a checkpoint, and goes on in the same process or in
     another.

@@ -209,6 +209,7 @@ def test_the_course_of_a_training_is_played(page):
     assert label.inner_text() == "step 30" and pixels(page) != first
 
 
+@pytest.mark.slow
 def test_five_thousand_products_play_at_thirty_frames_a_second(browser, tmp_path):
     path = write_map_page(made_up(5000, frames=6, pictures=False), tmp_path)
     opened = browser.new_page(viewport={"width": 1200, "height": 950})

@@ -619,6 +619,7 @@ def lab(tmp_path):
         yield address
 
 
+@pytest.mark.slow
 def test_widget_in_jupyterlab(lab, browser):
     """It renders, sliders reach Python and Python the sliders, the notebook leaves the arrow keys alone; nothing
     is asked of the outside.

@@ -870,6 +870,7 @@ def lab(tmp_path):
         yield address
 
 
+@pytest.mark.slow
 def test_inspector_in_jupyterlab(lab, browser, tmp_path):
     """It renders, pages, sorts; p, d and u change Python's verdicts and the file; Python changes the picture;
     JupyterLab's own keys stay away; nothing is asked of the outside.

@@ -1268,8 +1268,13 @@ def rows_committed(out):
 
 
 @pytest.mark.parametrize(
-    "kind,options", [("mbe", {}), ("mbe", {"shard_images": True}), ("st", {}), ("m5product", {})],
-    ids=["mbe", "shards", "triplets", "m5product"],
+    "kind,options",
+    [
+        pytest.param("mbe", {"shard_images": True}, id="shards"),
+        pytest.param("mbe", {}, marks=pytest.mark.slow, id="mbe"),
+        pytest.param("st", {}, marks=pytest.mark.slow, id="triplets"),
+        pytest.param("m5product", {}, marks=pytest.mark.slow, id="m5product"),
+    ],
 )
 def test_a_killed_import_goes_on_and_ends_the_same(tmp_path, kind, options):
     "kill -9 twice, some time after a commit; the result is byte for byte that of an import that was let alone."
