@@ -58,9 +58,10 @@ def test_a_phrase_and_a_picture_of_the_catalogue_are_searched_with(page, demo, t
 
 
 PHONE = {"viewport": {"width": 420, "height": 800}, "has_touch": True}
+IN_THE_DARK = pytest.param(PHONE | {"color_scheme": "dark"}, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("page", [PHONE, pytest.param(PHONE | {"color_scheme": "dark"}, marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("page", [PHONE, IN_THE_DARK], indirect=True)
 def test_the_first_hit_is_seen_on_a_telephone(page):
     "At 420 x 800 its picture without scrolling, at the start and by a picture; after a search the whole card."
     card, fold = page.locator(".moon2-hits .gallery-item").first, page.locator("#moon2-options button.label-wrap")
