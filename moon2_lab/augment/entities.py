@@ -265,7 +265,9 @@ def find_entities(
     return list(first.values())[::-1]
 
 # %% ../../nbs/augment/450_entities.ipynb #b5be82bf
-_PRICE = r"(?:\b(?:only\s+)?(?:for|at|@)\s+)?(?:\brs\.?|\binr|\busd|\beur|us\$|[$€£₹])\s*\d[\d,.]*(?:/-)?(?:\s+only\b)?"
+_PRICE = (  # a comma behind it is no part of it
+    r"(?:\b(?:only\s+)?(?:for|at|@)\s+)?(?:\brs\.?|\binr|\busd|\beur|us\$|[$€£₹])\s*\d+(?:[,.]\d+)*\.?(?:/-)?(?:\s+only\b)?"
+)
 _SHOP_TALK = (
     r"^\s*(?:[\w-]+\.(?:com|in|net|org|co\.uk)\s*:?\s+)?(?:buy|shop|order)\s+(?:online\s+)?(?=\w+\W+\w)",
     r"\b(?:only\s+)?(?:at|from|on|in)\s+[\w-]+\.(?:com|in|net|org|co\.uk)\b", r"\bonline\s+(?:at|in|for|from)\b.*$",
@@ -282,13 +284,21 @@ _SHOP_TALK = (
 _TALK = re.compile("|".join((_PRICE, *_SHOP_TALK)), re.IGNORECASE)
 
 
+_CLOSING, _BETWEEN = ",;:|、，；", "|/+&•·–—-"  # separators that end what stands before; that stand alone, with blanks
+_SEPARATORS = re.compile(
+    rf"([{_CLOSING}]|(?<=\s)[{_BETWEEN}])(?:\s*[{_CLOSING}]|\s*(?<=\s)[{_BETWEEN}](?=[\s{_CLOSING}]|$))+"
+)
+_AROUND_NOTHING = re.compile(rf"(?<=\w)([{_BETWEEN}])\s+\1(?=\w)")  # Lamp–Premium–Oak, without Premium
+_ALONE_AT_AN_END = re.compile(rf"^[{_BETWEEN}]\s+|\s+[{_BETWEEN}]$")
+
+
 def _tidy_title(title: str) -> str:
-    "Single spaces, no empty brackets, no punctuation left alone or at the ends."
-    title = " ".join(title.split())  # first of all: runs of blanks make the patterns slow
-    title = re.sub(r"\(\s*\)|\[\s*\]", " ", title)
-    title = re.sub(r"\s+", " ", re.sub(r"\s+([,;:])", r"\1", title))
-    title = re.sub(r"([,;|:])(?:\s*[,;|:])+|([|–-])(?:\s+[|–-])+", r"\1\2", title)
-    return title.strip(" ,;:|–-!*~")
+    "Single spaces, no empty brackets, no separator twice, none left alone or at the ends."
+    title = " ".join(title.split())  # runs of blanks make the patterns slow
+    title = re.sub(r"\(\s*\)|\[\s*\]|(?:^|(?<=\s))\.(?=\s|$)", " ", title)
+    title = re.sub(r" ([,;:])", r"\1", " ".join(title.split()))
+    title = _AROUND_NOTHING.sub(r"\1", _SEPARATORS.sub(r"\1", title)).strip(" ,;:|–-!*~、，；")
+    return _ALONE_AT_AN_END.sub("", title)
 
 
 def drop_talk(
@@ -304,7 +314,8 @@ def drop_talk(
 def drop_repeats(
     title: str,
 ) -> str:
-    "The title without a word said twice in a row, and without two or more words in a row that were said before."
+    """The title without a word said twice in a row, and without two or more words in a row that were said before; nor
+    what stood between them and what is left."""
     tokens = title.split()
     keys = [folded(token) for token in tokens]
     plain = [
@@ -319,7 +330,7 @@ def drop_repeats(
         else:
             kept.append(tokens[place])
         place += repeated or 1
-    return " ".join(kept)
+    return _tidy_title(" ".join(kept)) if len(kept) < len(tokens) else title
 
 
 _LOOK_BACK = 200  # words before a word in which a repetition is looked for
