@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 from ..augment.entities import is_negated
 from ..data.products import Product
-from ..data.words import fold, folded_terms, term_spans
+from ..data.words import fold, folded_terms, stem, term_spans
 from ..errors import printable
 from ..retrieval.filters import fold_value
 
 # %% ../../nbs/app/852_query_words.ipynb #3ac94c6b
 _JOINING = set("a an and by for from in of on or the to with without".split())  # say nothing of a product
-_SIBILANTS = ("s", "x", "z", "ch", "sh")  # a plural behind them is written with -es
 
 
 def scripts(text: str) -> set[str]:
@@ -36,20 +35,17 @@ class QueryWord(NamedTuple):
 
 
 class TitleWords:
-    "The folded words and the scripts of some titles."
+    "The words of some titles, without their plurals, and the scripts."
 
     def __init__(self, titles: Iterable[str | None]):
         self.words, self.scripts = set(), set()
         for title in filter(None, titles):
-            self.words.update(folded_terms(title))
+            self.words.update(stem(title[start:end]) for start, end in term_spans(title))
             self.scripts |= scripts(title)
 
     def knows(self, term: str) -> bool:
         "Whether a word occurs in a title; words that only join others count as known."
-        folded = fold(term)
-        stem = folded.removesuffix("e")  # dresses are folded to dresse
-        forms = {folded, stem, f"{stem}e"} if stem.endswith(_SIBILANTS) else {folded}
-        return not self.words.isdisjoint(forms) or folded in _JOINING or not folded
+        return stem(term) in self.words or fold(term) in _JOINING or not fold(term)
 
     def marked(self, query: str) -> list[QueryWord]:
         "The query in stretches, in order and whole: those of words that occur in no title are not known."

@@ -20,12 +20,12 @@ from typing import Protocol
 
 from moon2_lab.augment.entities import (
     AttributeLexicon, Entity, LITTLE_WORDS, NAMED_VALUES, PIECE, SAYS_NOTHING, category_values, drop_repeats, drop_talk,
-    find_entities, folded, has_word, is_mentioned, is_negated, role_of, scripts, single_values, stem, word_stems,
+    find_entities, folded, has_word, is_mentioned, is_negated, role_of, scripts, single_values, word_stems,
 )
 from .llm_client import Answer, ChatClient, LanguageModel, LocalModel, NOT_ASKED, NO_ANSWER, Prompt
 from ..data.images import ImageRef
 from ..data.products import Product
-from ..data.words import is_unsegmented, words
+from ..data.words import is_unsegmented, stem, words
 from ..errors import LabError, UsageError
 from ..evaluation.label_tasks import LEVELS
 from ..files import sha256_hex, static_text
