@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..augment.entities import is_negated
 from ..data.products import Product
-from ..data.words import fold, folded_terms, stem, term_spans
+from ..data.words import fold, folded_terms, is_negated, stem, term_spans
 from ..errors import printable
 from ..retrieval.filters import fold_value
 
@@ -158,7 +157,9 @@ def has_and_lacks(
     "The values asked for that a product has, as an attribute or in its title, and those that it has not."
     own, title = {frozenset(folded_terms(value)) for _, value in _values_of(product)}, set(folded_terms(product.title))
     terms = {value: frozenset(folded_terms(value)) for value in asked}
-    has = [value for value in asked if terms[value] in own or terms[value] <= title]
+    said = (value for value in asked if terms[value] <= title and not is_negated(value, product.title))
+    stated = {value for value in asked if terms[value] in own}.union(said)
+    has = [value for value in asked if value in stated]
     return has, [value for value in asked if value not in has]
 
 # %% ../../nbs/app/852_query_words.ipynb #37a0bb9e
