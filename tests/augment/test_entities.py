@@ -118,7 +118,8 @@ def test_what_a_text_denies_is_no_entity():
     "Nor is it taken from a less certain text; a value whose name holds the denial is one."
     lexicon = AttributeLexicon([*shop(["leather", "cotton"], "material"), *shop(["collar", "no collar"], "collar")])
     for title, values in {
-        "Shirt without leather, cotton": ["cotton"], "Leather-free shirt": [], "Shirt no collar": ["no collar", "leather"],
+        "Shirt without leather, cotton": ["cotton"], "Leather-free shirt": [],
+        "Shirt no collar": ["no collar", "leather"],
         "Shirt without collar": ["leather"], "Non-stick leather": ["leather"], "Shirt": ["leather"],
     }.items():
         found = find_entities(Product("x", title, "Leather"), lexicon)
