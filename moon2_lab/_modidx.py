@@ -1555,6 +1555,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'moon2_lab/data/importers/json_reader.py'),
                                                       'moon2_lab.data.importers.json_reader._Window.__init__': ( 'data/importers/json_reader.html#_window.__init__',
                                                                                                                  'moon2_lab/data/importers/json_reader.py'),
+                                                      'moon2_lab.data.importers.json_reader._Window._behind_item': ( 'data/importers/json_reader.html#_window._behind_item',
+                                                                                                                     'moon2_lab/data/importers/json_reader.py'),
                                                       'moon2_lab.data.importers.json_reader._Window._failed': ( 'data/importers/json_reader.html#_window._failed',
                                                                                                                 'moon2_lab/data/importers/json_reader.py'),
                                                       'moon2_lab.data.importers.json_reader._Window.blank': ( 'data/importers/json_reader.html#_window.blank',
