@@ -14,14 +14,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..data.products import Product
-from ..data.words import fold, folded_terms, is_negated, stem, term_spans
+from ..data.words import JOINING_WORDS, fold, folded_terms, is_negated, stem, term_spans
 from ..errors import printable
 from ..retrieval.filters import fold_value
 
 # %% ../../nbs/app/852_query_words.ipynb #3ac94c6b
-_JOINING = set("a an and by for from in of on or the to with without".split())  # say nothing of a product
-
-
 def scripts(text: str) -> set[str]:
     "The scripts that the letters of a text belong to, by their Unicode names."
     return {unicodedata.name(letter, "?").split()[0].split("-")[0] for letter in text if letter.isalpha()}
@@ -44,7 +41,7 @@ class TitleWords:
 
     def knows(self, term: str) -> bool:
         "Whether a word occurs in a title; words that only join others count as known."
-        return stem(term) in self.words or fold(term) in _JOINING or not fold(term)
+        return stem(term) in self.words or fold(term) in JOINING_WORDS or not fold(term)
 
     def marked(self, query: str) -> list[QueryWord]:
         "The query in stretches, in order and whole: those of words that occur in no title are not known."
@@ -97,7 +94,7 @@ def word_notice(
     else:
         why = f"The marked words occur in none of the {which}."
     terms = [query[start:end] for start, end in term_spans(query)]
-    whole = not any(titles.knows(term) and fold(term) not in _JOINING for term in terms)
+    whole = not any(titles.knows(term) and fold(term) not in JOINING_WORDS for term in terms)
     then = "The hits are a guess: do not trust them." if whole else "The hits answer the other words; check them."
     then = "The backbone may know them from the texts it was trained on; check the hits." if pretrained else then
     return WordNotice(parts, f"{why} {then}")
