@@ -254,7 +254,8 @@ def find_entities(
 
 # %% ../../nbs/augment/450_entities.ipynb #b5be82bf
 _PRICE = (  # a comma behind it is no part of it
-    r"(?:\b(?:only\s+)?(?:for|at|@)\s+)?(?:\brs\.?|\binr|\busd|\beur|us\$|[$€£₹])\s*\d+(?:[,.]\d+)*\.?(?:/-)?(?:\s+only\b)?"
+    r"(?:\b(?:only\s+)?(?:for|at|@)\s+)?(?:\brs\.?|\binr|\busd|\beur|us\$|[$€£₹])\s*"
+    r"\d+(?:[,.]\d+)*\.?(?:/-)?(?:\s+only\b)?"
 )
 _SHOP_TALK = (
     r"^\s*(?:[\w-]+\.(?:com|in|net|org|co\.uk)\s*:?\s+)?(?:buy|shop|order)\s+(?:online\s+)?(?=\w+\W+\w)",

@@ -299,7 +299,7 @@ def _additions(request: EnrichRequest, lexicon: AttributeLexicon) -> dict[str, l
     "Role -> what to add, only what the title does not say and does not contradict."
     title, added = request.title, {}
     title_scripts, stems = scripts(title), word_stems(title)
-    decided = {role_of(name) for name, *_ in lexicon.find_affirmed(title)}  # a title with a colour is not given another one
+    decided = {role_of(name) for name, *_ in lexicon.find_affirmed(title)}  # a title with a colour gets no other
     for role, part, text in _stated_additions(request):
         contradicts = role in ("audience", "colour", "pattern", "material") and not part and (role, "") in decided
         branded = role == "brand" and any(has_word(word, stems) for word in words(text))
