@@ -13,17 +13,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..augment.entities import is_negated
 from ..data.products import Product
-from ..data.words import fold, folded_terms, term_spans
+from ..data.words import JOINING_WORDS, fold, folded_terms, is_negated, stem, term_spans
 from ..errors import printable
 from ..retrieval.filters import fold_value
 
 # %% ../../nbs/app/852_query_words.ipynb #3ac94c6b
-_JOINING = set("a an and by for from in of on or the to with without".split())  # say nothing of a product
-_SIBILANTS = ("s", "x", "z", "ch", "sh")  # a plural behind them is written with -es
-
-
 def scripts(text: str) -> set[str]:
     "The scripts that the letters of a text belong to, by their Unicode names."
     return {unicodedata.name(letter, "?").split()[0].split("-")[0] for letter in text if letter.isalpha()}
@@ -36,20 +31,17 @@ class QueryWord(NamedTuple):
 
 
 class TitleWords:
-    "The folded words and the scripts of some titles."
+    "The words of some titles, without their plurals, and the scripts."
 
     def __init__(self, titles: Iterable[str | None]):
         self.words, self.scripts = set(), set()
         for title in filter(None, titles):
-            self.words.update(folded_terms(title))
+            self.words.update(stem(title[start:end]) for start, end in term_spans(title))
             self.scripts |= scripts(title)
 
     def knows(self, term: str) -> bool:
         "Whether a word occurs in a title; words that only join others count as known."
-        folded = fold(term)
-        stem = folded.removesuffix("e")  # dresses are folded to dresse
-        forms = {folded, stem, f"{stem}e"} if stem.endswith(_SIBILANTS) else {folded}
-        return not self.words.isdisjoint(forms) or folded in _JOINING or not folded
+        return stem(term) in self.words or fold(term) in JOINING_WORDS or not fold(term)
 
     def marked(self, query: str) -> list[QueryWord]:
         "The query in stretches, in order and whole: those of words that occur in no title are not known."
@@ -102,7 +94,7 @@ def word_notice(
     else:
         why = f"The marked words occur in none of the {which}."
     terms = [query[start:end] for start, end in term_spans(query)]
-    whole = not any(titles.knows(term) and fold(term) not in _JOINING for term in terms)
+    whole = not any(titles.knows(term) and fold(term) not in JOINING_WORDS for term in terms)
     then = "The hits are a guess: do not trust them." if whole else "The hits answer the other words; check them."
     then = "The backbone may know them from the texts it was trained on; check the hits." if pretrained else then
     return WordNotice(parts, f"{why} {then}")
@@ -162,7 +154,9 @@ def has_and_lacks(
     "The values asked for that a product has, as an attribute or in its title, and those that it has not."
     own, title = {frozenset(folded_terms(value)) for _, value in _values_of(product)}, set(folded_terms(product.title))
     terms = {value: frozenset(folded_terms(value)) for value in asked}
-    has = [value for value in asked if terms[value] in own or terms[value] <= title]
+    said = (value for value in asked if terms[value] <= title and not is_negated(value, product.title))
+    stated = {value for value in asked if terms[value] in own}.union(said)
+    has = [value for value in asked if value in stated]
     return has, [value for value in asked if value not in has]
 
 # %% ../../nbs/app/852_query_words.ipynb #37a0bb9e

@@ -20,12 +20,12 @@ from typing import Protocol
 
 from moon2_lab.augment.entities import (
     AttributeLexicon, Entity, LITTLE_WORDS, NAMED_VALUES, PIECE, SAYS_NOTHING, category_values, drop_repeats, drop_talk,
-    find_entities, folded, has_word, is_mentioned, is_negated, role_of, scripts, single_values, stem, word_stems,
+    find_entities, folded, has_word, is_mentioned, role_of, scripts, single_values, word_stems,
 )
 from .llm_client import Answer, ChatClient, LanguageModel, LocalModel, NOT_ASKED, NO_ANSWER, Prompt
 from ..data.images import ImageRef
 from ..data.products import Product
-from ..data.words import is_unsegmented, words
+from ..data.words import is_negated, is_unsegmented, stem, words
 from ..errors import LabError, UsageError
 from ..evaluation.label_tasks import LEVELS
 from ..files import sha256_hex, static_text
@@ -249,7 +249,7 @@ def _missing_category(request: EnrichRequest, lexicon: AttributeLexicon) -> str 
     "The finest category of which the title says nothing; none of a level of which the title names another one."
     level_of = dict(zip(request.categories, LEVELS, strict=False))
     level_of |= {entity.value: entity.name for entity in request.entities if entity.source == "category"}
-    named = {name for name, *_ in lexicon.find(request.title) if name in LEVELS}
+    named = {name for name, *_ in lexicon.find_affirmed(request.title) if name in LEVELS}
     for value in reversed(request.categories):
         if _is_plain_category(value) and level_of.get(value) not in named and not is_mentioned(value, request.title):
             return value
@@ -299,7 +299,7 @@ def _additions(request: EnrichRequest, lexicon: AttributeLexicon) -> dict[str, l
     "Role -> what to add, only what the title does not say and does not contradict."
     title, added = request.title, {}
     title_scripts, stems = scripts(title), word_stems(title)
-    decided = {role_of(name) for name, *_ in lexicon.find(title)}  # a title with a colour is not given another one
+    decided = {role_of(name) for name, *_ in lexicon.find_affirmed(title)}  # a title with a colour gets no other
     for role, part, text in _stated_additions(request):
         contradicts = role in ("audience", "colour", "pattern", "material") and not part and (role, "") in decided
         branded = role == "brand" and any(has_word(word, stems) for word in words(text))

@@ -83,11 +83,12 @@ def show_command(args: argparse.Namespace) -> Outcome:
 
 def _with_words(products: list, query: str) -> tuple[list, str]:
     "The products whose id or title has the words, else those with most of them; and a note in that case."
-    from moon2_lab.data.words import folded_terms
+    from moon2_lab.data.words import JOINING_WORDS, folded_terms
     from moon2_lab.retrieval.filters import nearest_names
 
     named = [product for product in products if product.product_id == query.strip()]
-    wanted = set(folded_terms(query)) - {""}
+    words = set(folded_terms(query)) - {""}
+    wanted = words - JOINING_WORDS or words  # a title with "and" is no match of "lamp and shade"
     if named or not wanted:
         return named, "" if named else f"no words in {query!r}"
     counts = [len(wanted & set(folded_terms(product.title))) for product in products]

@@ -52,6 +52,7 @@ def _is_one_text(value: dict) -> bool:
 # %% ../../nbs/data/105_attribute_fields.ipynb #89b7ad02
 _NO_VALUE = {"nan", "null", "<na>"}  # in a bag of attributes "None" and "NA" are said by the shop ("Closure: None")
 _SIDE_OF_PAIR = {*SIDE_KEYS, *"unitText unitCode visible variation slug".split()}
+_MERE_VALUES = VALUE_KEYS[: VALUE_KEYS.index("content")]  # value, val, text ...: no names of attributes in a list
 
 
 class _AttributeBag:
@@ -121,6 +122,8 @@ class _AttributeBag:
                 self.reading.changed.append(reason)
         elif keys:
             self.add("", {key: value for key, value in entry.items() if key in keys} or entry, depth)
+        elif any(key in _MERE_VALUES for key in entry) and not set(entry) - {*_MERE_VALUES, *_SIDE_OF_PAIR}:
+            self.add("", entry, depth)
         else:
             for name, value in entry.items():
                 self.add(name, value, depth, several=True)

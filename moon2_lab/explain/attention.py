@@ -42,7 +42,7 @@ def without_first(weights: np.ndarray) -> np.ndarray:  # (..., T)
 class AttentionRows:
     "Attention of the C + L tokens of one item to each other; what is missing to 1 went to the backbone's frame."
     side: SideTokens
-    weights: np.ndarray  # (layers, heads, R, C + L); R = 1 for the mean over the pooled tokens, else C + L
+    weights: np.ndarray  # (layers, heads, R, C + L); R = 1 for the weighted mean over the pooled tokens, else C + L
     layers: list[int]
     heads: list[int]
     even: np.ndarray | None = None  # (layers, C + L) the mean, if the tokens looked evenly at all that they see
@@ -89,7 +89,7 @@ def attention_of(
     view: str = "mm",  # t, i or mm
     layers: Sequence[int] | None = None,  # None: all
     heads: Sequence[int] | None = None,  # None: all
-    rows: str = "pooled",  # pooled: mean over patches and words, what the embedding looks at; each: every one of them
+    rows: str = "pooled",  # pooled: their weighted mean, what the embedding looks at; each: every patch and word
     chunk: int = 128,  # rows that are computed at a time
 ) -> AttentionRows | list[AttentionRows]:
     """Attention of one item, or of several in one pass.
@@ -120,7 +120,7 @@ class WordAttention:
     "Attention of one item by patch and word, as `moon2_lab.explain.heatmap_data.SideMaps` wants it."
     side: SideTokens
     links: np.ndarray | None  # (layers, heads, W, cells) from each word to each patch; None without words or patches
-    pooled: np.ndarray  # (layers, heads, cells + W) averaged over the pooled tokens
+    pooled: np.ndarray  # (layers, heads, cells + W) weighted mean over the pooled tokens
     layers: list[int]
     heads: list[int]
     word_links: np.ndarray | None = None  # (layers, heads, W, W) from each word to each word; None without words

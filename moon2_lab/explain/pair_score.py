@@ -24,7 +24,7 @@ from ..model.packing import Packing
 
 # %% ../../nbs/explain/605_pair_score.ipynb #c7745c97
 class _RowScore(nn.Module):
-    "Scores of N rows of vectors against a fixed embedding: slots of a row are overwritten, a mean over it is compared."
+    "Scores of N rows of vectors against a fixed embedding: slots are overwritten, the weighted mean is compared."
 
     def __init__(
         self,

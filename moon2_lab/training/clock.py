@@ -25,6 +25,17 @@ def calibrated_steps(
     return max(1, int(minutes * 60 * _CAUTION / measured[len(seconds[1:]) // 2]))
 
 
+def _pace(
+    taken: Sequence[float],  # seconds of steps, at least one
+) -> float:
+    """Seconds that a step takes now: the mean of the last quarter of them, 8 at least, of which the slowest eighth, one
+    at least, count no more than the slowest of the others (a winsorised mean)."""
+    recent = sorted(taken[-max(8, len(taken) // 4) :])
+    pauses = max(1, len(recent) // 8) if len(recent) > 1 else 0
+    usual = recent[: len(recent) - pauses]
+    return statistics.fmean(usual + usual[-1:] * pauses)
+
+
 def fitted_steps(
     seconds: Sequence[float],  # of the steps taken so far
     done: float,  # seconds of steps so far
@@ -37,10 +48,11 @@ def fitted_steps(
     limit, step = 60 * config.max_minutes, len(seconds)
     if not limit or step >= max_steps:
         return max_steps
-    taken = list(seconds[1:]) or [done]  # the first step loads kernels
-    recent = taken[-max(8, len(taken) // 4) :]
-    pace, left = statistics.fmean(recent), max(0.0, limit - done)
-    if left < max(pace, statistics.fmean(taken[-2:])):  # the next one would end too late
+    taken = list(seconds[step > 2 :])  # the first step loads kernels
+    if step == 1 and not config.max_steps:
+        taken = [limit / max_steps, done]  # calibrated: a pace is known before the first step
+    pace, left = _pace(taken), max(0.0, limit - done)
+    if left < max(pace, min(taken[-2:])):  # the next one would end too late
         return step + (step / max(max_steps, 1) < 0.9)  # one more step, at the end of the schedule
     if step >= 3:
         max_steps = max(step + 1, min(max_steps, step + int(left / pace)))

@@ -166,6 +166,7 @@ def test_rules_invent_nothing_and_repeat_themselves(product, others):
             "Alba Bag, Regular fit, Red strap",
         ),
         ({"title": "Alba Bag", "description": "A bag of cotton without leather."}, "Alba Bag, Cotton"),
+        ({"title": "Alba Bag without leather", "description": "Cotton."}, "Alba Bag without leather, Cotton"),
         ({"title": "Alba Bag", "description": "Leather-free and not red."}, None),
         ({"title": "Buy Alba Bag for Rs.450 online", "attributes": {"colour": "red"}}, "Alba Bag, Red"),
         (

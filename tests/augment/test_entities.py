@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moon2_lab.augment.entities import (
-    AttributeLexicon, Entity, drop_repeats, drop_talk, find_entities, is_mentioned, is_negated, role_of, single_values,
+    AttributeLexicon, Entity, drop_repeats, drop_talk, find_entities, is_mentioned, role_of, single_values,
 )
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import Product
-from moon2_lab.data.words import words
+from moon2_lab.data.words import is_negated, words
 
 
 def shop(values, name="colour", **fields):
@@ -114,6 +114,18 @@ def test_sources_in_order_and_extractors():
     ]
 
 
+def test_what_a_text_denies_is_no_entity():
+    "Nor is it taken from a less certain text; a value whose name holds the denial is one."
+    lexicon = AttributeLexicon([*shop(["leather", "cotton"], "material"), *shop(["collar", "no collar"], "collar")])
+    for title, values in {
+        "Shirt without leather, cotton": ["cotton"], "Leather-free shirt": [],
+        "Shirt no collar": ["no collar", "leather"],
+        "Shirt without collar": ["leather"], "Non-stick leather": ["leather"], "Shirt": ["leather"],
+    }.items():
+        found = find_entities(Product("x", title, "Leather"), lexicon)
+        assert [entity.value for entity in found] == values, title
+
+
 def test_a_product_without_text():
     "Nothing to read is no error."
     assert find_entities(Product("x"), AttributeLexicon(shop(["red"]))) == []
@@ -138,6 +150,8 @@ def test_find_reports_true_places(text):
     ("Umberly Oak Lamp | Best Quality | Free Shipping", "Umberly Oak Lamp"),
     ("Umberly Lamp Lamp Oak", "Umberly Lamp Oak"),
     ("Oak Lamp by Umberly Oak Lamp", "Oak Lamp by Umberly"),
+    ("Oak Lamp, Set of 2, Oak Lamp", "Oak Lamp, Set of 2"),
+    ("Umberly Oak Lamp | Umberly Oak Lamp | Premium, Blue", "Umberly Oak Lamp | Blue"),
     ("Buy", "Buy"),
     ("Best Quality", "Best Quality"),
     ("Rs 500 Note Print", "Note Print"),
@@ -162,6 +176,8 @@ def test_repeats_lose_no_word(title):
         word.casefold().rstrip("s") for word in words(title)
     }
     assert len(words(once)) <= len(words(title))
+    if once != title:
+        assert not once.endswith((",", "|")) and "| |" not in once
 
 
 def test_roles_and_denials():

@@ -462,6 +462,9 @@ def test_the_clock(catalog):
         [5.0] * 2 + [300.0] + [1.0] * 9
     )  # put to sleep for five minutes: one last step, with the smallest rate
     assert trainer.step == 4
+    for steps in (0, 60):  # calibrated, or asked for: a single pause costs its own seconds and no more
+        plans, trainer = planned([1.0] * 9 + [20.0] + [1.0] * 90, max_steps=steps)
+        assert 40 <= trainer.step <= 41 and 58 <= trainer.seconds["steps"] <= 60
     plans, trainer = planned([100.0] * 70, found=70, max_steps=70, max_minutes=0)
     assert trainer.step == 70  # no limit
 

@@ -92,6 +92,8 @@ def is_json_lines(path: Path, form: TextForm) -> bool:
 _BITE = 2**20  # characters read at a time
 _WASTE = 2**29  # characters that may be read in vain
 _NEXT_ITEM = re.compile(r'\}\s*,\s*(?="(?:[^"\\]|\\.){0,1000}"\s*:|\{)')
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]"]', re.DOTALL)
+_BEHIND_ITEM = re.compile(r'\s*(?:,\s*(?="(?:[^"\\]|\\.){0,1000}"\s*:|\{)|(?=[\]}]))')
 
 
 class _Window:
@@ -163,8 +165,25 @@ class _Window:
             pass
         return self.text[self.at : self.at + count]
 
+    def _behind_item(self) -> int | None:
+        "Where the next item starts, or the list ends, by the strings and brackets of the broken one; None: not told."
+        if not self.peek(_BITE).startswith("{"):
+            return None
+        depth = 0
+        for match in _STRING_OR_BRACKET.finditer(self.text, self.at, self.at + _BITE):
+            if match[0] == '"':
+                return None  # a string without an end: a quotation mark is missing
+            depth += (match[0] in "{[") - (match[0] in "]}")
+            if depth == 0:
+                behind = _BEHIND_ITEM.match(self.text, match.end())
+                return behind and behind.end()
+        return None
+
     def resync(self) -> bool:
-        "Move to the next place that looks like an item; False when there is none."
+        "Move behind the broken item, or where its end cannot be told to the next place that looks like an item."
+        if place := self._behind_item():
+            self.at = place
+            return True
         while not (match := _NEXT_ITEM.search(self.text, self.at)):
             self.at = max(self.at, len(self.text) - 4096)
             if not self.more():
