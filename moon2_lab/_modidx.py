@@ -138,6 +138,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'moon2_lab.app.interface.launch_options': ( 'app/interface.html#launch_options',
                                                                                      'moon2_lab/app/interface.py'),
                                          'moon2_lab.app.interface.prepare': ('app/interface.html#prepare', 'moon2_lab/app/interface.py'),
+                                         'moon2_lab.app.interface.pretrained_catalogue': ( 'app/interface.html#pretrained_catalogue',
+                                                                                           'moon2_lab/app/interface.py'),
                                          'moon2_lab.app.interface.run_demo': ('app/interface.html#run_demo', 'moon2_lab/app/interface.py'),
                                          'moon2_lab.app.interface.serve': ('app/interface.html#serve', 'moon2_lab/app/interface.py')},
             'moon2_lab.app.map_tab': { 'moon2_lab.app.map_tab.MapPages': ('app/map_tab.html#mappages', 'moon2_lab/app/map_tab.py'),
