@@ -478,10 +478,11 @@ def run_demo(
     stored.add_argument("--uri", action="append", default=[], help=uri)
     given = parser.parse_args(argv)
     default = next((path for path in (model, pretrained) if path and (path / "config.json").is_file()), None)
+    shows_pretrained = not given.model and default is not None and default == pretrained
     try:
         with log_messages():
             models, stored = (given.model or default, given.model_b), (given.vectors, given.uri)
-            if default and default == pretrained and not (given.model or given.catalog):
+            if shows_pretrained and not given.catalog:
                 given.catalog = pretrained_catalogue()
             page = prepare(*models, given.catalog, given.split, sample, given.device, *stored)
             serve(page, given.host, given.port, given.share)
