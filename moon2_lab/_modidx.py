@@ -6524,8 +6524,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'moon2_lab/widgets/training.py'),
                                             'moon2_lab.widgets.training.LiveTraining._end': ( 'widgets/training.html#livetraining._end',
                                                                                               'moon2_lab/widgets/training.py'),
-                                            'moon2_lab.widgets.training.LiveTraining._let_ask': ( 'widgets/training.html#livetraining._let_ask',
-                                                                                                  'moon2_lab/widgets/training.py'),
                                             'moon2_lab.widgets.training.LiveTraining._raise_error': ( 'widgets/training.html#livetraining._raise_error',
                                                                                                       'moon2_lab/widgets/training.py'),
                                             'moon2_lab.widgets.training.LiveTraining._repr_mimebundle_': ( 'widgets/training.html#livetraining._repr_mimebundle_',
