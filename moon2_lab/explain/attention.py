@@ -103,7 +103,7 @@ def record_pass(
     encoder: Moon2Encoder,  # with `below`, a `frozen_copy`: what another thread runs would be kept, too
     sides: Sequence[SideTokens],
     view: str = "mm",
-    take: Callable | None = None,  # as in `tap_attention`, with the place in `sides` as its sequence; None: no attention
+    take: Callable | None = None,  # as in `tap_attention`, its sequence a place in `sides`; None: no attention
     layers: Sequence[int] | None = None,  # of the attention; None: all
     heads: Sequence[int] | None = None,
     below: bool = False,  # keep the states below, too

@@ -388,36 +388,7 @@ def require_choices(
         raise UsageError("the baseline mean needs the mean", where="baseline",
                          advice="give mean=mean_patch(encoder, pictures of the catalogue), or choose blank")
 
-# %% ../../nbs/explain/625_attribution.ipynb #ce458077
-def attribution_inputs(
-    encoder: Moon2Encoder,
-    explained: Item,  # the side that is explained
-    other: Item,
-    routing: str = "fixed",  # experts of the real row at every point, or free
-    baseline: str = "blank",  # blank: a white picture; mean: the mean patch of a catalogue
-    mean: torch.Tensor | None = None,  # (D,) of mean_patch, for the baseline mean
-    **settings,  # of the methods
-) -> AttributionInputs:
-    "What a method gets of one side. `UsageError` for a wrong choice, `DataError` when there is nothing to explain."
-    require_choices(routing, baseline, mean)
-    require_vision(encoder, [explained, other])
-    item = Item(explained.text, explained.image, explained.item_id)  # what training adds is no part of the side
-    try:
-        score, real, blank = score_function(encoder, item, other, mean if baseline == "mean" else None)
-    except ImportError as error:
-        raise LabError(f"a part of the backbone is not installed ({error.name})", where="backbone",
-                       advice="install the packages of this backbone, or explain texts only") from error
-    if routing == "fixed":
-        fix_experts(score, real)
-    coarse = encoder.backbone.embedding.weight.dtype.itemsize < 4
-    return AttributionInputs(score, real, blank, score.side.features, settings, item, slack=0.005 if coarse else 0.001)
 
-# %% ../../nbs/explain/625_attribution.ipynb #a3f1213a
-def pick_side(query: Item, item: Item, side: str) -> tuple[Item, Item]:
-    "(the side that is explained, the other one); `UsageError` for a side that is neither item nor query."
-    return side_of(side, (query, item), (item, query))
-
-# %% ../../nbs/explain/625_attribution.ipynb #69857933
 def _attention_note(encoder: Moon2Encoder, tokens: SideTokens, framed: float) -> str:
     "What a map of shares of attention leaves out."
     if tokens.places[0] > 0:
@@ -471,6 +442,51 @@ def _by_cell_and_word(
     note = " ".join(filter(None, (sums, method.note, _picture_note(method, encoder, tokens))))
     return Attribution(method.name, words, picture, method.signed, note, delta, choices, method.title)
 
+
+def cross_attribution(encoder: Moon2Encoder, tokens: SideTokens, values: np.ndarray) -> Attribution:
+    "What `attribute_side` gives for the method cross, from (F,) parts of the score that are known already."
+    return _by_cell_and_word(METHODS["cross"], values, encoder, tokens, _TO_SCORE, {})
+
+
+def attention_attribution(
+    encoder: Moon2Encoder,
+    tokens: SideTokens,
+    shares: np.ndarray,  # (layers, heads, C + L) of the pooled rows
+) -> Attribution:
+    "What `attribute_side` gives for the method attention, over all layers and heads, from shares recorded already."
+    method, (values, framed) = METHODS["attention"], _pooled_shares(encoder, tokens, shares)
+    note = _attention_note(encoder, tokens, framed)
+    return _by_cell_and_word(method, values, encoder, tokens, note, dict(method.settings))
+
+# %% ../../nbs/explain/625_attribution.ipynb #ce458077
+def attribution_inputs(
+    encoder: Moon2Encoder,
+    explained: Item,  # the side that is explained
+    other: Item,
+    routing: str = "fixed",  # experts of the real row at every point, or free
+    baseline: str = "blank",  # blank: a white picture; mean: the mean patch of a catalogue
+    mean: torch.Tensor | None = None,  # (D,) of mean_patch, for the baseline mean
+    **settings,  # of the methods
+) -> AttributionInputs:
+    "What a method gets of one side. `UsageError` for a wrong choice, `DataError` when there is nothing to explain."
+    require_choices(routing, baseline, mean)
+    require_vision(encoder, [explained, other])
+    item = Item(explained.text, explained.image, explained.item_id)  # what training adds is no part of the side
+    try:
+        score, real, blank = score_function(encoder, item, other, mean if baseline == "mean" else None)
+    except ImportError as error:
+        raise LabError(f"a part of the backbone is not installed ({error.name})", where="backbone",
+                       advice="install the packages of this backbone, or explain texts only") from error
+    if routing == "fixed":
+        fix_experts(score, real)
+    coarse = encoder.backbone.embedding.weight.dtype.itemsize < 4
+    return AttributionInputs(score, real, blank, score.side.features, settings, item, slack=0.005 if coarse else 0.001)
+
+# %% ../../nbs/explain/625_attribution.ipynb #a3f1213a
+def pick_side(query: Item, item: Item, side: str) -> tuple[Item, Item]:
+    "(the side that is explained, the other one); `UsageError` for a side that is neither item nor query."
+    return side_of(side, (query, item), (item, query))
+
 # %% ../../nbs/explain/625_attribution.ipynb #41f10cc3
 def attribute_side(
     encoder: Moon2Encoder,
@@ -498,19 +514,3 @@ def attribute_side(
     choices |= {name: inputs.settings[name] for name in chosen.settings}
     sums = _sum_note(chosen, inputs, routing)
     return _by_cell_and_word(chosen, values, encoder, inputs.score.side, sums, choices, inputs.delta)
-
-# %% ../../nbs/explain/625_attribution.ipynb #2e4cf6aa
-def cross_attribution(encoder: Moon2Encoder, tokens: SideTokens, values: np.ndarray) -> Attribution:
-    "What `attribute_side` gives for the method cross, from (F,) parts of the score that are known already."
-    return _by_cell_and_word(METHODS["cross"], values, encoder, tokens, _TO_SCORE, {})
-
-
-def attention_attribution(
-    encoder: Moon2Encoder,
-    tokens: SideTokens,
-    shares: np.ndarray,  # (layers, heads, C + L) of the pooled rows
-) -> Attribution:
-    "What `attribute_side` gives for the method attention, over all layers and heads, from shares recorded already."
-    method, (values, framed) = METHODS["attention"], _pooled_shares(encoder, tokens, shares)
-    note = _attention_note(encoder, tokens, framed)
-    return _by_cell_and_word(method, values, encoder, tokens, note, dict(method.settings))

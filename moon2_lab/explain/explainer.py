@@ -19,8 +19,8 @@ from ..errors import UsageError
 from ..evaluation.statistics import LEVEL
 from .attention import RecordedPass, WordAttention, by_words, record_pass, words_taker
 from moon2_lab.explain.attribution import (
-    METHODS, AttributionInputs, attention_attribution, attribute_side, attribution_inputs, cross_attribution, fitting_method,
-    fitting_methods, pick_side, raise_if_cancelled, require_choices, require_vision,
+    METHODS, AttributionInputs, attention_attribution, attribute_side, attribution_inputs, cross_attribution,
+    fitting_method, fitting_methods, pick_side, raise_if_cancelled, require_choices, require_vision,
 )
 from .cross_map import cross_map, cross_of_pass
 from .expert_routing import routing_of_pass
