@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HERE', 'SUMS', 'holds_nothing', 'require_new', 'clear_rubbish', 'Hold', 'held', 'require_free', 'exchange',
            'whole_folder', 'copy_whole', 'file_sha256', 'write_checksums', 'require_checksums', 'model_folder',
-           'model_name']
+           'model_name', 'is_run_folder', 'settings_of_run']
 
 # %% ../nbs/006_folders.ipynb #7eab2465
 import contextlib
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .errors import DataError, LabError, UsageError
 from moon2_lab.files import (
-    LOCK, atomic_path, claim, disk_is_full, is_left, new_temporary, sweep, umask, unwritable, write_errors,
+    LOCK, atomic_path, claim, disk_is_full, is_left, new_temporary, read_json, sweep, umask, unwritable, write_errors,
 )
 
 # %% ../nbs/006_folders.ipynb #8c8e42a0
@@ -309,3 +309,13 @@ def model_name(path: str | Path) -> str:
     "The name of the run that a model or run folder is of."
     folder = Path(path).resolve()
     return folder.parent.name if folder.name == "model" else folder.name
+
+
+def is_run_folder(path: str | Path) -> bool:
+    "Whether a training left its settings in this folder."
+    return (Path(path) / "run_settings.json").is_file()
+
+
+def settings_of_run(path: str | Path) -> dict:
+    "What run_settings.json of a run folder says; empty where there is none."
+    return read_json(Path(path) / "run_settings.json") if is_run_folder(path) else {}

@@ -436,10 +436,15 @@ def prepare(
     about = {"names": tuple(names), "note": note, "metrics": tuple(metrics), "vectors": vectors, "uris": uris}
     return build_demo(*encoders, catalog=part, **about)
 
-# %% ../../nbs/app/870_interface.ipynb #837f66ad
+# %% ../../nbs/app/870_interface.ipynb #5ef69a00
 _DRAWN = {"products": 240, "seed": 22}  # what the model of the repository searches: not its seed; it has red dresses
 
 
+def pretrained_catalogue() -> Path:
+    "The folder of the drawn products that the model of the repository searches; they are drawn once."
+    return drawn_catalogue(_DRAWN["products"], _DRAWN["seed"], noise=0)
+
+# %% ../../nbs/app/870_interface.ipynb #837f66ad
 def run_demo(
     argv: list[str] | None = None,
     model: Path | None = None,  # when none is named, and this one is there
@@ -473,11 +478,12 @@ def run_demo(
     stored.add_argument("--uri", action="append", default=[], help=uri)
     given = parser.parse_args(argv)
     default = next((path for path in (model, pretrained) if path and (path / "config.json").is_file()), None)
+    shows_pretrained = not given.model and default is not None and default == pretrained
     try:
         with log_messages():
             models, stored = (given.model or default, given.model_b), (given.vectors, given.uri)
-            if default and default == pretrained and not (given.model or given.catalog):
-                given.catalog = drawn_catalogue(_DRAWN["products"], _DRAWN["seed"], noise=0)
+            if shows_pretrained and not given.catalog:
+                given.catalog = pretrained_catalogue()
             page = prepare(*models, given.catalog, given.split, sample, given.device, *stored)
             serve(page, given.host, given.port, given.share)
     except LabError as error:

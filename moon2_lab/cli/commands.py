@@ -190,6 +190,7 @@ def eval_command(args: argparse.Namespace) -> Outcome:
     from moon2_lab.cli.pipeline import evaluate_model, score_lines
     from moon2_lab.evaluation.evaluate import try_scores
     from moon2_lab.files import NotSaved
+    from moon2_lab.folders import is_run_folder
     from moon2_lab.rivals.loading import known_encoder
 
     known_encoder(args.model)  # a wrong name, or device, is told before the catalogue is read
@@ -203,7 +204,7 @@ def eval_command(args: argparse.Namespace) -> Outcome:
         metrics = evaluate_model(args.model, catalog, args.split, args.out, device, **options)
     except NotSaved as error:
         metrics, trouble = error.result, error
-    then = next_command("report", args.model) if Path(args.model, "run_settings.json").is_file() else ""
+    then = next_command("report", args.model) if is_run_folder(args.model) else ""
     return Outcome(score_lines(metrics), metrics, trouble=trouble, next=then)
 
 

@@ -17,7 +17,9 @@ from ..config import REPORTED, TrainConfig
 from ..data.synthetic.drawn_catalogue import drawn_catalogue
 from ..errors import LabError, UsageError
 from ..files import NotSaved, cache_dir, read_json, sha256_hex, try_file, try_folder
-from ..folders import held, holds_nothing, model_folder, require_free, require_new, whole_folder
+from moon2_lab.folders import (
+    held, holds_nothing, model_folder, require_free, require_new, settings_of_run, whole_folder,
+)
 
 # %% ../../nbs/cli/900_pipeline.ipynb #30cc2ba8
 _log = logging.getLogger("moon2_lab")
@@ -305,9 +307,12 @@ def report_run(
         encoder = load_encoder(run, device)
         examples["matches"] = explain_matches(encoder, catalog, per_query, question)
         examples["space"] = _write_map(run, encoder, question.products)
-    settings = read_json(run / "run_settings.json") if (run / "run_settings.json").is_file() else {}
+    settings = settings_of_run(run)
+    if other:
+        known = {"metrics.json": metrics, "run_settings.json": settings, "per_query.parquet": per_query}
+        known |= {f"{name}.parquet": table for name, table in tables.items()}
+        examples["second"] = second_run(read_scored_run(run, known), other)
     settings |= {"facts": _run_facts(settings)}
-    examples["second"] = second_run(read_scored_run(run), other) if other else None
     page, rivals = run / "report.html", _rival_scores(run) or None
     return write_report(page, metrics=metrics, comparison=rivals, settings=settings, **examples, **tables)
 

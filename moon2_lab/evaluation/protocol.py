@@ -23,6 +23,7 @@ from ..errors import DataError, UsageError
 from .dual_evidence import dual_direction
 from .item_sets import Direction, ItemSet, gallery_items, hash_order, pick_products
 from .ranking import RARE
+from .statistics import LEVEL
 
 # %% ../../nbs/evaluation/410_protocol.ipynb #44946a26
 def catalog_queries(
@@ -155,7 +156,7 @@ _RULES = {  # how the numbers of metrics.json come about, in the file itself
     "macro_interval": "95 %: percentile bootstrap over product keys; left out where a class has fewer than "
     f"{RARE} product keys",
     "p_value": "two-sided sign flips over product keys, mid-p; Holm over all directions and metrics of one baseline, "
-    "and over all tasks of one view for labels; level where p after Holm is 0.05 or more",
+    f"and over all tasks of one view for labels; level where p after Holm is {LEVEL} or more",
     "ties": {
         "model": "against the model: equal scores stand before the right answer",
         "baselines": "R@k and nDCG@10 are expected over random orders of equal scores",

@@ -24,7 +24,7 @@ from .item_sets import ItemSet, TOP
 from .public_benchmarks import query_scores
 from .ranking import Ranks, hit_at, normalised, rank_scores, ranks_chunked
 from .statistics import holm_corrected, paired_test, with_interval
-from ..files import read_json
+from ..folders import settings_of_run
 
 # %% ../../nbs/evaluation/447_retrieval_task.ipynb #6ed9b717
 MIXES = {"image": {"i": 1.0}, "text": {"t": 1.0}, "fused": {"mm": 1.0}, "image+text": {"i": 0.9, "t": 0.1}}
@@ -78,10 +78,10 @@ def trained_products(
     catalog: Catalog | None = None,  # for a run that left no list
 ) -> set[str] | None:
     "The ids of the products that a run was trained on; None where nothing says so."
-    listed, settings = Path(run) / "training_products.parquet", Path(run) / "run_settings.json"
+    listed = Path(run) / "training_products.parquet"
     if listed.is_file():
         return set(pd.read_parquet(listed)["product_id"])
-    noted = read_json(settings) if settings.is_file() else {}
+    noted = settings_of_run(run)
     if catalog is None or noted.get("data_hash") != catalog.data_hash:
         return None
     held = set((noted.get("holdout") or {}).get("product_ids", ()))

@@ -23,6 +23,7 @@ from .attention import attention_gradient, attention_of, rollout, without_first
 from .attention_recorder import attention_layers, other_layers
 from .heatmap_data import Attribution, side_of
 from .pair_score import fix_experts, score_function
+from .side_tokens import SideTokens
 from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/explain/625_attribution.ipynb #5ad8e10b
@@ -291,24 +292,32 @@ add_method(Method(
     settings={"samples": 25, "seed": 0}))
 
 # %% ../../nbs/explain/625_attribution.ipynb #308d9710
-def _sink_is_a_patch(side: AttributionInputs) -> bool:
+def _sink_is_a_patch(encoder: Moon2Encoder, tokens: SideTokens) -> bool:
     "Whether the first position of a causal row, where attention is parked, is a patch of the picture."
-    tokens = side.score.side
-    return side.score.encoder.config.attention == "causal" and bool(tokens.patches) and tokens.places[0] == 0
+    return encoder.config.attention == "causal" and bool(tokens.patches) and tokens.places[0] == 0
+
+
+def _pooled_shares(
+    encoder: Moon2Encoder,
+    tokens: SideTokens,
+    shares: np.ndarray,  # (layers, heads, C + L) of the pooled rows
+) -> tuple[np.ndarray, float]:
+    "(F,) attention to patches and words, mean over layers and heads; and what share of it went to the frame."
+    kept = without_first(shares) if _sink_is_a_patch(encoder, tokens) else shares
+    return tokens.merge(kept.mean((0, 1))), float(1 - shares.sum(-1).mean())
 
 
 def _attention(side: AttributionInputs) -> np.ndarray:
     layers, heads = ([number] if number is not None else None for number in map(side.settings.get, ("layer", "head")))
     rows = attention_of(side.score.encoder, side.item, layers=layers, heads=heads)
-    side.framed = float(1 - rows.weights.sum(-1).mean())
-    shares = rows.weights.astype(float)
-    return rows.side.merge((without_first(shares) if _sink_is_a_patch(side) else shares)[:, :, 0].mean((0, 1)))
+    values, side.framed = _pooled_shares(side.score.encoder, rows.side, rows.weights[:, :, 0].astype(float))
+    return values
 
 
 def _rollout(side: AttributionInputs) -> np.ndarray:
     tokens, shares = rollout(side.score.encoder, side.item)
     side.framed = float(1 - shares.sum())
-    return tokens.merge(without_first(shares) if _sink_is_a_patch(side) else shares)
+    return tokens.merge(without_first(shares) if _sink_is_a_patch(side.score.encoder, tokens) else shares)
 
 
 def _attention_gradient(side: AttributionInputs) -> np.ndarray:
@@ -357,6 +366,98 @@ def require_vision(encoder: Moon2Encoder, items: Sequence[Item]) -> None:
         raise DataError("this model has no vision encoder, and one side has a picture", where="backbone",
                         advice="load the model with its vision encoder, or explain texts only")
 
+
+def require_choices(
+    routing: str = "fixed",
+    baseline: str = "blank",
+    mean: torch.Tensor | None = None,
+    **settings,  # of the methods
+) -> None:
+    "Raise `UsageError` for what cannot be chosen."
+    unknown = sorted(settings.keys() - _known_settings().keys())
+    if unknown:
+        raise UsageError(f"unknown settings {unknown}", where="attribution",
+                         advice=f"one of {', '.join(_known_settings())}")
+    if settings.get("steps", 2) < 2 or settings.get("samples", 1) < 1:
+        raise UsageError("too few steps or samples", where="attribution",
+                         advice="at least 2 steps and 1 sample; 32 and 25 are usual")
+    if routing not in ("fixed", "free") or baseline not in ("blank", "mean"):
+        raise UsageError(f"routing={routing!r}, baseline={baseline!r}", where="attribution",
+                         advice="routing is fixed or free, the baseline blank or mean")
+    if baseline == "mean" and mean is None:
+        raise UsageError("the baseline mean needs the mean", where="baseline",
+                         advice="give mean=mean_patch(encoder, pictures of the catalogue), or choose blank")
+
+
+def _attention_note(encoder: Moon2Encoder, tokens: SideTokens, framed: float) -> str:
+    "What a map of shares of attention leaves out."
+    if tokens.places[0] > 0:
+        sink = f", here a token of the frame: {framed:.0%} of it went to the frame, which is in no map."
+    else:
+        sink = "; that cell is left out." if _sink_is_a_patch(encoder, tokens) else "."
+    return ("Shares of attention: they have no sign and do not add up to the score. "
+            f"Causal decoders park attention on the first position{sink}")
+
+
+def _picture_note(method: Method, encoder: Moon2Encoder, tokens: SideTokens) -> str:
+    "What numbers of an unusual backbone are about; empty for the usual ones."
+    lines = []
+    if tokens.whole:
+        lines.append("The tokens of this picture are no one grid: it has one number, as a whole.")
+    passed_over = other_layers(encoder.backbone.decoder) if "attention" in method.needs else []
+    if passed_over:
+        lines.append(f"Layers that mix tokens without attention are passed over: {', '.join(map(str, passed_over))}.")
+    return " ".join(lines)
+
+
+_TO_SCORE = "The parts add up to the score."
+
+
+def _sum_note(method: Method, side: AttributionInputs, routing: str) -> str:
+    "Whether the numbers add up, and to what."
+    if not method.signed:
+        return _attention_note(side.score.encoder, side.score.side, side.framed)
+    if method.adds_to_score:
+        return _TO_SCORE
+    if side.delta is None:
+        return "These numbers do not add up to the score."
+    if _adds_up(side, side.delta):
+        return f"The parts add up to {side.rise + side.delta:+.3f}, the rise from the blank side."
+    cause = "tokens change their experts on the way" if routing == "free" else "take more steps"
+    return f"The parts miss the rise of {side.rise:+.3f} by {abs(side.delta):.3f}: {cause}."
+
+
+def _by_cell_and_word(
+    method: Method,
+    values: np.ndarray,  # (F,) patches, then words
+    encoder: Moon2Encoder,
+    tokens: SideTokens,
+    sums: str,  # of `_sum_note`
+    choices: dict,
+    delta: float | None = None,
+) -> Attribution:
+    "The numbers of a method as the map of a side."
+    patches, words = np.split(values, [tokens.cells])
+    picture = patches.reshape(tokens.grid) if tokens.cells else None
+    note = " ".join(filter(None, (sums, method.note, _picture_note(method, encoder, tokens))))
+    return Attribution(method.name, words, picture, method.signed, note, delta, choices, method.title)
+
+
+def cross_attribution(encoder: Moon2Encoder, tokens: SideTokens, values: np.ndarray) -> Attribution:
+    "What `attribute_side` gives for the method cross, from (F,) parts of the score that are known already."
+    return _by_cell_and_word(METHODS["cross"], values, encoder, tokens, _TO_SCORE, {})
+
+
+def attention_attribution(
+    encoder: Moon2Encoder,
+    tokens: SideTokens,
+    shares: np.ndarray,  # (layers, heads, C + L) of the pooled rows
+) -> Attribution:
+    "What `attribute_side` gives for the method attention, over all layers and heads, from shares recorded already."
+    method, (values, framed) = METHODS["attention"], _pooled_shares(encoder, tokens, shares)
+    note = _attention_note(encoder, tokens, framed)
+    return _by_cell_and_word(method, values, encoder, tokens, note, dict(method.settings))
+
 # %% ../../nbs/explain/625_attribution.ipynb #ce458077
 def attribution_inputs(
     encoder: Moon2Encoder,
@@ -368,12 +469,7 @@ def attribution_inputs(
     **settings,  # of the methods
 ) -> AttributionInputs:
     "What a method gets of one side. `UsageError` for a wrong choice, `DataError` when there is nothing to explain."
-    if routing not in ("fixed", "free") or baseline not in ("blank", "mean"):
-        raise UsageError(f"routing={routing!r}, baseline={baseline!r}", where="attribution",
-                         advice="routing is fixed or free, the baseline blank or mean")
-    if baseline == "mean" and mean is None:
-        raise UsageError("the baseline mean needs the mean", where="baseline",
-                         advice="give mean=mean_patch(encoder, pictures of the catalogue), or choose blank")
+    require_choices(routing, baseline, mean)
     require_vision(encoder, [explained, other])
     item = Item(explained.text, explained.image, explained.item_id)  # what training adds is no part of the side
     try:
@@ -392,41 +488,6 @@ def pick_side(query: Item, item: Item, side: str) -> tuple[Item, Item]:
     return side_of(side, (query, item), (item, query))
 
 # %% ../../nbs/explain/625_attribution.ipynb #41f10cc3
-def _attention_note(side: AttributionInputs) -> str:
-    "What a map of shares of attention leaves out."
-    if side.score.side.places[0] > 0:
-        sink = f", here a token of the frame: {side.framed:.0%} of it went to the frame, which is in no map."
-    else:
-        sink = "; that cell is left out." if _sink_is_a_patch(side) else "."
-    return ("Shares of attention: they have no sign and do not add up to the score. "
-            f"Causal decoders park attention on the first position{sink}")
-
-
-def _picture_note(method: Method, side: AttributionInputs) -> str:
-    "What numbers of an unusual backbone are about; empty for the usual ones."
-    lines = []
-    if side.score.side.whole:
-        lines.append("The tokens of this picture are no one grid: it has one number, as a whole.")
-    passed_over = other_layers(side.score.encoder.backbone.decoder) if "attention" in method.needs else []
-    if passed_over:
-        lines.append(f"Layers that mix tokens without attention are passed over: {', '.join(map(str, passed_over))}.")
-    return " ".join(lines)
-
-
-def _sum_note(method: Method, side: AttributionInputs, routing: str) -> str:
-    "Whether the numbers add up, and to what."
-    if not method.signed:
-        return _attention_note(side)
-    if method.adds_to_score:
-        return "The parts add up to the score."
-    if side.delta is None:
-        return "These numbers do not add up to the score."
-    if _adds_up(side, side.delta):
-        return f"The parts add up to {side.rise + side.delta:+.3f}, the rise from the blank side."
-    cause = "tokens change their experts on the way" if routing == "free" else "take more steps"
-    return f"The parts miss the rise of {side.rise:+.3f} by {abs(side.delta):.3f}: {cause}."
-
-
 def attribute_side(
     encoder: Moon2Encoder,
     query: Item,
@@ -444,22 +505,12 @@ def attribute_side(
 
     `UsageError` for what does not fit, `DataError` when there is nothing to explain, `LabError` for damaged weights.
     """
-    unknown = sorted(settings.keys() - _known_settings().keys())
-    if unknown:
-        raise UsageError(f"unknown settings {unknown}", where="attribution",
-                         advice=f"one of {', '.join(_known_settings())}")
+    require_choices(routing, baseline, mean, **settings)
     chosen, (explained, other) = fitting_method(method, encoder), pick_side(query, item, side)
-    if settings.get("steps", 2) < 2 or settings.get("samples", 1) < 1:
-        raise UsageError("too few steps or samples", where="attribution",
-                         advice="at least 2 steps and 1 sample; 32 and 25 are usual")
     raise_if_cancelled(cancelled)
     inputs = attribution_inputs(encoder, explained, other, routing, baseline, mean, **settings)
     values = run_method(inputs, chosen, progress, cancelled)
-    tokens = inputs.score.side
-    patches, words = np.split(values, [tokens.cells])
-    picture = patches.reshape(tokens.grid) if tokens.cells else None
     choices = {"routing": routing, "baseline": baseline} if "baseline" in chosen.needs else {}
     choices |= {name: inputs.settings[name] for name in chosen.settings}
-    notes = _sum_note(chosen, inputs, routing), chosen.note, _picture_note(chosen, inputs)
-    note = " ".join(filter(None, notes))
-    return Attribution(method, words, picture, chosen.signed, note, inputs.delta, choices, chosen.title)
+    sums = _sum_note(chosen, inputs, routing)
+    return _by_cell_and_word(chosen, values, encoder, inputs.score.side, sums, choices, inputs.delta)

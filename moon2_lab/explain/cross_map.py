@@ -11,6 +11,7 @@ import torch
 
 from ..data.products import Item
 from ..errors import LabError
+from .attention import RecordedPass, record_pass
 from .attribution import require_vision
 from .heatmap_data import CrossMap
 from .pair_score import frozen_copy
@@ -18,25 +19,13 @@ from .side_tokens import SideTokens, side_tokens
 from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/explain/632_cross_map.ipynb #4338f57a
-@torch.no_grad()
 def token_states(
-    encoder: Moon2Encoder,  # a `frozen_copy`
-    side: SideTokens,
-    layers: bool = True,  # False: the last only
+    recorded: RecordedPass,
+    place: int,  # of the side
 ) -> np.ndarray:  # (layers, C + L, D) float64
-    "The state of each token of a side after each layer, through the final norm; the last one enters the embedding."
-    decoder, kept = encoder.backbone.decoder, []
-    keep = lambda module, inputs, output: kept.append(output[0] if isinstance(output, tuple) else output)
-    hooks = [layer.register_forward_hook(keep) for layer in decoder.layers[:-1]] if layers else []
-    reduced = encoder.compute_dtype == torch.bfloat16
-    try:
-        with torch.autocast(encoder.backbone.device.type, torch.bfloat16, enabled=reduced):
-            last, _ = encoder.run_rows([side.item], [side.row])
-            states = [*(decoder.norm(state).flatten(0, -2) for state in kept), last]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack([state[side.places].cpu().double() for state in states]).numpy()
+    "The state of each token of a side after each recorded layer, through the final norm; the last is in the embedding."
+    places = torch.from_numpy(recorded.places(place)).to(recorded.hidden.device)
+    return torch.stack([state[places].cpu().double() for state in (*recorded.below, recorded.hidden)]).numpy()
 
 # %% ../../nbs/explain/632_cross_map.ipynb #86fc5e05
 def scaled_parts(
@@ -52,6 +41,16 @@ def scaled_parts(
     return side.merge(weighted.swapaxes(1, 2)).swapaxes(1, 2) / length[:, None, None]
 
 # %% ../../nbs/explain/632_cross_map.ipynb #0e9d41b3
+def cross_of_pass(recorded: RecordedPass) -> CrossMap:  # query and item
+    "The cross map of two sides that were recorded in one pass."
+    sides = recorded.sides
+    parts = [scaled_parts(token_states(recorded, place), side) for place, side in enumerate(sides)]
+    values = parts[0] @ parts[1].swapaxes(1, 2)
+    names = [*(f"after layer {layer}" for layer in range(len(values) - 1)), "embedding"]
+    query, item = recorded.embedding.cpu().double()
+    return CrossMap(values, names, tuple(side.merge(side.weights) for side in sides), float(query @ item))
+
+# %% ../../nbs/explain/632_cross_map.ipynb #e9f3feb3
 def cross_map(
     encoder: Moon2Encoder,
     query: Item,
@@ -65,12 +64,5 @@ def cross_map(
     weights."""
     require_vision(encoder, [query, item])
     frozen = frozen_copy(encoder)
-    frozen.compute_dtype = frozen.encode_dtype
     sides = [side_tokens(frozen, one, augmented=augmented) for one in (query, item)]
-    with torch.no_grad():
-        embedding = frozen.forward_items([side.item for side in sides], ("mm",)).embedding["mm"].cpu().double()
-    parts = [scaled_parts(token_states(frozen, side, layers), side) for side in sides]
-    values = parts[0] @ parts[1].swapaxes(1, 2)
-    weights = tuple(side.merge(side.weights) for side in sides)
-    names = [*(f"after layer {layer}" for layer in range(len(values) - 1)), "embedding"]
-    return CrossMap(values, names, weights, float(embedding[0] @ embedding[1]))
+    return cross_of_pass(record_pass(frozen, sides, below=layers, reduced=encoder.encode_dtype == torch.bfloat16))

@@ -9,23 +9,26 @@ __all__ = ['TRIALS', 'Explainer', 'ExplainerCache']
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..data.products import Item
 from ..errors import UsageError
 from ..evaluation.statistics import LEVEL
-from .attention import word_attention
+from .attention import RecordedPass, WordAttention, by_words, record_pass, words_taker
 from moon2_lab.explain.attribution import (
-    AttributionInputs, attribute_side, attribution_inputs, fitting_method, fitting_methods, pick_side,
-    raise_if_cancelled, require_vision,
+    METHODS, AttributionInputs, attention_attribution, attribute_side, attribution_inputs, cross_attribution,
+    fitting_method, fitting_methods, pick_side, raise_if_cancelled, require_choices, require_vision,
 )
-from .cross_map import cross_map
-from .expert_routing import token_routing
+from .cross_map import cross_map, cross_of_pass
+from .expert_routing import routing_of_pass
 from moon2_lab.explain.faithfulness import (
     FEW_FEATURES, Faithfulness, correct_for_methods, measure_faithfulness, random_gains, redrawn_copy, without_own,
 )
-from .heatmap_data import Attribution, PairMaps, SideMaps
+from .heatmap_data import Attribution, CrossMap, PairMaps, SideMaps
+from .pair_score import frozen_copy
 from .side_tokens import side_tokens
 from ..model.encoder import Moon2Encoder
 from ..runtime import progress as progress_bar
@@ -33,29 +36,54 @@ from ..runtime import progress as progress_bar
 # %% ../../nbs/explain/650_explainer.ipynb #46e9193b
 TRIALS = 100  # random maps that a map is compared with: with fewer than 19 none could pass
 _PIXELS = 320  # side of the picture that is shown
+_SIDES = ("query", "item")
+
+
+@dataclass
+class _ReadPair:
+    "What one pass over a pair shows."
+    sides: list[SideMaps]  # query and item: words, picture, attention and routing, without maps yet
+    cross: CrossMap
+    maps: dict[tuple[str, str], Attribution]  # (side, method) -> the maps that need no pass of their own
 
 
 def _read_side(
     encoder: Moon2Encoder,
-    item: Item,
-    name: str,  # query or item
+    recorded: RecordedPass,
+    place: int,  # 0: query, 1: item
+    attention: WordAttention | None,
 ) -> SideMaps:
-    """Words, picture, attention and routing of one side, without maps yet.
+    "What was recorded of one side."
+    side, shown = recorded.sides[place], {}
+    if attention is not None:
+        shown |= {"links": attention.links, "pooled": attention.pooled, "layer_names": attention.layer_names}
+        shown |= {"word_links": attention.word_links, "even": attention.even}
+    if encoder.moe_blocks:
+        routing = routing_of_pass(encoder, recorded, place)
+        shown |= {"experts": routing.experts, "expert_layers": routing.layers}
+    shown |= {"unread": side.unread, "first": side.first}
+    return SideMaps(_SIDES[place], side.text, side.words, side.picture(_PIXELS), side.grid, **shown)
+
+
+def _read_pair(encoder: Moon2Encoder, query: Item, item: Item) -> _ReadPair:
+    """One pass over both sides, and what it shows.
 
     `DataError` for an item that has neither a picture nor readable text.
     """
-    require_vision(encoder, [item])
-    attention = word_attention(encoder, item) if "attention" in fitting_methods(encoder) else None
-    side = side_tokens(encoder, item) if attention is None else attention.side
-    recorded = {}
-    if attention is not None:
-        recorded |= {"links": attention.links, "pooled": attention.pooled, "layer_names": attention.layer_names}
-        recorded |= {"word_links": attention.word_links, "even": attention.even}
-    if encoder.moe_blocks:
-        routing = token_routing(encoder, item)
-        recorded |= {"experts": routing.experts, "expert_layers": routing.layers}
-    recorded |= {"unread": side.unread, "first": side.first}
-    return SideMaps(name, side.text, side.words, side.picture(_PIXELS), side.grid, **recorded)
+    require_vision(encoder, [query, item])
+    frozen = frozen_copy(encoder)
+    sides = [side_tokens(frozen, one) for one in (query, item)]
+    parts, take = words_taker(sides) if "attention" in fitting_methods(encoder) else (None, None)
+    recorded = record_pass(frozen, sides, take=take, below=True)
+    words = [by_words(recorded, parts, place) if parts else None for place in range(2)]
+    shown = [_read_side(frozen, recorded, place, words[place]) for place in range(2)]
+    cross, maps = cross_of_pass(recorded), {}
+    for name, side, attention in zip(_SIDES, sides, words, strict=True):
+        maps[name, "cross"] = cross_attribution(frozen, side, cross.part(name))
+        if attention is not None:
+            maps[name, "attention"] = attention_attribution(frozen, side, attention.tokens)
+    reduced = encoder.encode_dtype == torch.bfloat16
+    return _ReadPair(shown, cross_map(encoder, query, item) if reduced else cross, maps)
 
 # %% ../../nbs/explain/650_explainer.ipynb #b5428902
 def _hashable(settings: dict) -> tuple:
@@ -85,9 +113,8 @@ class Explainer:
         self.redrawn = None
         if redrawn is not False and trials:
             self.redrawn = redrawn_copy(encoder, seed) if redrawn is True else redrawn
-        sides = _read_side(encoder, query, "query"), _read_side(encoder, item, "item")
-        ids, cross = (query.item_id or "query", item.item_id or "item"), cross_map(encoder, query, item)
-        self.pair = PairMaps(*sides, cross.score, model, ids, cross)
+        read, ids = _read_pair(encoder, query, item), (query.item_id or "query", item.item_id or "item")
+        self.pair, self._recorded = PairMaps(*read.sides, read.cross.score, model, ids, read.cross), read.maps
         self._kept: dict = {}  # (what, side, ...) -> what was computed
         self._measured: dict[str, dict] = {}  # side -> (method, settings) -> Faithfulness
         self._lock = threading.RLock()
@@ -99,7 +126,7 @@ class Explainer:
 
     @property
     def first_methods(self) -> list[str]:
-        "Methods of one pass, which a pair is opened with."
+        "Methods that a pair is opened with: they need no other pass than the one that read it."
         return [name for name in ("cross", "attention") if name in self.methods]
 
     def map(
@@ -111,7 +138,11 @@ class Explainer:
         **settings,  # layer, head, steps, samples, ...: over those of the explainer
     ) -> Attribution:
         "The map of one method over one side. Errors as in `attribute_side`."
-        key = ("map", side, method, _hashable(self.choices | settings))
+        choices = self.choices | settings
+        if (side, method) in self._recorded and not choices.keys() & METHODS[method].settings.keys():
+            require_choices(**choices)
+            return self._recorded[side, method]
+        key = ("map", side, method, _hashable(choices))
         return self._once(key, lambda: self._attribute(self.encoder, side, method, settings, progress, cancelled))
 
     def faith(

@@ -323,14 +323,21 @@ class Moon2Encoder(nn.Module):
     def _encode_rows(
         self, items: list[Item], views: Sequence[str], rows: list[TokenRow], copies: dict[str, torch.Tensor]
     ) -> ItemViews:
-        "One pass over `rows`, then the means for each view; `copies[view]` (N,) = how often each item is used in it."
-        count, device, experts = len(items), self.backbone.device, max(self.config.num_experts, 1)
+        "One pass over `rows`, then the means for each view."
         hidden, tape = self.run_rows(items, rows) if rows else (self.alignment.new_zeros(0, self.embedding_dim), [])
+        return self.pool_rows(rows, hidden, tape, {view: copies[view] for view in views})
+
+    def pool_rows(
+        self, rows: list[TokenRow], hidden: torch.Tensor, tape: list[LayerRouting], copies: dict[str, torch.Tensor]
+    ) -> ItemViews:
+        "What a pass over `rows` means for each view; `copies[view]` (N,) int64 = how often each item is used in it."
+        count, device = len(next(iter(copies.values()))), self.backbone.device
+        experts = max(self.config.num_experts, 1)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         even = hidden.new_full((len(hidden), experts), 1 / experts)
         spread = torch.stack([routing.spread() for routing in tape]).mean(0) if tape else even  # (T, Z)
         out, weight = ItemViews({}, {}, {}, tokens=len(hidden)), torch.zeros(len(hidden), dtype=torch.int64)
-        for view in views:
+        for view in copies:
             places, owners = pool_index(rows, view)
             out.known[view] = torch.zeros(count, dtype=torch.bool).index_fill(0, owners, True)
             weight = weight.index_add(0, places, copies[view][owners])

@@ -14,7 +14,7 @@ from ..data.images import ImageRef
 from ..data.products import Item, Product
 from ..errors import LabError, UsageError, printable
 from ..evaluation.label_tasks import LEVELS
-from ..evaluation.statistics import p_text
+from ..evaluation.statistics import LEVEL, p_text
 from ..explain.heatmap_data import trust_words
 from ..files import plain
 from .comparison import Comparison, KINDS, direction_queries
@@ -270,7 +270,7 @@ def _outcome(comparison: Comparison) -> str:
     return (
         f"Of {total['n']:,} queries in {len(comparison.directions)} directions B wins {total['won']:,} and loses "
         f"{total['lost']:,} at R@{comparison.k}; {total['moved']:,} moved, {total['same']:,} stayed. "
-        f"{words} (p after Holm below 0.05).{same}"
+        f"{words} (p after Holm below {LEVEL}).{same}"
     )
 
 

@@ -6,6 +6,7 @@
 __all__ = ['ScoredRun', 'read_scored_run', 'SecondRun', 'second_run']
 
 # %% ../../nbs/reporting/778_second_run.ipynb #ca079ff3
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,16 @@ class ScoredRun:
     settings: dict = field(default_factory=dict)  # of run_settings.json
 
 
-def read_scored_run(folder: str | Path) -> ScoredRun:
+_READERS = {
+    "metrics.json": read_json, "per_query.parquet": pd.read_parquet, "history.parquet": pd.read_parquet,
+    "run_settings.json": read_json,
+}
+
+
+def read_scored_run(
+    folder: str | Path,
+    known: Mapping | None = None,  # name of a file -> its content, where it was read already
+) -> ScoredRun:
     "The scores, curves and settings of a run folder. `UsageError` where it was not scored, or only in part."
     folder = Path(folder)
     files = {name: folder / name for name in ("metrics.json", "per_query.parquet")}
@@ -39,12 +49,12 @@ def read_scored_run(folder: str | Path) -> ScoredRun:
         two = f"{' and '.join(files)} are of two evaluations"
         what = f"no {' and no '.join(missing)}" if missing else two
         raise UsageError(what, where=str(folder), advice="score it first: moon2 eval RUN --out RUN")
-    tables = {name: pd.read_parquet(folder / name) for name in ("per_query.parquet", "history.parquet")
-              if (folder / name).is_file()}
-    settings = folder / "run_settings.json"
+    known = known or {}
+    read = {name: known[name] if name in known else reader(folder / name)
+            for name, reader in _READERS.items() if name in known or (folder / name).is_file()}
     return ScoredRun(
-        folder.resolve().name, read_json(files["metrics.json"]), tables["per_query.parquet"],
-        tables.get("history.parquet"), read_json(settings) if settings.is_file() else {},
+        folder.resolve().name, read["metrics.json"], read["per_query.parquet"], read.get("history.parquet"),
+        read.get("run_settings.json", {}),
     )
 
 

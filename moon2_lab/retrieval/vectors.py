@@ -58,7 +58,7 @@ def checked_dim(
 ) -> int:
     "How many of the D numbers of a vector are kept. `UsageError` when there are not so many."
     if dim is not None and not 1 <= dim <= width:
-        advice = f"from 1 to {width}, the length of this model's vectors"
+        advice = f"from 1 to {width}, the length of these vectors"
         raise UsageError(f"dim={dim}", where="dim", advice=advice)
     return dim or width
 

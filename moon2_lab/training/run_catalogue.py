@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..files import read_json
-from ..folders import model_folder
+from ..folders import model_folder, settings_of_run
 
 # %% ../../nbs/training/569_run_catalogue.ipynb #d21fca7a
 def run_catalogue(
@@ -22,8 +22,7 @@ def run_catalogue(
     from moon2_lab.data.synthetic.drawn_catalogue import drawn_catalogue
 
     folder, advice = model_folder(model), "give it with --catalog"
-    noted = folder.parent / "run_settings.json"
-    words = shlex.split((read_json(noted) if noted.is_file() else {}).get("command") or "")
+    words = shlex.split(settings_of_run(folder.parent).get("command") or "")
     named = [after for word, after in zip(words, words[1:]) if word == "--catalog"]
     wanted = (read_json(folder / "config.json").get("info") or {}).get("data_hash")
     if wanted is None or not named and words[1:2] != ["run"]:

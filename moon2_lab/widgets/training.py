@@ -107,6 +107,7 @@ class LiveTraining:
         self.what_if = StepWhatIf(trainer, self._answer_at_rest) if hasattr(trainer, "what_if") else None
         shown = [line, self.status, self.view.widget, self.what_if]
         self.widget = ipywidgets.VBox([part for part in shown if part is not None])
+        self._answer()
         self._say("ready")
 
     def want(self, wish: str) -> None:
@@ -167,7 +168,6 @@ class LiveTraining:
         for name, button in self.buttons.items():
             button.disabled = name not in _STATES[state]
         row = self.trainer.history[-1] if self.trainer.history else {}
-        self._let_ask()
         self.bar.max, self.bar.value = max(self.trainer.max_steps, 1), self.trainer.step
         alarm = f' <b style="color:#b3263a">{html.escape(row["alarm"])}</b>' if row.get("alarm") else ""
         speed = f" · loss {row['loss']:.3f} · {row['seconds']:.2f} s a step{self._time_left()}" if row else ""
@@ -224,15 +224,10 @@ class LiveTraining:
             self.wish = "run"
             self.trainer.stop()
 
-    def _let_ask(self) -> None:
-        "The sliders work as soon as a batch has been seen."
-        if self.what_if is not None and self.trainer.history:
-            self.what_if.ready = True
-
     def _answer(self) -> None:
-        "Compute what the sliders ask for. Call it between two steps only."
+        "Compute what the sliders ask for; they work once a batch was seen. Call it between two steps only."
         if self.what_if is not None:
-            self._let_ask()
+            self.what_if.ready = self.what_if.ready or bool(self.trainer.history)
             self.what_if.answer()
 
     def _answer_at_rest(self) -> None:

@@ -1,25 +1,16 @@
 "How long a click on a hit takes to its cross map, in the browser, with the trained model of the repository."
 import statistics
 import time
-from pathlib import Path
 
 import pytest
 from browsing import until
 
 pytest.importorskip("gradio")
 
-from moon2_lab import Moon2Encoder
-from moon2_lab.app.interface import _DRAWN, build_demo
-from moon2_lab.data.catalog import Catalog
-from moon2_lab.data.synthetic.drawn_catalogue import drawn_catalogue as draw
-
-FOLDER = Path(__file__).resolve().parents[2] / "data" / "pretrained"
-
 
 @pytest.fixture(scope="module")
-def demo():
-    catalog = Catalog.load(draw(_DRAWN["products"], _DRAWN["seed"], noise=0))
-    return build_demo(Moon2Encoder.from_pretrained(FOLDER), catalog=catalog)
+def demo(its_demo):
+    return its_demo
 
 
 @pytest.mark.slow

@@ -1,39 +1,23 @@
 """The pictures of docs/seen.md, of the trained model in the repository on drawn products: each test does what its
 picture shows, and takes it where MOON2_SCREENSHOTS names a folder.
 """
-from pathlib import Path
-
 import pytest
 from browsing import choose_on_map, keep_picture, rewrite, until, watched_page
 
 pytest.importorskip("gradio")
 
-from moon2_lab import Item, Moon2Encoder
-from moon2_lab.app.interface import _DRAWN, build_demo
-from moon2_lab.data.catalog import Catalog
-from moon2_lab.data.synthetic.drawn_catalogue import drawn_catalogue as draw
+from moon2_lab import Item
 from moon2_lab.explain.explainer import Explainer
 from moon2_lab.reporting.embedding_map import heatmap_command_of, map_of_model, write_map_page
 from moon2_lab.reporting.heatmap_page import write_heat_page
 
-FOLDER = Path(__file__).resolve().parents[2] / "data" / "pretrained"
 QUERY = "red mug"
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def encoder() -> Moon2Encoder:
-    return Moon2Encoder.from_pretrained(FOLDER)
-
-
-@pytest.fixture(scope="module")
-def catalog() -> Catalog:
-    return Catalog.load(draw(_DRAWN["products"], _DRAWN["seed"], noise=0))
-
-
-@pytest.fixture(scope="module")
-def demo(encoder, catalog):
-    return build_demo(encoder, catalog=catalog, names=("data/pretrained",))
+def demo(its_demo):
+    return its_demo
 
 
 @pytest.fixture
@@ -60,9 +44,9 @@ def best(demo):
     return demo.service.find(Item(QUERY, None), "mm", 1)[0].product
 
 
-def test_what_a_word_met(browser, encoder, best, tmp_path):
+def test_what_a_word_met(browser, pretrained, best, tmp_path):
     "Point at a word of the query: the words and patches of the product that it met."
-    pair = Explainer(encoder, Item(QUERY, None, "query"), best.item(), "data/pretrained", trials=0).maps(["cross"])
+    pair = Explainer(pretrained, Item(QUERY, None, "query"), best.item(), "data/pretrained", trials=0).maps(["cross"])
     with watched_page(browser, write_heat_page(pair, tmp_path), "[data-side=item] .m2h-word >> nth=0") as page:
         page.locator("[data-side=query] .m2h-word", has_text="mug").hover()
         met = page.locator("[data-side=query] .m2h-told")
@@ -71,9 +55,9 @@ def test_what_a_word_met(browser, encoder, best, tmp_path):
         keep_picture(page, "seen_cross.png")
 
 
-def test_the_map_of_the_products(browser, encoder, catalog, best, tmp_path):
+def test_the_map_of_the_products(browser, pretrained, its_catalog, best, tmp_path):
     "Choose a product on the map: its hits in the full space."
-    shown = map_of_model(encoder, catalog.products, name="data/pretrained")
+    shown = map_of_model(pretrained, its_catalog.products, name="data/pretrained")
     with watched_page(browser, write_map_page(shown, tmp_path, heatmap_command_of("RUN")), ".m2m canvas") as page:
         choose_on_map(page, best.title)
         assert page.locator(".m2m-hits bdi").count() == 8

@@ -3,6 +3,7 @@ method `cross`; and what the widget sends is what was calculated.
 """
 
 import dataclasses
+import functools
 import threading
 
 import numpy as np
@@ -11,12 +12,15 @@ import torch
 from families import ITEMS, TINY_FAMILIES, encoder_of, keep_exact
 
 from moon2_lab.data.products import Item
-from moon2_lab.errors import DataError
+from moon2_lab.errors import DataError, UsageError
+from moon2_lab.explain.attention import word_attention
 from moon2_lab.explain.attribution import attribute_side
 from moon2_lab.explain.cross_map import cross_map
+from moon2_lab.explain.expert_routing import token_routing
 from moon2_lab.explain.explainer import Explainer
 from moon2_lab.explain.heatmap_data import pair_payload
 from moon2_lab.explain.side_tokens import side_tokens
+from moon2_lab.model.backbone import Backbone
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 
 QUERY, PRODUCT = ITEMS[1], ITEMS[0]
@@ -113,6 +117,78 @@ def test_an_explainer_has_it_and_sends_it():
     assert block["sums"][-1] == pytest.approx(pair.score, abs=1e-6) and block["score"] == pair.score
     assert pair.item.first == 0 and set(pair.item.even) == {"pooled", "links", "word_links"}
     assert pair.cross_table().to_numpy().sum() == pytest.approx(100 * pair.score, abs=1e-4)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    "Counts the passes through the decoder: (tokens,) of each."
+    seen, own = [], Backbone.decode
+
+    def decode(backbone, tokens, packing, **more):
+        seen.append(len(tokens))
+        return own(backbone, tokens, packing, **more)
+
+    monkeypatch.setattr(Backbone, "decode", decode)
+    return seen
+
+
+def test_one_pass_opens_a_pair(passes):
+    "Also with the maps that the widget opens with; every further map has passes of its own."
+    encoder = perturb_experts(Moon2Encoder.from_backbone("tiny", num_layers=2), 0.1).eval()
+    tokens = sum(len(side_tokens(encoder, item)) for item in (ITEMS[3], PRODUCT))
+    explainer = Explainer(encoder, ITEMS[3], PRODUCT, trials=0)
+    explainer.maps(explainer.first_methods)
+    assert passes == [tokens] and explainer.first_methods == ["cross", "attention"]
+    cross_map(encoder, ITEMS[3], PRODUCT)
+    assert passes == [tokens] * 2
+    explainer.map("item", "attention", layer=1)
+    assert len(passes) > 2
+
+
+def test_vectors_in_bfloat16_need_a_second_pass(passes):
+    "The score is made in bfloat16, what explains it in float32, as ever."
+    encoder = Moon2Encoder.from_backbone("tiny", num_layers=2, experts="lowrank", weights_dtype="bfloat16").eval()
+    pair = Explainer(encoder, ITEMS[3], PRODUCT, trials=0).maps(["cross", "attention"])
+    assert len(passes) == 2
+    assert np.array_equal(pair.cross.values, cross_map(encoder, ITEMS[3], PRODUCT).values)
+    one, other = encoder.encode([ITEMS[3], PRODUCT])
+    assert pair.score == pytest.approx(float(one @ other), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tiny", *TINY_FAMILIES])
+def test_the_recorded_pass_shows_what_each_explanation_shows(name):
+    "Attention, routing, cross map and both maps, each with passes of its own."
+    make = lambda: perturb_experts(Moon2Encoder.from_backbone("tiny", num_layers=2), 0.1).eval()
+    encoder = make() if name == "tiny" else encoder_of(name, perturbed=True)
+    same = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-6)
+    for query, item in ((QUERY, PRODUCT), (ITEMS[3], ITEMS[2])):
+        explainer = Explainer(encoder, query, item, trials=0)
+        pair = explainer.maps(explainer.first_methods)
+        same(pair.cross.values, cross_map(encoder, query, item).values)
+        for side, asked in ((pair.query, query), (pair.item, item)):
+            routing = token_routing(encoder, asked)
+            same(side.experts, routing.experts)
+            for method in explainer.first_methods:
+                alone = attribute_side(encoder, query, item, side.side, method)
+                same(side.maps[method].values, alone.values)
+                assert (side.maps[method].note, side.maps[method].settings) == (alone.note, alone.settings)
+            if "attention" in explainer.methods:
+                attention = word_attention(encoder, asked)
+                for part in ("links", "word_links", "pooled"):
+                    one, other = getattr(side, part), getattr(attention, part)
+                    assert (one is None) == (other is None)
+                    same(0 if one is None else one, 0 if other is None else other)
+
+
+def test_choices_of_an_explainer_hold_for_recorded_maps():
+    encoder = perturb_experts(Moon2Encoder.from_backbone("tiny", num_layers=2), 0.1).eval()
+    found = Explainer(encoder, ITEMS[3], PRODUCT, trials=0, layer=1).map("item", "attention")
+    of_layer = attribute_side(encoder, ITEMS[3], PRODUCT, method="attention", layer=1)
+    assert np.array_equal(found.values, of_layer.values)
+    for wrong in ({"routing": "loose"}, {"baseline": "mean"}, {"steps": 1}, {"pace": 2}):
+        explainer = Explainer(encoder, ITEMS[3], PRODUCT, trials=0, **wrong)
+        with pytest.raises(UsageError):
+            explainer.map("item", "cross")
 
 
 def test_even_attention_is_what_a_blank_head_would_do():

@@ -23,7 +23,7 @@ from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.explain.attribution import (
     AttributionInputs, Cancelled, METHODS, attribute_side, attribution_inputs, fitting_methods, run_method,
 )
-from moon2_lab.explain.explainer import Explainer, ExplainerCache, _read_side
+from moon2_lab.explain.explainer import Explainer, ExplainerCache
 from moon2_lab.explain.faithfulness import measure_faithfulness
 from moon2_lab.explain.pair_score import DecoderScore, mean_patch
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
@@ -188,7 +188,7 @@ def test_a_method_that_does_not_fit_is_named(monkeypatch):
 def test_a_model_saved_without_its_vision_encoder():
     encoder, (query, item) = tiny(), pair()
     encoder.backbone.vision = None
-    for ask in (lambda: attribute_side(encoder, query, item), lambda: _read_side(encoder, item, "item")):
+    for ask in (lambda: attribute_side(encoder, query, item), lambda: Explainer(encoder, query, item)):
         with pytest.raises(DataError, match="no vision encoder.*explain texts only"):
             ask()
     found = attribute_side(encoder, Item("red box", None), Item("a nice red box", None))
