@@ -99,8 +99,8 @@ PAPER = {  # every field of the method, as printed in the sources; what they lea
     "intra_temperature": 0.05, "aux_weight": 0.01, "sparsity_weight": 0.01, "balance_temperature": 0.5,
     "matryoshka_dims": (), "filter": True, "filter_threshold": 0.6, "filter_kappa": 10.0, "filter_margin_start": 0.2,
     "filter_margin_end": 0.0, "filter_warmup_ratio": 0.1, "filter_on_intra": False, "negatives_per_query": 1,
-    "in_batch_negatives": True, "paired_negatives": False, "enriched_titles": True, "expanded_images": "one",
-    "noise": 0.0, "lora_r": 0, "learning_rate": 1e-5, "connector_learning_rate": 1e-5, "router_learning_rate": 1e-5,
+    "in_batch_negatives": True, "paired_negatives": False, "query_pictures": 1.0, "enriched_titles": True,
+    "expanded_images": "one", "noise": 0.0, "lora_r": 0, "learning_rate": 1e-5, "connector_learning_rate": 1e-5, "router_learning_rate": 1e-5,
     "weight_decay": 0.01, "lr_scheduler_type": "cosine", "warmup_ratio": 0.05, "max_grad_norm": 1.0,
 }
 PRESETS = {"lab": {}, "paper": PAPER}  # lab: the defaults, and settings.ini over them
@@ -124,7 +124,8 @@ RANGES = {  # field: lowest, highest, in words; a field of words or of choices i
     )
 }
 RANGES |= dict.fromkeys(
-    ("omega_floor", "filter_threshold", "filter_warmup_ratio", "warmup_ratio", "quarantine_limit", "noise"),
+    ("omega_floor", "filter_threshold", "filter_warmup_ratio", "warmup_ratio", "quarantine_limit", "noise",
+     "query_pictures"),
     (0, 1, _SHARE),
 )
 RANGES |= dict.fromkeys(
@@ -343,6 +344,7 @@ class TrainConfig(EncoderConfig):
     in_batch_negatives: bool = True  # also the p and n of the other triplets
     paired_negatives: bool = True  # triplets in mutual pairs: n of one is p of the other, encoded once
     query_variants: int = 2  # search phrases and photo views per product
+    query_pictures: float = 1.0  # share of the queries with words that carry a picture, too: less is cheaper
     enriched_titles: bool = True  # positives and negatives carry their enriched title, where the catalogue has one
     expanded_images: str = "one"  # of their expanded pictures: one a step, all, or none
     noise: float = 0.0  # share of the training triplets that is spoilt on purpose, to see what the filter finds

@@ -106,7 +106,7 @@ def variant_parts(
         triplets = variant.triplets(products)
     else:
         made = (own.query_variants, own.negatives_per_query, own.seed, own.paired_negatives)
-        triplets = build_triplets(part, None, *made)
+        triplets = build_triplets(part, None, *made, pictures=own.query_pictures)
     if variant.redraw:
         triplets = variant.redraw(triplets, own)
     return own, variant.objective_for(own, products), triplets

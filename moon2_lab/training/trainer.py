@@ -65,7 +65,7 @@ def _encoder_settings(
 
 
 _NOT_IN_A_STEP = tuple(  # the batch is drawn, the parameters are chosen, the machine is what it is
-    "noise holdout visible_attributes negatives_per_query paired_negatives query_variants lora_r lora_alpha "
+    "noise holdout visible_attributes negatives_per_query paired_negatives query_variants lora_r lora_alpha query_pictures "
     "per_device_train_batch_size "
     "lora_experts gradient_checkpointing train_word_embeddings seed max_steps max_minutes clock eval_steps eval_points "
     "save_steps save_minutes max_nonfinite_steps report_to num_threads device dtype quarantine_limit".split()
@@ -81,7 +81,8 @@ def training_triplets(
     lexicon = Lexicon(catalog)
     if given is None:
         made = (config.query_variants, config.negatives_per_query, config.seed, config.paired_negatives)
-        given = build_triplets(training_products(catalog, config.holdout), lexicon, *made)
+        part = training_products(catalog, config.holdout)
+        given = build_triplets(part, lexicon, *made, pictures=config.query_pictures)
     elif config.holdout:
         require_held_out(catalog, config.holdout, given)
     return inject_noise(given, config.noise, lexicon, config.seed) if config.noise else given
