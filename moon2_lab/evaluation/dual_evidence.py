@@ -159,7 +159,8 @@ def dual_direction(
     rights = [sorted(set.intersection(*(holders[fact] for fact in conditions.wanted))) for conditions in asked]
     queries = [Item(conditions.text, None, name) for conditions, name in asked.items()]
     order = np.arange(len(queries))
-    question = ItemSet("conditions", list(asked.values()), queries, [np.array(right) for right in rights], order, ask=True)
+    found = [np.array(right) for right in rights]
+    question = ItemSet("conditions", list(asked.values()), queries, found, order, ask=True)
     filled = gallery.places_with("mm")
     return Direction(DUAL, question, gallery, "t", "mm", order, filled), about
 

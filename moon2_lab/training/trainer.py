@@ -65,8 +65,8 @@ def _encoder_settings(
 
 
 _NOT_IN_A_STEP = tuple(  # the batch is drawn, the parameters are chosen, the machine is what it is
-    "noise holdout visible_attributes negatives_per_query paired_negatives query_variants lora_r lora_alpha query_pictures "
-    "per_device_train_batch_size "
+    "noise holdout visible_attributes negatives_per_query paired_negatives query_variants query_pictures "
+    "lora_r lora_alpha per_device_train_batch_size "
     "lora_experts gradient_checkpointing train_word_embeddings seed max_steps max_minutes clock eval_steps eval_points "
     "save_steps save_minutes max_nonfinite_steps report_to num_threads device dtype quarantine_limit".split()
 )
