@@ -101,7 +101,8 @@ PAPER = {  # every field of the method, as printed in the sources; what they lea
     "filter_margin_end": 0.0, "filter_warmup_ratio": 0.1, "filter_on_intra": False, "negatives_per_query": 1,
     "in_batch_negatives": True, "paired_negatives": False, "query_pictures": 1.0, "enriched_titles": True,
     "expanded_images": "one", "noise": 0.0, "lora_r": 0, "learning_rate": 1e-5, "connector_learning_rate": 1e-5,
-    "router_learning_rate": 1e-5, "weight_decay": 0.01, "lr_scheduler_type": "cosine", "warmup_ratio": 0.05, "max_grad_norm": 1.0,
+    "router_learning_rate": 1e-5, "weight_decay": 0.01, "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,
+    "max_grad_norm": 1.0,
 }
 PRESETS = {"lab": {}, "paper": PAPER}  # lab: the defaults, and settings.ini over them
 
