@@ -584,7 +584,8 @@ def test_page_in_a_browser(address, browser, picture):
     page.get_by_label("Explained by").click()
     page.get_by_role("option", name="occlusion").click()
     heat.locator(".m2h-what", has_text="occlusion").first.wait_for(timeout=20_000, state="attached")
-    assert "random maps" in heat.locator("[data-side=item] .m2h-trust").inner_text() and not trust.inner_text().strip()
+    assert "random maps" in heat.locator("[data-side=item] .m2h-trust").inner_text()
+    page.wait_for_function("!document.querySelector('#moon2-trust').innerText.trim()", timeout=20_000)  # not twice
     framed(page, "#moon2-heat")
     page.wait_for_function(
         "(() => { const frame = document.querySelector('iframe.heat'); return frame.clientHeight > 600 && "
