@@ -5487,6 +5487,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'moon2_lab/rivals/adapters.py'),
                                            'moon2_lab.rivals.adapters.RivalEncoder._compute': ( 'rivals/adapters.html#rivalencoder._compute',
                                                                                                 'moon2_lab/rivals/adapters.py'),
+                                           'moon2_lab.rivals.adapters.RivalEncoder._reading_queries': ( 'rivals/adapters.html#rivalencoder._reading_queries',
+                                                                                                        'moon2_lab/rivals/adapters.py'),
                                            'moon2_lab.rivals.adapters.RivalEncoder.compute_views': ( 'rivals/adapters.html#rivalencoder.compute_views',
                                                                                                      'moon2_lab/rivals/adapters.py'),
                                            'moon2_lab.rivals.adapters.RivalEncoder.embedding_dim': ( 'rivals/adapters.html#rivalencoder.embedding_dim',

@@ -245,9 +245,10 @@ def find_entities(
     entities += [Entity(name, value, "category") for name, value in category_values(product)]
     certain = {folded(entity.value) for entity in entities}
     for source, text in (("title", product.title), ("description", product.description), ("image_text", image_text)):
-        matches = lexicon.find_affirmed(text or "")
-        entities += [Entity(name, value, source) for name, value, _, _ in matches if folded(value) not in certain]
-        certain |= {folded(value) for _, value, _, _ in lexicon.find(text or "")}  # affirmed or denied
+        said = lexicon.find(text or "")
+        new = (match for match in said if folded(match[1]) not in certain and not is_denied(text, *match[2:]))
+        entities += [Entity(name, value, source) for name, value, _, _ in new]
+        certain |= {folded(value) for _, value, _, _ in said}  # affirmed or denied
     entities += [entity for extractor in extractors for entity in extractor(product)]
     first = {(entity.name.casefold(), folded(entity.value)): entity for entity in reversed(entities)}
     return list(first.values())[::-1]

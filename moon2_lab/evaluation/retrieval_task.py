@@ -53,7 +53,8 @@ def mixed_vectors(
     for start in range(0, len(items), chunk):
         part = slice(start, start + chunk)
         keys = items.group[part]
-        views = ItemSet(items.name, items.ids[part], items.items[part], keys, keys, ask=items.ask).encode(encoder)
+        some = replace(items, ids=items.ids[part], items=items.items[part], hit_keys=keys, group=keys)
+        views = some.encode(encoder)
         without = np.all([np.isnan(views[view][:, 0]) for view in mix], axis=0)
         total = sum(weight * np.nan_to_num(views[view]) for view, weight in mix.items())
         pieces.append(normalised(total))

@@ -6,6 +6,7 @@
 __all__ = ['check_vectors', 'check_order', 'RivalEncoder', 'SeparateEncoder', 'CheckedEncoder']
 
 # %% ../../nbs/rivals/581_adapters.ipynb #687d1be7
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 
@@ -139,6 +140,12 @@ class RivalEncoder(nn.Module):
     def for_queries(self) -> "RivalEncoder":
         "The encoder as it reads queries, where an instruction or a prompt tells them from products; else itself."
         return self
+
+    def _reading_queries(self, **other) -> "RivalEncoder":
+        "A copy on the same weights with some attributes changed, none of them a module; it says that it reads queries."
+        made = copy.copy(self)
+        vars(made).update(other, about=self.about | {"read_as": "queries"})
+        return made
 
     @property
     def fingerprint(self) -> str:

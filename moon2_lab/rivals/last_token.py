@@ -6,7 +6,6 @@
 __all__ = ['PROMPTS', 'ChatPrompt', 'LastTokenEncoder']
 
 # %% ../../nbs/rivals/583_last_token.ipynb #32b866de
-import copy
 import math
 import re
 import unicodedata
@@ -106,9 +105,8 @@ class LastTokenEncoder(RivalEncoder):
         "The same model with the instruction of queries; itself where there is none."
         if not self.about["query_instruction"]:
             return self
-        other = copy.copy(self)  # the same backbone
+        other = self._reading_queries()
         other._set_prompt(replace(self.prompt, instruction=self.about["query_instruction"]))
-        other.about = self.about | {"read_as": "queries"}
         return other
 
     @property

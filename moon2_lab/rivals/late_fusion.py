@@ -64,8 +64,9 @@ class LateFusion(RivalEncoder):
 
     def for_queries(self) -> "LateFusion":
         "The same two as they read queries."
-        cross, words = map(query_encoder, self.inner)
-        return self if (cross, words) == self.inner else LateFusion(cross, words, self.image_share, self.name)
+        cross = query_encoder(self.inner[0])
+        words = cross if self.inner[1] is self.inner[0] else query_encoder(self.inner[1])
+        return self if (cross, words) == self.inner else self._reading_queries(inner=(cross, words))
 
     def compute_views(self, items: Sequence[Item], views: Sequence[str]) -> dict[str, np.ndarray]:
         "The fused vectors of both encoders' views."

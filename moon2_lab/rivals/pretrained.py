@@ -6,7 +6,6 @@
 __all__ = ['ClipEncoder', 'minilm_folder', 'MeanPooledText', 'FrozenEncoder', 'SentenceEncoder']
 
 # %% ../../nbs/rivals/582_pretrained.ipynb #58b56d5c
-import copy
 import re
 import tempfile
 import zipfile
@@ -256,7 +255,7 @@ class SentenceEncoder(SeparateEncoder):
         how = {"device": str(pick_device(device)), "local_files_only": local}
         load = lambda: SentenceTransformer(where, **how).eval()
         self.network = read_pretrained("a sentence-transformers model", where, load)
-        self.image_weight, self.batch_size, self._read = image_weight, batch_size, "document"
+        self.image_weight, self.batch_size = image_weight, batch_size
         sees = self.network.supports("image")
         self.joint = sees and self.network.supports(("image", "text"))
         self.own_views = VIEWS if sees else ("t", "mm")
@@ -265,9 +264,7 @@ class SentenceEncoder(SeparateEncoder):
 
     def for_queries(self) -> "SentenceEncoder":
         "The same model with what it puts before a query."
-        other = copy.copy(self)  # the same network
-        other._read, other.about = "query", self.about | {"read_as": "queries"}
-        return other
+        return self._reading_queries()
 
     @property
     def embedding_dim(self) -> int:
@@ -294,7 +291,7 @@ class SentenceEncoder(SeparateEncoder):
     def _encode(self, things: Sequence, inputs: Callable[[Sequence], list]) -> np.ndarray:
         "(N, D), as many pictures decoded at a time as a batch has."
         how = {"batch_size": self.batch_size, "show_progress_bar": False, "convert_to_tensor": True}
-        query = self._read == "query"
+        query = "read_as" in self.about
         prompt = self.about["query_prompt" if query else "prompt"]
         how |= {"prompt": prompt} if prompt else {}
         encode = self.network.encode_query if query else self.network.encode_document

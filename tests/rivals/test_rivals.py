@@ -285,6 +285,18 @@ def test_an_evaluation_reads_queries_with_their_own_prompt(fake_library, tmp_pat
     assert texts["conditions"] <= read["query: "] and not texts["conditions"] & read["passage: "]
 
 
+def test_a_fusion_reads_queries_as_its_parts_do(fake_library, tmp_path, monkeypatch):
+    "One part that is both is read once; no weight is looked at again, as it would be for each search."
+    encoder = SentenceEncoder(str(tmp_path), "cpu", query_prompt="query: ")
+    fused = LateFusion(encoder)
+    monkeypatch.setattr(SentenceEncoder, "fingerprint", property(lambda self: pytest.fail("weights were read")))
+    asking = fused.for_queries()
+    assert asking.inner[0] is asking.inner[1] is not encoder and fused.inner == (encoder, encoder)
+    encoder.network.calls.clear()
+    asking.encode_views(ITEMS[:1])
+    assert {how["prompt"] for _, how in encoder.network.calls} == {"query: "}
+
+
 def test_without_the_library_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("moon2_lab.rivals.pretrained.find_spec", lambda name: None)
     with pytest.raises(LabError, match=r"moon2_lab\[rivals\]"):
