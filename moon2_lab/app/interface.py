@@ -67,17 +67,16 @@ def _from_link(
 def _only_for(tab: str, opened: gr.State, event: dict) -> dict:  # opened: what the address asked for
     "The options of an event that happens only when the address asks for this tab."
 
-    def wanted(*given):
-        *inputs, asks, progress = given
-        opens = asks.get("tab") == tab and (tab != "heatmap" or asks.get("item"))
-        return event["fn"](*inputs, progress) if opens else tuple(gr.skip() for _ in event["outputs"])
+    count = len(event["inputs"])
 
-    *names, progress = inspect.signature(
-        event["fn"]
-    ).parameters.values()  # Gradio looks for the progress bar by its place
-    wanted.__signature__ = inspect.Signature(
-        [*names, inspect.Parameter("asks", inspect.Parameter.POSITIONAL_OR_KEYWORD), progress]
-    )
+    def wanted(*given):
+        inputs, asks, rest = given[:count], given[count], given[count + 1 :]
+        opens = asks.get("tab") == tab and (tab != "heatmap" or asks.get("item"))
+        return event["fn"](*inputs, *rest) if opens else gr.skip()
+
+    names = list(inspect.signature(event["fn"]).parameters.values())  # Gradio looks for the progress bar by its place
+    asks = inspect.Parameter("asks", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    wanted.__signature__ = inspect.Signature([*names[:count], asks, *names[count:]])
     return event | {"fn": wanted, "inputs": [*event["inputs"], opened]}
 
 
@@ -141,6 +140,8 @@ def _do_what_is_asked(chain, events: Mapping[str, dict], opened: gr.State, searc
     for tab in ("heatmap", "compare", "map"):
         if events[tab]:
             chain = chain.then(**_only_for(tab, opened, events[tab]))
+        if tab == "heatmap":
+            chain.success(**_only_for(tab, opened, events["measure pair"]))
 
 # %% ../../nbs/app/870_interface.ipynb #16daf5cf
 _WRONG_FORM = (
@@ -291,7 +292,9 @@ def build_demo(
             tab.select(None, js=f"() => moon2.toTab('{name}')", api_visibility="private")
         boxes = {"search": search, "compare": compare, "heatmap": heatmap}
         events = connect_search(service, search) | {"compare": connect_compare(service, second, compare)}
-        events |= {"heatmap": connect_heatmap(service, heatmap), "map": connect_map(service, fourth, products)}
+        pair = connect_heatmap(service, heatmap)
+        events |= {"heatmap": pair["explain"], "measure pair": pair["measure"]}
+        events |= {"map": connect_map(service, fourth, products)}
         _connect_links(service, demo, tabs, boxes, events)
         _add_endpoints(service)
     demo.service = service

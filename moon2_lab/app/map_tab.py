@@ -87,7 +87,7 @@ def connect_map(service: SearchService, tab: gr.Tab, boxes: Mapping) -> dict:  #
 
     inputs, outputs = [boxes["model"], boxes["shown"]], [boxes["map"], boxes["shown"]]
     event = {"fn": draw, "inputs": inputs, "outputs": outputs, "show_progress_on": boxes["map"]}
-    event |= {"api_visibility": "private"} | EXPLAINS
+    event |= {"api_visibility": "private", "trigger_mode": "always_last"} | EXPLAINS
     tab.select(**event)
     boxes["model"].input(**event)
     return event

@@ -133,13 +133,13 @@ def _masked(
 def _score_kept(
     side: AttributionInputs,
     kept: np.ndarray,  # (N, F) bool
-    rows_at_once: int = 64,  # bounds the memory
+    rows_at_once: int | None = None,  # None: as many as fit the device
     progress: Callable[[int, int], None] | None = None,  # called with (rows done, rows)
     cancelled: Callable[[], bool] | None = None,
 ) -> np.ndarray:  # (N,)
     "Scores of rows with the kept features only."
     once, place = np.unique(kept, axis=0, return_inverse=True)
-    scores = []
+    scores, rows_at_once = [], rows_at_once or side.rows_at_once
     for start in range(0, len(once), rows_at_once):
         raise_if_cancelled(cancelled)
         rows = _masked(side, once[start : start + rows_at_once])

@@ -455,7 +455,7 @@ def test_search_does_not_wait_for_an_explanation(address, demo):
     "While a heatmap is being made (its modules are taken), searches by the same model are answered."
     client_of = pytest.importorskip("gradio_client")
     client, model = client_of.Client(address, verbose=False), demo.service.model("A")
-    with model.slow_lock:
+    with model.slow_lock.held():
         heat = client.submit("zebra bag", None, "nasty-1", "shapley", -1, -1, "A", api_name="/heatmap")
         for _ in range(3):
             assert client.predict("bag", None, "mm", 3, "", "A", api_name="/search") == demo.service.search(
