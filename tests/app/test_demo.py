@@ -526,14 +526,14 @@ def opened(browser, address, width=1200, **how):
 
 
 def _opened(page) -> str:
-    "What the details of the first hit say; clicked again where a search that was under way has closed them."
+    "What the details of the first hit say; clicked again where a second search (upload, button) has closed them."
     details = page.locator("#moon2-details")
     for _ in range(10):
         page.locator(".moon2-hits").nth(0).locator("button:has(img)").first.click()
         for _ in range(60):
             page.wait_for_timeout(100)
             if "Hit 1 of" in details.inner_text():
-                page.wait_for_timeout(1000)  # a search that is under way would close them
+                page.wait_for_timeout(1000)  # a search that is still under way closes them
                 if said := details.inner_text():
                     return said
     raise AssertionError("no details open")
