@@ -8,6 +8,10 @@ def few(variants, *fast):
     return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in variants]
 
 
-def fast_and_slow(fast, slow):
-    "The variants for `parametrize`: two lists, of which the second is marked slow."
-    return [*fast, *(pytest.param(value, marks=pytest.mark.slow) for value in slow)]
+def slow(*values):
+    "A variant of several arguments for `parametrize`, marked slow."
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# widths and colour schemes of a page
+LOOKS = [(400, "dark"), slow(400, "light"), slow(1200, "dark"), slow(1200, "light")]

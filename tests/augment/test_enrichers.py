@@ -124,7 +124,7 @@ SOME_PRODUCTS = st.builds(
 
 
 @given(SOME_PRODUCTS, st.lists(SOME_PRODUCTS, max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_rules_invent_nothing_and_repeat_themselves(product, others):
     "Any product, any catalogue: the text is supported and within its length, or there is a reason; twice the same."
     lexicon = AttributeLexicon([*PRODUCTS, product, product, *others])

@@ -180,6 +180,7 @@ def test_what_goes_wrong_is_one_line(moon2, model, stored, drawn_catalogue, tmp_
 # ---------------------------------------------------------------------------------------------- killed and gone on with
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(model, drawn_catalogue, tmp_path):
     """kill -9 between two pieces, at a random one; then --resume gives the file of a run that was never stopped,
     byte for byte."""
@@ -341,6 +342,7 @@ def test_a_locked_store_says_so(stored, moon2, model):
     assert moon2("search", model, "--uri", stored[1], "--text", "x")[0] == 0
 
 
+@pytest.mark.slow
 def test_exact_search_up_to_the_limit(tmp_path):
     "Just below 20,000 vectors: the ids of matrix product and sort, for 200 queries."
     from moon2_lab.evaluation.ranking import normalised
