@@ -15,3 +15,7 @@ def slow(*values):
 
 # widths and colour schemes of a page
 LOOKS = [(400, "dark"), slow(400, "light"), slow(1200, "dark"), slow(1200, "light")]
+PHONES = [
+    {"viewport": {"width": 420, "height": 900}, "color_scheme": "dark"},
+    slow({"viewport": {"width": 420, "height": 900}, "color_scheme": "light"}),
+]

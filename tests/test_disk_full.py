@@ -5,7 +5,7 @@ import os
 import sys
 
 import pytest
-from choosing import few
+from choosing import few, slow
 from faults import FULL, leftovers, points
 from test_kill import command, finished, faults  # noqa: F401  (the fixture)
 
@@ -66,11 +66,11 @@ def test_full_at_many_calls(name, faults, tmp_path):  # noqa: F811
                 "gradient", "--quick", "--out", "map.html",
             ],
         ),
-        (
+        slow(
             "compare",
             ["compare", "run", "run", "--catalog", "shop", "--out", "diff.html", "--explain", "0", "--split", "train"],
         ),
-        ("eval", ["eval", "run", "--catalog", "shop", "--split", "train", "--out", "m.json"]),
+        slow("eval", ["eval", "run", "--catalog", "shop", "--split", "train", "--out", "m.json"]),
     ],
 )
 def test_what_was_found_out_is_told_when_the_page_cannot_be_written(name, words, faults, tmp_path):  # noqa: F811

@@ -635,6 +635,7 @@ def test_picture_for_the_readme(root, browser):
     demo.close()
 
 
+@pytest.mark.slow
 def test_what_both_models_found_is_marked(address, browser, demo):
     "In words, with the places in both lists, and counted; either model can be shown alone."
     page = opened(browser, f"{address}?q=black+bag&k=30")

@@ -74,6 +74,7 @@ def test_nothing_but_the_train_split_is_touched(drawn, tmp_path):
     assert table.groupby("product_id").size().max() <= 4 and not (tmp_path / "out" / ".parts").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_files(drawn, tmp_path):
     "kill -9 while pictures are made; the second run makes what is missing."
     code = f"""

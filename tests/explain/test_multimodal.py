@@ -36,8 +36,8 @@ SIZES = {"qwen2_vl": 112, "qwen2_5_vl": 112, "glm4v": 112}  # pixels; the other 
 SIZES |= dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), 128)
 GRIDS = {"qwen3_vl": (4, 4), "gemma3": (4, 4), "paligemma": (4, 4), "paligemma2": (4, 4), "smolvlm": (4, 4)}
 KINDS = (*GRIDS, "mistral3_window10", "internvl")
-FEW = few(KINDS, "qwen3_vl", "gemma3", "internvl")
-ALL = few(TINY_FAMILIES, "qwen3_vl", "gemma3", "paligemma2", "internvl")
+FEW = few(KINDS, "qwen3_vl", "internvl")
+ALL = few(TINY_FAMILIES, "qwen3_vl", "gemma3", "paligemma2")
 
 
 @functools.cache

@@ -66,7 +66,7 @@ def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     server.asked, server.files, server.refuse, server.cut, server.made = [], {}, 0, "", {}
     server.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     for name, value in {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_" + "x" * 20, "NO_PROXY": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     yield server

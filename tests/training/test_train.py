@@ -761,10 +761,10 @@ def full_disk(*_args, **_kwargs):
 @pytest.mark.parametrize(
     "target, broken",
     [
-        ("safetensors.torch.save_file", full_safetensors), ("os.fsync", full_disk),
+        ("safetensors.torch.save_file", full_safetensors),
         *(
             pytest.param(target, full_disk, marks=pytest.mark.slow)
-            for target in ("pandas.DataFrame.to_parquet", "pathlib.Path.write_text", "tempfile.mkdtemp")
+            for target in ("os.fsync", "pandas.DataFrame.to_parquet", "pathlib.Path.write_text", "tempfile.mkdtemp")
         ),
     ],
 )
@@ -1089,7 +1089,7 @@ VARIANTS = [
 
 
 @pytest.mark.filterwarnings("ignore:attention=bidirectional")
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("changes", few(VARIANTS, *VARIANTS[::3]), ids=str)
 def test_every_mode_runs(catalog, changes):
     "Two steps of each: finite, something moved, omega as the mode promises."
     fields = {

@@ -144,7 +144,10 @@ def test_the_largest_state_stays_under_a_mebibyte():
         RoutingWidget(made_up_routing(grid=10, layers=48, experts=128, steps=0))
 
 
-@pytest.mark.parametrize("name", unusual())
+UNUSUAL = few(list(unusual()), "without picture", "64 words, 16 experts", "hostile", "no omega")
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_routing_can_be_shown(name):
     "As a widget, a still picture, and a figure of either kind."
     maps = unusual()[name]
@@ -551,10 +554,7 @@ def collapsed_of(experts):
     )
 
 
-IN_THE_PAGE = few(list(unusual()), "without picture", "64 words, 16 experts", "hostile", "no omega")
-
-
-@pytest.mark.parametrize("name", IN_THE_PAGE)
+@pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_routing_in_the_page(opened, name):
     maps = unusual()[name]
     page = opened(maps, 400)

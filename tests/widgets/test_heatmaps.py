@@ -161,7 +161,10 @@ def test_a_map_of_another_picture_is_refused():
         maps_json(pair)
 
 
-@pytest.mark.parametrize("name", edge_pairs())
+UNUSUAL = few(list(edge_pairs()), "without picture", "three by seven patches", "a picture as a whole", "hostile")
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_pairs_can_be_shown(name):
     "As a widget, a page, a still picture and as figures of either kind."
     pair = edge_pairs()[name]
@@ -826,10 +829,7 @@ def test_fits_and_can_be_read(opened, scheme, width):
     assert (boxes[0]["y"] < boxes[1]["y"]) == (width == 400), "side by side, or one under the other"
 
 
-IN_THE_PAGE = few(list(edge_pairs()), "without picture", "three by seven patches", "a picture as a whole", "hostile")
-
-
-@pytest.mark.parametrize("name", IN_THE_PAGE)
+@pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_pairs_in_the_page(opened, name):
     pair = edge_pairs()[name]
     page = opened(pair, 400)
