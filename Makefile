@@ -66,9 +66,12 @@ check: $(READY) system
 test: check
 	MOON2_QUICK=1 OMP_NUM_THREADS=$(THREADS) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" tests $(LESSONS)
 
-# What test runs, then the slow tests and the lessons at full scale; every part runs, whatever the one before it said.
+# What test runs, then the slow cells and tests and the lessons at full scale; every part runs, whatever the one before
+# it said.
 test-all: check
 	@failed=0; set -x; \
+	for notebook in $$(grep -rl --include=*.ipynb '"#| slow' nbs); do \
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev-test $$notebook --flags slow --n-workers 0 || failed=1; done; \
 	MOON2_QUICK=1 OMP_NUM_THREADS=$(THREADS) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" tests || failed=1; \
 	$(PYTEST) -m slow tests || failed=1; \
 	MOON2_QUICK= $(PYTEST) $(LESSONS) || failed=1; \

@@ -120,7 +120,7 @@ def entry_of(node: ast.AST, comments: dict[int, str]) -> Entry:
 def example_of(name: str, cells: list[dict], start: int) -> str:
     "The first demonstration of `name` after its cell: the source and, if it is short, what was printed."
     for cell in cells[start + 1 :]:
-        source = "".join(cell["source"]).strip()
+        source = "".join(cell["source"]).strip().removeprefix("#| slow\n")
         if cell["cell_type"] != "code" or source.startswith("#|") or not re.search(rf"\b{name}\b", source):
             continue
         if "test_eq(" in source.split("\n")[0] or len(source.splitlines()) > MOST_LINES:

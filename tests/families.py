@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from choosing import few
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
 from moon2_lab.model.certify import stock_hidden
@@ -14,6 +15,9 @@ from torch import nn
 
 DENSE = tuple(name for name in TINY_FAMILIES if not name.endswith("moe"))  # whose feed-forward blocks can be copied
 SPARSE = tuple(name for name in TINY_FAMILIES if name.endswith("moe"))
+# three axes of positions and levels of DeepStack; windows and blocks; linear attention and experts of its own
+MOST_DIFFERENT = ("qwen3_vl", "gemma3", "qwen3_5_moe")
+FEW_FAMILIES = few(TINY_FAMILIES, *MOST_DIFFERENT)
 # side of the square that gives 16 tokens on a grid of 4 x 4
 PIXELS = {name: 128 if "qwen3" in name else 112 if "qwen" in name or "glm" in name else 64 for name in TINY_FAMILIES}
 REFS = [ImageRef.from_pil(image) for image in pictures(6)]

@@ -635,6 +635,7 @@ def test_picture_for_the_readme(root, browser):
     demo.close()
 
 
+@pytest.mark.slow
 def test_what_both_models_found_is_marked(address, browser, demo):
     "In words, with the places in both lists, and counted; either model can be shown alone."
     page = opened(browser, f"{address}?q=black+bag&k=30")
@@ -733,6 +734,7 @@ def test_hits_follow_the_options(address, browser, demo, picture):
     page.close()
 
 
+@pytest.mark.slow
 def test_back_leads_to_what_was_there_before(address, browser, picture):
     "Searches, pictures, opened hits and tabs are steps of the history, and a hit that is open is in the address."
     page = opened(browser, address)
@@ -796,6 +798,7 @@ def test_words_that_no_title_has_are_marked(address, browser):
     page.close()
 
 
+@pytest.mark.slow
 def test_from_a_hit_to_the_next_search(address, browser, demo):
     "More like this, like this but with words, and attributes put into the filter; on a telephone options are folded."
     page = opened(browser, f"{address}?q=black+bag&model=A")
@@ -906,7 +909,8 @@ def test_heatmap_tab(address, browser, picture):
     page.close()
 
 
-@pytest.mark.parametrize("theme", ["dark", pytest.param("light", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", ["dark", "light"])
 def test_narrow_page(address, browser, theme):
     """On a telephone no tab is wider than the screen, every tab can be reached, a search leads to its hits; the theme
     reaches into the heatmap."""

@@ -86,6 +86,7 @@ def test_judged_in_the_browser_and_scored_by_the_command(page, demo, moon2, enco
     assert scores["MAP@10"]["value"] == pytest.approx((1 / 2 + 2 / 3) / 2)
 
 
+@pytest.mark.slow
 def test_a_judgement_is_taken_back_kept_and_forgotten(page, demo):
     "A thumb that is pressed again; other searches and back; a reload; a picture cannot be judged; forget."
     thumb(page, 1).click()

@@ -72,6 +72,7 @@ def test_a_product_of_the_map_shows_its_hits_and_is_searched_with(page, demo):
     until(page, lambda: page.locator("#moon2-map").is_visible() and "tab=map" in page.url, "the map again", 20)
 
 
+@pytest.mark.slow
 def test_the_other_model_has_a_map_of_its_own(page, demo):
     frame = opened_map(page)
     page.get_by_role("tabpanel").filter(has=page.locator("#moon2-map")).get_by_label("B: second").check()
@@ -81,6 +82,7 @@ def test_the_other_model_has_a_map_of_its_own(page, demo):
 PHONE = {"viewport": {"width": 420, "height": 800}, "color_scheme": "dark"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [("?tab=map", PHONE)], indirect=True)
 def test_on_a_telephone_in_the_dark_by_its_address(page, demo):
     "No wider than the screen; a link opens it; the theme reaches into the frame."

@@ -80,6 +80,7 @@ def test_an_edited_title_moves_the_numbers_and_the_heatmap(page, catalog, encode
     until(page, lambda: word.first.inner_text() != "zinc", "the heatmap of before")
 
 
+@pytest.mark.slow
 def test_the_picture_is_dropped_and_swapped(page, catalog, encoder):
     box = page.get_by_label("Product: picture")
     for choice, picture in (("no picture", None), (catalog[7].product_id, catalog[7].image_ref())):
@@ -91,6 +92,7 @@ def test_the_picture_is_dropped_and_swapped(page, catalog, encoder):
     assert "picture swapped" in shown(page)
 
 
+@pytest.mark.slow
 def test_the_last_of_many_keys_wins_and_what_cannot_be_read_is_told(page, catalog, encoder):
     box = page.get_by_label("Query: words").last
     rewrite(page, box, "red dress")
@@ -104,6 +106,7 @@ def test_the_last_of_many_keys_wins_and_what_cannot_be_read_is_told(page, catalo
     assert words in shown(page) and page.locator("#moon2-edit-shown.moon2-old").count() == 1  # marked as old
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [{"width": 420, "height": 900}], indirect=True)
 def test_by_keyboard_on_a_telephone(page):
     rewrite(page, page.get_by_label("Product: words"), "green hat")

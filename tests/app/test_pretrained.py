@@ -59,6 +59,7 @@ def right_hits(encoder, catalog, phrases) -> tuple[float, float]:
     return kind, both
 
 
+@pytest.mark.slow
 def test_a_red_dress_is_found(encoder, untrained):
     """Every colour and kind of which there are three among 400 products of another catalogue than it was trained on: 25
     phrases of two words. Measured: 97 % of the hits of the right kind, 76 % of kind and colour; untrained 79 and 27 %.

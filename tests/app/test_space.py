@@ -260,6 +260,7 @@ def test_the_app_starts_where_nothing_else_is(space, tmp_path):
     assert answers["A"] != answers["B"]
 
 
+@pytest.mark.slow
 def test_requirements_are_enough(space, tmp_path):
     "A search and an explanation work with every package blocked that requirements.txt does not bring."
     folder = shutil.copytree(space, tmp_path / "copy")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from choosing import slow
 from PIL import Image
 
 pytest.importorskip("cv2")
@@ -73,6 +74,7 @@ def test_nothing_but_the_train_split_is_touched(drawn, tmp_path):
     assert table.groupby("product_id").size().max() <= 4 and not (tmp_path / "out" / ".parts").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_files(drawn, tmp_path):
     "kill -9 while pictures are made; the second run makes what is missing."
     code = f"""
@@ -298,7 +300,7 @@ def test_the_state_file_names_what_differs(drawn, tmp_path):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name, rate", [("fashion-product-images", 200), ("magento-luma", 100)])
+@pytest.mark.parametrize("name, rate", [slow("fashion-product-images", 200), ("magento-luma", 100)])
 def test_real_products(data_root, tmp_path, name, rate, capsys):
     """Most products get something, and it goes fast enough: 200 products a minute for titles and pictures (a tenth of
     it is asked for here, tests share the machine)."""

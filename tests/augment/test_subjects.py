@@ -185,6 +185,7 @@ def real(folder, paths):
     return [decode_image(images.find(path).read()) for path in paths]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_photos(data_root):
     "Shop photos on white nearly always give a subject; photos of full shelves are refused with a reason; both fast."

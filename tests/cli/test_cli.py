@@ -328,6 +328,7 @@ def test_eval_prints_scores_and_writes_them(moon2, trained, drawn_catalogue, tmp
     assert (tmp_path / "scores.per_query.parquet").is_file() and not (tmp_path / "per_query.parquet").exists()
 
 
+@pytest.mark.slow
 def test_eval_under_triplets_v1(moon2, trained, drawn_catalogue, tmp_path):
     code, out, _ = moon2(
         "eval", trained, "--catalog", drawn_catalogue, "--protocol", "triplets-v1", "--split", "all", "--json"
@@ -398,7 +399,7 @@ def test_a_training_that_the_system_stops_can_be_resumed(drawn_catalogue, tmp_pa
 
 
 def test_the_main_job_end_to_end(moon2, drawn_catalogue, tmp_path):
-    "Train, evaluate, report; a second time the first run is moved aside."
+    "Train, evaluate, report."
     out = tmp_path / "runs" / "demo"
     code, printed, err = moon2("run", "--catalog", drawn_catalogue, "--out", out, *SMALL)
     assert code == 0 and "t->mm" in printed and str(out / "report.html") in printed, err
@@ -408,6 +409,12 @@ def test_the_main_job_end_to_end(moon2, drawn_catalogue, tmp_path):
     } <= {path.name for path in out.iterdir()}
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count('class="query"') == 12 and not re.search(r"https?://(?!www\.w3\.org/)", page)
+
+
+@pytest.mark.slow
+def test_a_second_main_job_moves_the_first_aside_and_is_laid_beside_it(moon2, drawn_catalogue, tmp_path):
+    out = tmp_path / "runs" / "demo"
+    assert moon2("run", "--catalog", drawn_catalogue, "--out", out, *SMALL)[0] == 0
     code, printed, _ = moon2("run", "--catalog", drawn_catalogue, "--out", out, *SMALL, "--json")
     moved = Path(json.loads(printed)["moved"])
     assert code == 0 and (moved / "report.html").is_file() and (out / "report.html").is_file()
@@ -454,6 +461,7 @@ def test_a_result_that_cannot_be_written_is_an_error(drawn_catalogue):
     assert code == 2 and "the disk is full" in one_line(err) and len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error(drawn_catalogue):
     assert piped(f"moon2 data check {drawn_catalogue} | true") == (0, "")
 
@@ -495,6 +503,7 @@ def test_no_command_writes_over_what_another_thing_is(moon2, trained, drawn_cata
     ]
 
 
+@pytest.mark.slow
 def test_what_such_a_command_wrote_is_replaced(moon2, trained, drawn_catalogue, tmp_path):
     for _ in range(2):
         assert (
@@ -550,6 +559,7 @@ def test_augment_refuses_a_limit_below_one(moon2, drawn_catalogue, tmp_path, lim
     assert (code, out) == (2, "") and f"--limit: '{limit}' is no whole number, 1 or more" in one_line(err)
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_model_of_transformers_reads_no_weights(moon2, drawn_catalogue, tmp_path):
     from moon2_lab.tiny_models import tiny_model
 

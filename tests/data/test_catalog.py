@@ -19,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from choosing import few
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -496,7 +497,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @example([{"product_id": None}, {"product_id": "0\x00"}, {"product_id": "0"}])  # lost, kept and changed, a duplicate
 @given(
     st.lists(
@@ -515,7 +516,7 @@ def test_no_row_can_crash_the_reader(rows):
         assert all(isinstance(text, str) for text in [*product.attributes.values(), *product.image_paths])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), st.integers(0, 10_000))
 def test_damaged_bytes_give_a_picture_or_a_reason(noise, kind, place):
     data = encoded(draw(1), kind)
@@ -662,7 +663,7 @@ def test_triplets_without_the_needed_column(tmp_path):
 
 @needs_data
 @pytest.mark.data
-@pytest.mark.parametrize("name", REAL_SETS)
+@pytest.mark.parametrize("name", few(REAL_SETS, "grocery-store", "magento-luma"))
 def test_real_set(name, monkeypatch):
     products, pictures, same_title, splits = REAL_SETS[name]
     catalog = Catalog.load(Path(DATA) / name)

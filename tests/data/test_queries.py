@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from choosing import few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance
@@ -362,7 +363,7 @@ def test_query_pictures_are_bounded_and_cachable():
 
 @needs_data
 @pytest.mark.data
-@pytest.mark.parametrize("name", REAL_SETS)
+@pytest.mark.parametrize("name", few(REAL_SETS, "grocery-store", "magento-luma"))
 def test_real_set(name, tmp_path, monkeypatch):
     monkeypatch.setenv("MOON2_CACHE", os.environ.get("MOON2_CACHE") or str(tmp_path))
     catalog = Catalog.load(Path(DATA) / name)

@@ -4,6 +4,7 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
+from choosing import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -188,7 +189,7 @@ def test_a_product_without_a_picture_stays_in_the_gallery(coloured):
 @pytest.mark.parametrize(
     "name, split, queries, hits",
     [
-        ("fashion-product-images", "test", 367, 3.1), ("ikea-home", "all", 581, 1.4),
+        slow("fashion-product-images", "test", 367, 3.1), slow("ikea-home", "all", 581, 1.4),
         ("flipkart-general", "all", 146, 2.6), ("magento-luma", "all", 37, 7.8),
     ],
 )

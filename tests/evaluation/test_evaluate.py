@@ -711,6 +711,7 @@ def test_a_drawn_catalogue_in_its_folder(drawn_catalogue, tmp_path):
     assert by_triplets["directions"]["t->mm"]["n_queries"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_fashion_counts(data_root):
     "974 test products; a shared title or picture is one key; 274 test titles also stand in train."

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from families import ITEMS, TINY_FAMILIES, encoder_of, keep_exact
+from families import FEW_FAMILIES, ITEMS, encoder_of, keep_exact
 
 from moon2_lab.data.products import Item
 from moon2_lab.errors import DataError, UsageError
@@ -35,7 +35,7 @@ def read_back(pair):
     return values.reshape(block["shape"])[-1] * block["scales"][-1] / 32767, block
 
 
-@pytest.mark.parametrize("name", TINY_FAMILIES)
+@pytest.mark.parametrize("name", FEW_FAMILIES)
 def test_the_sum_is_the_score_for_every_kind_of_model(name):
     "Text against both, both against both, a picture alone; and a title with two pictures as training reads it."
     encoder = encoder_of(name, perturbed=True)
@@ -155,7 +155,7 @@ def test_vectors_in_bfloat16_need_a_second_pass(passes):
     assert pair.score == pytest.approx(float(one @ other), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tiny", *TINY_FAMILIES])
+@pytest.mark.parametrize("name", ["tiny", *FEW_FAMILIES])
 def test_the_recorded_pass_shows_what_each_explanation_shows(name):
     "Attention, routing, cross map and both maps, each with passes of its own."
     make = lambda: perturb_experts(Moon2Encoder.from_backbone("tiny", num_layers=2), 0.1).eval()

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from choosing import few
 from PIL import Image
 from small import pretrained, shop
 from torch.nn import functional as F
@@ -209,7 +210,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", few(ODD, "no title", "emoji and Chinese", "markup"))
 def test_odd_items_on_either_side(name):
     "All maps, a page and a still picture; one number for each word that is read."
     encoder, (query, item), odd = tiny(), pair(), ODD[name]
@@ -441,6 +442,7 @@ def test_shop_items_can_be_explained():
         assert bool(maps.item.words) == product.has_text and bool(maps.item.patches) == product.has_image
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_while_maps_are_computed_ends_well(tmp_path):
     "The process tells the thread to stop and waits for it; a thread inside native code would abort it (exit 134)."
     script = tmp_path / "show.py"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import ITEMS, PIXELS, REFS, encoder_of, folder_of, keep_exact, stock
+from choosing import few
+from families import FEW_FAMILIES, ITEMS, MOST_DIFFERENT, PIXELS, REFS, encoder_of, folder_of, keep_exact, stock
 from moon2_lab.config import EncoderConfig, VIEWS
 from moon2_lab.data.images import ImageRef
 from moon2_lab.data.products import Item
@@ -40,7 +41,7 @@ def copied(name, tmp_path):
 # ---------------------------------------------------------------------------------------------- features
 
 
-@pytest.mark.parametrize("name", TINY_FAMILIES)
+@pytest.mark.parametrize("name", FEW_FAMILIES)
 def test_features_kept_are_fresh_ones_and_do_not_know_their_batch(name, tmp_path, monkeypatch):
     monkeypatch.setenv("MOON2_CACHE", str(tmp_path))
     backbone = load(name)
@@ -57,7 +58,7 @@ def test_features_kept_are_fresh_ones_and_do_not_know_their_batch(name, tmp_path
     assert load(name).missing_features(REFS) == []  # another process, or day: the same name
 
 
-@pytest.mark.parametrize("name", TINY_FAMILIES)
+@pytest.mark.parametrize("name", FEW_FAMILIES)
 def test_rounding_kept_features_moves_an_embedding_little(name):
     "1 - cosine of a vector from the cache and from features not rounded to 16 bits."
     exact, rounded = encoder_of(name, perturbed=True), encoder_of(name, perturbed=True)
@@ -97,7 +98,7 @@ def test_features_that_are_no_16_bit_numbers_are_refused(value, tmp_path, monkey
 # ---------------------------------------------------------------------------------------------- saved and read again
 
 
-@pytest.mark.parametrize("name", TINY_FAMILIES)
+@pytest.mark.parametrize("name", FEW_FAMILIES)
 def test_saved_and_read_again_after_the_original_is_gone(name, tmp_path):
     "The same bits, no tensor twice, nothing asked of the folder that it was made from."
     folder = copied(name, tmp_path / "original")
@@ -118,7 +119,7 @@ def test_saved_and_read_again_after_the_original_is_gone(name, tmp_path):
         assert set(file.keys()) == set(state)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "qwen3_5_moe"])
+@pytest.mark.parametrize("name", few(MOST_DIFFERENT, "qwen3_vl"))
 def test_a_saved_model_of_fewer_layers(name, tmp_path):
     encoder = encoder_of(name, num_layers=3)
     assert len(encoder.backbone.decoder.layers) == encoder.config.num_layers == 3
@@ -143,7 +144,7 @@ def test_a_saved_model_whose_weights_are_of_another_architecture(experts, tmp_pa
 # ---------------------------------------------------------------------------------------------- gradient checkpointing
 
 
-@pytest.mark.parametrize("name", TINY_FAMILIES)
+@pytest.mark.parametrize("name", few(TINY_FAMILIES, "qwen3_vl", "qwen3_5_moe"))
 def test_gradient_checkpointing_gives_equal_gradients(name):
     "Of routers, experts and everything else; levels of DeepStack are added again when a layer is calculated again."
     found = []
@@ -164,7 +165,7 @@ def test_gradient_checkpointing_gives_equal_gradients(name):
 # ---------------------------------------------------------------------------------------------- titles and words
 
 
-@pytest.mark.parametrize("name", TINY_FAMILIES)
+@pytest.mark.parametrize("name", FEW_FAMILIES)
 def test_a_title_that_holds_special_tokens_is_a_title(name):
     encoder = encoder_of(name)
     inner, frame = encoder.backbone.tokenizer.inner, encoder.backbone.frame
@@ -180,7 +181,7 @@ def test_a_title_that_holds_special_tokens_is_a_title(name):
         assert np.isfinite(encoder.encode([Item(title, REFS[0])])).all()
 
 
-@pytest.mark.parametrize("name", TINY_FAMILIES)
+@pytest.mark.parametrize("name", FEW_FAMILIES)
 def test_weights_in_bfloat16_leave_buffers_alone(name):
     "Frequencies of positions are not rounded; the number that scales words is what the stock model multiplies by."
     config = EncoderConfig(backbone=str(folder_of(name)), image_size=PIXELS[name])
@@ -260,7 +261,7 @@ def test_a_guard_is_no_need(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["tokenizer", "processor", "weights", "cut"])
-@pytest.mark.parametrize("name", TINY_FAMILIES)
+@pytest.mark.parametrize("name", FEW_FAMILIES)
 def test_a_folder_that_lacks_something(name, fault, tmp_path):
     "Also where transformers makes up a tokenizer of five tokens without a word."
     folder = spoil_model(copied(name, tmp_path), fault)
@@ -293,7 +294,7 @@ def test_files_of_two_models_in_one_folder(tmp_path):
         load("smolvlm", folder)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm", "llava_onevision", "gemma4"])
+@pytest.mark.parametrize("name", few(["qwen3_vl", "smolvlm", "llava_onevision", "gemma4"], "qwen3_vl", "smolvlm"))
 def test_pictures_of_one_pixel_by_four_thousand(name):
     "Padded to squares, they are pictures like others."
     encoder = encoder_of(name)
@@ -305,7 +306,7 @@ def test_pictures_of_one_pixel_by_four_thousand(name):
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "paligemma", "qwen3_5"])
+@pytest.mark.parametrize("name", few(["qwen3_vl", "gemma3", "paligemma", "qwen3_5"], "gemma3"))
 def test_forty_pictures_an_item(name):
     "A row of 40 pictures equals the stock forward; it is longer than these small models were made for."
     encoder = encoder_of(name, double=True)

@@ -28,7 +28,7 @@ PAGES = {
     "report": lambda path: write_report(
         path / "report.html", metrics=made_up_metrics(), history=made_up_history(), queries=[made_up_query(0)],
     ),
-    "diff": lambda path: write_diff_page(made_up_comparison(), path),
+    "diff": lambda path: write_diff_page(made_up_comparison(12), path),
     "heatmap": lambda path: write_heat_page(made_up_pair(), path),
     "map": write_made_up_map,
 }

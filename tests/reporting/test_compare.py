@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browsing import contrast, keep_screenshot, settle, until
+from choosing import LOOKS
 from PIL import Image
 from small import product, shop, tiny
 
@@ -283,6 +284,7 @@ def test_explanations_belong_to_the_first_products(tmp_path):
 # ---------------------------------------------------------------------------------------------- the page as a file
 
 
+@pytest.mark.slow
 def test_size_of_500_queries_in_five_directions(tmp_path):
     "Pictures with fine detail, which JPEG does not shrink as well as flat colours."
     rng = np.random.default_rng(0)
@@ -607,8 +609,7 @@ def test_right_products_are_marked_by_sign_and_frame(opened, made):
     assert style == "3px"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 400])
+@pytest.mark.parametrize(("width", "scheme"), LOOKS)
 def test_looks(opened, scheme, width):
     "No horizontal scrolling, details open or not; words can be read."
     page = opened(viewport={"width": width, "height": 900}, color_scheme=scheme)

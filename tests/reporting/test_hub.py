@@ -2,7 +2,9 @@
 import base64
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -64,7 +66,7 @@ def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     server.asked, server.files, server.refuse, server.cut, server.made = [], {}, 0, "", {}
     server.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     for name, value in {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_" + "x" * 20, "NO_PROXY": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     yield server
@@ -110,7 +112,9 @@ def test_refusals_are_one_sentence(hub, run, moon2, status, advice):
 
 
 @pytest.mark.parametrize("where", ["/api/repos/create", "/commit/"])
-def test_a_cut_connection_is_one_sentence(hub, run, where):
+def test_a_cut_connection_is_one_sentence(hub, run, where, monkeypatch):
+    "Tried again some times; here without the naps between."
+    monkeypatch.setattr("huggingface_hub.utils._http.time", mock.Mock(wraps=time, sleep=lambda seconds: None))
     hub.cut = where
     with pytest.raises(LabError, match="no connection to the hub, or it was cut"):
         push_to_hub(run, REPO)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from choosing import few
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -180,6 +181,7 @@ def test_what_goes_wrong_is_one_line(moon2, model, stored, drawn_catalogue, tmp_
 # ---------------------------------------------------------------------------------------------- killed and gone on with
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(model, drawn_catalogue, tmp_path):
     """kill -9 between two pieces, at a random one; then --resume gives the file of a run that was never stopped,
     byte for byte."""
@@ -253,7 +255,7 @@ def test_smaller_forms_are_scored_by_the_protocol():
 
 
 @pytest.mark.parametrize("dtype,dim", [("binary", None), ("int8", 16)])
-@pytest.mark.parametrize("direction", ["mm->mm", "t->i"])
+@pytest.mark.parametrize("direction", few(["mm->mm", "t->i"], "t->i"))
 def test_scores_of_a_smaller_form_are_those_of_a_search(tmp_path, dtype, dim, direction):
     """The protocol finds what a store of such vectors finds for whole queries,
     in directions between the views of the same products, too."""
@@ -341,6 +343,7 @@ def test_a_locked_store_says_so(stored, moon2, model):
     assert moon2("search", model, "--uri", stored[1], "--text", "x")[0] == 0
 
 
+@pytest.mark.slow
 def test_exact_search_up_to_the_limit(tmp_path):
     "Just below 20,000 vectors: the ids of matrix product and sort, for 200 queries."
     from moon2_lab.evaluation.ranking import normalised
@@ -509,7 +512,7 @@ def test_filtered_search_is_exact_enough_at_every_selectivity(tmp_path):
         assert {len(found) for found in few} == {int((drawn < 0.001).sum())}
 
 
-@pytest.mark.parametrize("exact_below", [100, 20_000], ids=["graph", "exact"])
+@pytest.mark.parametrize("exact_below", few([100, 20_000], 100), ids=["graph", "exact"])
 def test_a_damaged_store_is_one_line(tmp_path, monkeypatch, exact_below):
     "Bits turned, files cut, emptied or gone: the store is searched, or refused with where and what to do; nothing raw."
     monkeypatch.setattr("moon2_lab.retrieval.milvus.EXACT_BELOW", exact_below)

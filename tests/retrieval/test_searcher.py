@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from choosing import few, slow
 from moon2_lab.cli.main import main
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.data.products import Product
@@ -56,7 +57,7 @@ def some_filter(chance):
     return f"not ({joined})" if joined and chance.random() < 0.2 else joined
 
 
-@pytest.fixture(scope="module", params=["float32", "int8"])
+@pytest.fixture(scope="module", params=few(["float32", "int8"], "float32"))
 def both(request, tmp_path_factory):
     "400 products as stored: (products, vectors as a reader gets them, searcher in memory, searcher in Milvus)."
     folder, form = tmp_path_factory.mktemp("both"), StoredForm(request.param, 32)
@@ -164,7 +165,8 @@ def test_items_are_encoded_by_the_model_of_the_vectors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "expression", ["", "category_l1 == 'Fashion'", "category_l1 != 'Fashion' and not colour in ('black', 'white')"]
+    "expression",
+    [slow(""), slow("category_l1 == 'Fashion'"), "category_l1 != 'Fashion' and not colour in ('black', 'white')"],
 )
 def test_the_command_gives_the_same_from_a_file_and_from_a_store(moon2, drawn_catalogue, tmp_path, expression):
     """`moon2 search --vectors` and `--uri`: the same ids and titles, the scores to 1e-5;

@@ -362,6 +362,7 @@ def test_an_unknown_kind_is_a_usage_error_in_python_too():
 # ---------------------------------------------------------------------------------------------- real products
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_frozen_features_find_the_same_picture_and_no_words(data_root, monkeypatch):
     "On 150 real products: what a model without training can and cannot do."

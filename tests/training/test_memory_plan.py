@@ -2,12 +2,12 @@
 import shutil
 
 import pytest
-from families import PIXELS, SPARSE, folder_of
+from families import FEW_FAMILIES, PIXELS, SPARSE, folder_of
 from moon2_lab.config import TrainConfig
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.model.memory import checkpoint_gradients
 from moon2_lab.model.packing import Packing
-from moon2_lab.tiny_models import TINY_FAMILIES, published_config
+from moon2_lab.tiny_models import published_config
 from moon2_lab.training.memory_plan import activation_bytes, plan_memory
 from moon2_lab.training.optim import prepare_trainable
 from transformers import AutoConfig
@@ -37,7 +37,7 @@ def beside(config):
     return plan, weights, sum(p.numel() for p in decoder.parameters() if p.requires_grad), sum(held)
 
 
-@pytest.mark.parametrize("name", TINY_FAMILIES)
+@pytest.mark.parametrize("name", FEW_FAMILIES)
 def test_a_plan_is_what_the_model_holds(name):
     plan, weights, trained, held = beside(settings(name, **FROZEN))
     assert (plan.weights, plan.trained) == (weights, trained)

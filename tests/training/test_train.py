@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from choosing import few
 from moon2_lab.config import OBJECTIVES, TrainConfig, VIEWS
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.errors import DataError, DriftError, LabError, UsageError
@@ -199,7 +200,7 @@ def test_callbacks_are_functions_or_objects(catalog, straight):
     assert trainer.encoder.fingerprint == straight[0]
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", few(PHASES, "views", "step"))
 def test_an_error_in_a_callback_loses_nothing(catalog, straight, phase):
     "The step it came in is made again, or was made; never twice, never by half."
     def fail(event):
@@ -423,9 +424,9 @@ def test_minutes_are_a_limit_beside_steps(catalog):
 @pytest.mark.parametrize("clock", ["wall", "processor"])
 def test_the_clock_of_the_processor_does_not_count_naps(catalog, clock):
     "Runs that share a machine: what the others take is not counted."
-    trainer = Trainer(tiny(), catalog, settings(max_steps=3, max_minutes=1, clock=clock), objective=slow(2.0))
+    trainer = Trainer(tiny(), catalog, settings(max_steps=3, max_minutes=1, clock=clock), objective=slow(0.5))
     seconds = trainer.train()["seconds"]
-    assert len(seconds) == 3 and (seconds.min() > 2 if clock == "wall" else seconds.max() < 2)
+    assert len(seconds) == 3 and (seconds.min() > 0.5 if clock == "wall" else seconds.max() < 0.5)
     assert trainer.seconds["steps"] == pytest.approx(seconds.sum())
 
 
@@ -611,7 +612,15 @@ def interrupted_run(catalog, run, last, **changes):
     return trainer
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_r": 2}, {"moe_layers": "none"}], ids=str)
+@pytest.fixture(scope="module")
+def two_steps(catalog, tmp_path_factory):
+    "The folder of a run that was left after two steps; for those who are refused: nobody goes on with it."
+    run = tmp_path_factory.mktemp("two") / "run"
+    interrupted_run(catalog, run, 2)
+    return run
+
+
+@pytest.mark.parametrize("changes", few([{}, {"lora_r": 2}, {"moe_layers": "none"}], {"lora_r": 2}), ids=str)
 def test_resume_is_bit_equal(catalog, straight, tmp_path, changes):
     fields = {"moe_layers": "none"} if "moe_layers" in changes else {}
     make = lambda: tiny(**fields)
@@ -637,7 +646,7 @@ def test_random_numbers_go_on_too(catalog, tmp_path):
     )
 
 
-@pytest.mark.parametrize("changes", [{"num_threads": 2}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("changes", few([{"num_threads": 2}, {"dtype": "bfloat16"}], {"dtype": "bfloat16"}), ids=str)
 def test_resume_under_other_rounding_is_refused(catalog, tmp_path, changes):
     interrupted_run(catalog, tmp_path / "run", 2, dtype="float32")
     name, value = next(iter(changes.items()))
@@ -656,14 +665,13 @@ def test_resume_keeps_the_choices_of_the_run(catalog, tmp_path):
     assert resumed.choices.num_threads == 1 == torch.get_num_threads()
 
 
-def test_resume_with_something_else_is_refused(catalog, tmp_path):
-    interrupted_run(catalog, tmp_path / "run", 2)
+def test_resume_with_something_else_is_refused(catalog, two_steps):
     with pytest.raises(UsageError, match="another catalogue"):
-        Trainer(tiny(), shop(66), settings(), out=tmp_path / "run", resume=True)
+        Trainer(tiny(), shop(66), settings(), out=two_steps, resume=True)
     with pytest.raises(UsageError, match="seed"):
-        Trainer(tiny(), catalog, settings(seed=5), out=tmp_path / "run", resume=True)
+        Trainer(tiny(), catalog, settings(seed=5), out=two_steps, resume=True)
     with pytest.raises(LabError, match="another|config|shape|num_experts"):
-        Trainer(tiny(num_experts=2), catalog, settings(), out=tmp_path / "run", resume=True)
+        Trainer(tiny(num_experts=2), catalog, settings(), out=two_steps, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -674,11 +682,10 @@ def test_resume_with_something_else_is_refused(catalog, tmp_path):
     ],
     ids=str,
 )
-def test_a_resumed_run_keeps_its_settings(catalog, tmp_path, changes):
+def test_a_resumed_run_keeps_its_settings(catalog, two_steps, changes):
     "In Python as on the command line: every field that differs is named."
-    interrupted_run(catalog, tmp_path / "run", 2)
     with pytest.raises(UsageError, match="a resumed run keeps its settings") as refused:
-        Trainer(tiny(), catalog, settings(**changes), out=tmp_path / "run", resume=True)
+        Trainer(tiny(), catalog, settings(**changes), out=two_steps, resume=True)
     for name, value in changes.items():
         assert f"{name}: {getattr(settings(), name)} -> {value}" in str(refused.value)
 
@@ -754,8 +761,11 @@ def full_disk(*_args, **_kwargs):
 @pytest.mark.parametrize(
     "target, broken",
     [
-        ("safetensors.torch.save_file", full_safetensors), ("pandas.DataFrame.to_parquet", full_disk),
-        ("os.fsync", full_disk), ("pathlib.Path.write_text", full_disk), ("tempfile.mkdtemp", full_disk),
+        ("safetensors.torch.save_file", full_safetensors),
+        *(
+            pytest.param(target, full_disk, marks=pytest.mark.slow)
+            for target in ("os.fsync", "pandas.DataFrame.to_parquet", "pathlib.Path.write_text", "tempfile.mkdtemp")
+        ),
     ],
 )
 def test_a_full_disk_while_writing_a_checkpoint(catalog, straight, tmp_path, monkeypatch, target, broken):
@@ -848,6 +858,7 @@ def eight_steps(catalog):
     return trainer.encoder.fingerprint, history
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bit_equal(catalog, eight_steps, tmp_path):
     "kill -9 at a random moment from the second step on, also while a checkpoint is written."
     chance = random.Random()
@@ -870,7 +881,7 @@ def test_a_killed_run_continues_bit_equal(catalog, eight_steps, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)],
+    "number", few([signal.SIGINT, signal.SIGTERM, signal.SIGHUP], signal.SIGTERM),
     ids=lambda number: number.name,
 )
 def test_an_interrupted_run_goes_on(catalog, eight_steps, tmp_path, number):
@@ -893,7 +904,7 @@ def test_an_interrupted_run_goes_on(catalog, eight_steps, tmp_path, number):
     same_history(pd.read_parquet(tmp_path / "run" / "history.parquet"), eight_steps[1])
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", few(PHASES, "similarity", "step"))
 def test_an_interrupt_leaves_a_checkpoint(catalog, straight, tmp_path, phase):
     "Ctrl-C or the notebook's stop button in any phase: whole steps only, on disk too."
     def press(event):
@@ -966,7 +977,7 @@ class Poison:
         return terms | {"loss": terms["loss"] * self.value} if self.calls - 1 in self.steps else terms
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+@pytest.mark.parametrize("value", few([float("nan"), float("inf"), 1e38], 1e38))
 def test_a_loss_that_is_not_finite_moves_nothing(catalog, value):
     "Skipped and counted; the next step is as good as ever. 1e38: the loss is finite, its gradient is not."
     trainer = Trainer(tiny(), catalog, settings(), objective=Poison({2, 4}, value))
@@ -1078,7 +1089,7 @@ VARIANTS = [
 
 
 @pytest.mark.filterwarnings("ignore:attention=bidirectional")
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("changes", few(VARIANTS, *VARIANTS[::3]), ids=str)
 def test_every_mode_runs(catalog, changes):
     "Two steps of each: finite, something moved, omega as the mode promises."
     fields = {

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from browsing import choose_on_map, contrast, keep_screenshot, settle, until, watched_page
 
+from choosing import few
 from moon2_lab.data.products import Product
 from moon2_lab.reporting.embedding_map import embedding_map, write_map_page
 from moon2_lab.testing import flat_picture
@@ -230,7 +231,7 @@ def test_five_thousand_products_play_at_thirty_frames_a_second(browser, tmp_path
     opened.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", few(["light", "dark"], "dark"))
 def test_readable_in_both_schemes_and_on_a_phone(browser, page_file, scheme):
     opened = browser.new_page(viewport={"width": 420, "height": 900}, color_scheme=scheme)
     opened.goto(page_file.as_uri())

@@ -11,6 +11,7 @@ import re
 import numpy as np
 import pytest
 from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_notebook, outside, run_cell, settle, until
+from choosing import LOOKS, few
 from PIL import Image
 from small import product, tiny
 
@@ -143,7 +144,10 @@ def test_the_largest_state_stays_under_a_mebibyte():
         RoutingWidget(made_up_routing(grid=10, layers=48, experts=128, steps=0))
 
 
-@pytest.mark.parametrize("name", unusual())
+UNUSUAL = few(list(unusual()), "without picture", "64 words, 16 experts", "hostile", "no omega")
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_routing_can_be_shown(name):
     "As a widget, a still picture, and a figure of either kind."
     maps = unusual()[name]
@@ -505,8 +509,7 @@ def style(page, chosen, name):
     return parts(page.locator(chosen).first.evaluate(f"one => getComputedStyle(one).{name}"))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 400])
+@pytest.mark.parametrize(("width", "scheme"), LOOKS)
 def test_fits_and_can_be_read(opened, scheme, width):
     """No sideways scrolling; texts, also those on colours, have a contrast of 4.5; all eight colours are those of
     Python.
@@ -551,7 +554,7 @@ def collapsed_of(experts):
     )
 
 
-@pytest.mark.parametrize("name", unusual())
+@pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_routing_in_the_page(opened, name):
     maps = unusual()[name]
     page = opened(maps, 400)

@@ -12,6 +12,7 @@ import threading
 import numpy as np
 import pytest
 from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_notebook, outside, run_cell, settle, until
+from choosing import LOOKS, few
 from PIL import Image
 
 from moon2_lab.errors import DataError, LabError, UsageError
@@ -160,7 +161,10 @@ def test_a_map_of_another_picture_is_refused():
         maps_json(pair)
 
 
-@pytest.mark.parametrize("name", edge_pairs())
+UNUSUAL = few(list(edge_pairs()), "without picture", "three by seven patches", "a picture as a whole", "hostile")
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_pairs_can_be_shown(name):
     "As a widget, a page, a still picture and as figures of either kind."
     pair = edge_pairs()[name]
@@ -788,8 +792,7 @@ def rgb(text):
     return np.array([float(part) for part in re.findall(r"[\d.]+", text)[:3]])
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 400])
+@pytest.mark.parametrize(("width", "scheme"), LOOKS)
 def test_fits_and_can_be_read(opened, scheme, width):
     "No sideways scrolling; every text, also on a word in full colour, has a contrast of 4.5."
     pair = edge_pairs()["64 words"]
@@ -826,7 +829,7 @@ def test_fits_and_can_be_read(opened, scheme, width):
     assert (boxes[0]["y"] < boxes[1]["y"]) == (width == 400), "side by side, or one under the other"
 
 
-@pytest.mark.parametrize("name", edge_pairs())
+@pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_pairs_in_the_page(opened, name):
     pair = edge_pairs()[name]
     page = opened(pair, 400)

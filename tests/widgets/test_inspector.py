@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browsing import contrast, jupyter_lab, keep_screenshot, luminance, open_notebook, outside, run_cell, settle, until
+from choosing import LOOKS
 from small import picture, product, settings, shop, tiny
 
 from moon2_lab.config import VIEWS
@@ -732,8 +733,7 @@ def rgb(text):
     return [float(part) for part in re.findall(r"[\d.]+", text)[:3]]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 400])
+@pytest.mark.parametrize(("width", "scheme"), LOOKS)
 def test_fits_and_can_be_read(opened, scheme, width):
     widget, order = some()
     widget.judge(order[0], "put_back", "the negative is another colour")

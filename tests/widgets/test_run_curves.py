@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from browsing import contrast, keep_screenshot, outside, settle, until
 
+from choosing import PHONES
 from moon2_lab.config import OBJECTIVES
 from moon2_lab.testing import made_up_history
 from moon2_lab.widgets.run_curves import RunCurves
@@ -128,10 +129,7 @@ def test_preferences_of_one_expert(page):
     assert float(value_of(page, "p", "inter_t")) == pytest.approx(history.p_0_inter_t[120], abs=6e-4)
 
 
-@pytest.mark.parametrize(
-    "page", [{"viewport": {"width": 420, "height": 900}, "color_scheme": scheme} for scheme in ("light", "dark")],
-    indirect=True,
-)
+@pytest.mark.parametrize("page", PHONES, indirect=True)
 def test_by_keyboard_on_a_phone(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
     picture = panel(page, "omega").locator("svg[role=slider]")

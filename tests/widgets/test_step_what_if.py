@@ -2,6 +2,7 @@
 the difference in words, errors are told; without a kernel, before the first step, by keyboard, at 420 px.
 """
 import re
+from choosing import PHONES
 from types import SimpleNamespace
 
 import pytest
@@ -129,10 +130,7 @@ def test_without_a_kernel_the_last_comparison_is_shown(page, widget):
     assert "0.1" in page.locator("[data-control=temperature] output").inner_text()
 
 
-@pytest.mark.parametrize(
-    "page", [{"viewport": {"width": 420, "height": 900}, "color_scheme": scheme} for scheme in ("light", "dark")],
-    indirect=True,
-)
+@pytest.mark.parametrize("page", PHONES, indirect=True)
 def test_by_keyboard_on_a_phone(page):
     slide(page, "intra_temperature", "Tab")
     page.keyboard.press("ArrowDown")  # the list of modes

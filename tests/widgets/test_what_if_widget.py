@@ -5,6 +5,7 @@ marked, errors are told; without a kernel the last state is shown; by keyboard, 
 import pytest
 from browsing import contrast, keep_screenshot, outside, settle, until, write_widget_page
 
+from choosing import PHONES
 from moon2_lab.data.products import Item, Product
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 from moon2_lab.testing import flat_picture, made_up_catalog
@@ -93,10 +94,7 @@ def test_pictures_are_dropped_and_swapped(page, widget):
     assert item.locator("img").evaluate("one => one.naturalWidth > 0")
 
 
-@pytest.mark.parametrize(
-    "page", [{"viewport": {"width": 420, "height": 900}, "color_scheme": scheme} for scheme in ("light", "dark")],
-    indirect=True,
-)
+@pytest.mark.parametrize("page", PHONES, indirect=True)
 def test_by_keyboard_on_a_phone_an_error_is_told_and_the_old_numbers_stay(page, widget):
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
     before = page.locator(".m2w table").inner_text()
