@@ -578,7 +578,7 @@ def test_the_closing_line_is_the_next_step(moon2, drawn_catalogue, tmp_path):
 
 
 def test_each_step_names_the_next(moon2, trained, drawn_catalogue, tmp_path):
-    "From vectors over a search to the heatmap of its first hit: each closing line is a command that parses and goes on."
+    "From vectors over a search to the heatmap of its first hit: each closing line parses and goes on."
     from moon2_lab.cli import commands, lookup_commands, study_commands
     from moon2_lab.cli.options import build_parser
 
