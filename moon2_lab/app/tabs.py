@@ -246,10 +246,10 @@ def _query_panel(service: SearchService) -> dict[str, gr.components.Component]:
     views = [(label, view) for label, view in VIEW_LABELS if view in service.views]
     first = "mm" if "mm" in service.views else views[0][1]
     with gr.Accordion("Options", open=True, elem_id="moon2-options"):  # folded by the page on telephones
-        boxes["direction"] = gr.Radio(views, value=first, label="Compared part of the products")
+        boxes["direction"] = gr.Radio(views, value=first, label="Search in")
         boxes["shown"] = model_box(service, both=True)
         boxes["filter"] = gr.Dropdown(
-            [("all products", ""), *service.categories()], value="", allow_custom_value=True, label="Only",
+            [("all products", ""), *service.categories()], value="", allow_custom_value=True, label="Filter",
             info="choose a category, or type: colour == 'red'",
         )
         boxes["k"] = gr.Slider(1, MAX_HITS, value=12, step=1, label="Hits", buttons=[])
@@ -630,7 +630,7 @@ def heatmap_tab(service: SearchService) -> dict:
                 info = "in place of the product's; or without a product"
                 boxes["title"] = gr.Textbox("", label="Title", info=info, max_length=MAX_LETTERS)
                 boxes["picture"] = PictureFile(label="Picture", **picture)
-            boxes["view"] = gr.Radio(VIEW_LABELS, value="mm", label="Read of the product")
+            boxes["view"] = gr.Radio(VIEW_LABELS, value="mm", label="Explain the product's")
             boxes |= {"method": _method_box(service), "model": model_box(service)}
             boxes["go"] = gr.Button("Explain", variant="primary")
         with gr.Column(scale=4, min_width=300):

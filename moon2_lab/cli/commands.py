@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moon2_lab.cli.options import (
-    Outcome, chosen_device, next_command, parse_assignments, run_of, typed_settings, written,
+    Outcome, chosen_device, next_command, parse_assignments, run_of, typed_settings, without_option, written,
 )
 from .asked_catalogue import asked_catalogue
 
@@ -134,7 +134,8 @@ def backbone_command(args: argparse.Namespace) -> Outcome:
     if plan := facts["training"]:
         how = f"{plan['experts']} experts, LoRA of rank {plan['lora_r']}, bfloat16, gradient checkpointing"
         lines.append(f"  training: about {plan['mb']:,} MB for a step of {plan['tokens']:,} tokens ({how})")
-    return Outcome("\n".join([*lines, verdict]), facts, 0 if checked.certificate.holds else 1)
+    then = next_command("train", "--backbone", args.name, "--catalog", "path/to/catalogue", "--out", "runs/mine")
+    return Outcome("\n".join([*lines, verdict]), facts, 0 if checked.certificate.holds else 1, next=then)
 
 
 def _training_memory(checked) -> dict | None:  # BackboneCheck
@@ -177,7 +178,7 @@ def train_command(args: argparse.Namespace) -> Outcome:
     if args.plan:
         small = config.backbone in SMALL or args.resume
         plan = build_trainer(catalog, config).plan() if small else plan_from_config(catalog, config)
-        return Outcome(plan_lines(plan), plan)
+        return Outcome(plan_lines(plan), plan, next=without_option(args.command_line, "--plan"))
     trainer = train_run(catalog, args.out, config, args.resume, args.allow_drift, args.command_line)
     model = str(Path(args.out) / "model")
     facts = {"run": str(args.out), "model": model, "steps": trainer.step}
@@ -204,7 +205,8 @@ def eval_command(args: argparse.Namespace) -> Outcome:
         metrics = evaluate_model(args.model, catalog, args.split, args.out, device, **options)
     except NotSaved as error:
         metrics, trouble = error.result, error
-    then = next_command("report", args.model) if is_run_folder(args.model) else ""
+    given = ["--catalog", args.catalog] if args.catalog else []
+    then = next_command("report", args.model, *given) if is_run_folder(args.model) else ""
     return Outcome(score_lines(metrics), metrics, trouble=trouble, next=then)
 
 
@@ -219,7 +221,7 @@ def report_command(args: argparse.Namespace) -> Outcome:
     try_file(Path(args.run_folder, "report.html"), "page")
     catalog = asked_catalogue(args.catalog, args.run_folder)
     path = report_run(args.run_folder, catalog, device=device, beside=args.beside)
-    return Outcome(str(path), {"report": str(path)}, next=next_command("demo", args.run_folder))
+    return Outcome(str(path), {"report": str(path)}, next=_next_demo(args.catalog, args.run_folder))
 
 
 def run_command(args: argparse.Namespace) -> Outcome:
@@ -253,6 +255,11 @@ def _what_next(
     )
     return f"open {done['report']}; next: {app}, make lab"
 
+
+def _next_demo(catalog: str | None, *models: str) -> str:  # catalog: as given
+    "The command that shows models in the browser, with the catalogue where one was given."
+    return next_command("demo", *models, *(["--catalog", catalog] if catalog else []))
+
 # %% ../../nbs/cli/910_commands.ipynb #b899281e
 def heatmap_command(args: argparse.Namespace) -> Outcome:
     "Show which words and which parts of the pictures made a score, as one page."
@@ -282,7 +289,8 @@ def heatmap_command(args: argparse.Namespace) -> Outcome:
     page, trouble = written(lambda: write_heat_page(pair, args.out, methods[0] if methods else None))
     facts = {"page": page, "score": pair.score, "query": query.text, "query_note": note, "item": item.text}
     facts |= {"maps": _heatmap_facts(pair), "cross": _cross_facts(pair)}
-    return Outcome("\n".join([*([note] if note else []), *_heatmap_lines(pair, page)]), facts, trouble=trouble)
+    lines, then = [*([note] if note else []), *_heatmap_lines(pair, page)], _next_demo(args.catalog, args.model)
+    return Outcome("\n".join(lines), facts, trouble=trouble, next=then)
 
 
 def _best_hit(encoder, catalog, query, most: int = 2000) -> tuple:  # Item, words
@@ -370,32 +378,43 @@ def embed_command(args: argparse.Namespace) -> Outcome:
 def index_command(args: argparse.Namespace) -> Outcome:
     "Put a file of vectors into a store: a file of Milvus Lite, or a Milvus server."
     from moon2_lab.retrieval.milvus import index_vectors
+    from moon2_lab.retrieval.vectors import VectorFile
 
-    done = index_vectors(args.vectors, args.uri, args.replace)
+    done, model = index_vectors(args.vectors, args.uri, args.replace), VectorFile(args.vectors).about.get("model")
     lines = []
     for view in done:
         counts = f"{view.rows:,} products put in, {view.total:,} there now"
         lines.append(f"{view.uri}, {view.collection}: {counts}; index {view.index} ({view.reason})")
-    return Outcome("\n".join(lines), {"collections": list(map(asdict, done))})
+    then = next_command("search", model, "--uri", args.uri, "--text", "red dress") if model else ""
+    return Outcome("\n".join(lines), {"collections": list(map(asdict, done))}, next=then)
 
 
 def search_command(args: argparse.Namespace) -> Outcome:
     "Search a file of vectors, or a store, by words, by a picture, or by both."
     from moon2_lab.retrieval.query_input import query_item
     from moon2_lab.retrieval.search import open_searcher
-    from moon2_lab.rivals.loading import known_encoder, load_encoder
+    from moon2_lab.rivals.loading import explainable, known_encoder, load_encoder
 
     name, device, query = known_encoder(args.model), chosen_device(args), query_item(args.text, args.image)
+    encoder = load_encoder(name, device)
     with open_searcher(args.vectors, args.uri, args.view) as searcher:
-        searcher.bind(load_encoder(name, device))
-        hits = searcher.search(query, args.k, args.filter)[0]
+        hits, catalog = searcher.bind(encoder).search(query, args.k, args.filter)[0], searcher.about.get("catalog")
     lines, facts = [], []
     for place, hit in enumerate(hits, 1):
         lines.append(f"{place:3} {hit.score:.3f}  {hit.product_id}  {' '.join((hit.title or '(no title)').split())}")
         facts.append({"product_id": hit.product_id, "score": hit.score, "title": hit.title})
     if not hits:
         lines = ["no product fits the filter" if args.filter else "the store holds no product"]
-    return Outcome("\n".join(lines), {"hits": facts})
+    known = catalog and Path(catalog).is_dir() and explainable(encoder)  # what a heatmap of a hit needs
+    then = _next_heatmap(args, hits[0].product_id, catalog) if hits and known else ""
+    return Outcome("\n".join(lines), {"hits": facts}, next=then)
+
+
+def _next_heatmap(args: argparse.Namespace, item: str, catalog: str) -> str:
+    "The command that explains the first hit of a search."
+    asked = [("--query", args.text), ("--query-image", args.image)]
+    words = [word for option, given in asked if given for word in (option, given)]
+    return next_command("heatmap", args.model, "--catalog", catalog, *words, "--item", item, "--out", "heatmap.html")
 
 # %% ../../nbs/cli/910_commands.ipynb #f178307f
 def compare_command(args: argparse.Namespace) -> Outcome:
@@ -418,7 +437,8 @@ def compare_command(args: argparse.Namespace) -> Outcome:
     explained = explain_changes(comparison, a, b, first=args.explain) if args.explain and explainable(a, b) else None
     page, trouble = written(lambda: write_diff_page(comparison, args.out, explained, most=args.most))
     facts = comparison.summary()
-    return Outcome("\n".join([*compare_lines(facts), page]), facts | {"page": page}, trouble=trouble)
+    then = _next_demo(args.catalog, args.model_a, args.model_b)
+    return Outcome("\n".join([*compare_lines(facts), page]), facts | {"page": page}, trouble=trouble, next=then)
 
 # %% ../../nbs/cli/910_commands.ipynb #2689f41e
 def _run_names(*models: str) -> tuple[str, ...]:
@@ -468,6 +488,7 @@ def push_command(args: argparse.Namespace) -> Outcome:
     if args.card_only:
         require_new(args.card_only, "give another --card-only")
         folder = publishable(args.run_folder, args.card_only, args.repo)
-        return Outcome(f"{folder / 'README.md'}: nothing was published", {"folder": str(folder), "address": None})
+        told, facts = f"{folder / 'README.md'}: nothing was published", {"folder": str(folder), "address": None}
+        return Outcome(told, facts, next=next_command("push", args.run_folder, args.repo))
     address = push_to_hub(args.run_folder, args.repo, private=not args.public)
     return Outcome(f"{address}: published", {"folder": None, "address": address})

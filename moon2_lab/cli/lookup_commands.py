@@ -16,7 +16,7 @@ import textwrap
 import tokenize
 from pathlib import Path
 
-from .options import chosen_device, Outcome, written
+from .options import chosen_device, next_command, Outcome, run_of, written
 from .asked_catalogue import asked_catalogue
 from ..errors import DataError, UsageError
 
@@ -78,7 +78,8 @@ def show_command(args: argparse.Namespace) -> Outcome:
     left = len(products) - len(rows)
     lines += [f"and {left:,} more: --limit {len(products)}"] if left > 0 else []
     lines += [] if rows else ["no product"]
-    return Outcome("\n".join(lines), {"products": rows, "total": len(products), "note": note or None})
+    facts = {"products": rows, "total": len(products), "note": note or None}
+    return Outcome("\n".join(lines), facts, next=run_of(args.folder) if rows else "")
 
 
 def _with_words(products: list, query: str) -> tuple[list, str]:
@@ -198,4 +199,6 @@ def map_command(args: argparse.Namespace) -> Outcome:
     facts["frames"] = [label for label, _ in shown.projections[0].frames if label]
     about = shown.projections[0]
     count = f"{len(shown):,} of {shown.total:,} products, views {', '.join(shown.views)}"
-    return Outcome(f"{count}; {about.name}: {about.about}\n{page}", facts, trouble=trouble)
+    given = ["--catalog", args.catalog] if args.catalog else []
+    then = next_command("doctor", args.subject, *given)
+    return Outcome(f"{count}; {about.name}: {about.about}\n{page}", facts, trouble=trouble, next=then)

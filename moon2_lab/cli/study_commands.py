@@ -10,7 +10,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from .options import Outcome, chosen_device, typed_settings, written
+from .options import Outcome, chosen_device, next_command, typed_settings, without_option, written
 from .asked_catalogue import asked_catalogue
 from ..errors import UsageError
 
@@ -56,13 +56,16 @@ def ablate_command(args: argparse.Namespace) -> Outcome:
     study = _study_of(args)
     if args.plan:
         plan = study_plan(study)
-        return Outcome(_plan_words(plan), plan)
+        return Outcome(_plan_words(plan), plan, next=without_option(args.command_line, "--plan"))
     table = run_study(study)
     tests = write_study_tests(study.out)
     page, trouble = written(lambda: write_ablation_report(study.out))
     facts = {"folder": str(study.out), "page": page, "copies": {n: list(c) for n, c in study.copies().items()}}
     facts |= {"scores": table.to_dict("records"), "tests": tests.to_dict("records")}
-    return Outcome(f"{ablation_lines(study.out)}\n{page}", facts, trouble=trouble)
+    names, folder = study.variants, study.out / "runs" / study.budgets[0]
+    against = "full" if "full" in names else names[0]
+    then = next_command("tests", folder, "--against", against, "--metrics", "R@5") if len(names) > 1 else ""
+    return Outcome(f"{ablation_lines(study.out)}\n{page}", facts, trouble=trouble, next=then)
 
 # %% ../../nbs/cli/914_study_commands.ipynb #71af22f8
 def benchmark_command(args: argparse.Namespace) -> Outcome:
@@ -83,7 +86,9 @@ def benchmark_command(args: argparse.Namespace) -> Outcome:
     metrics = run_public_benchmark(load_encoder(args.model, device), args.name, args.folder, args.out, **options)
     for warning in metrics["protocol"]["warnings"]:
         logging.getLogger("moon2_lab").warning(warning)
-    return Outcome("\n".join(benchmark_lines(metrics)), metrics)
+    given = ["--catalog", args.catalog] if args.catalog else []
+    words = next_command("benchmark", args.name, args.folder, *given, "--model", "minilm:")  # words alone, beside it
+    return Outcome("\n".join(benchmark_lines(metrics)), metrics, next="" if rival_kind(args.model) else words)
 
 
 def _run_of(model: str) -> Path:
@@ -124,7 +129,9 @@ def doctor_command(args: argparse.Namespace) -> Outcome:
     if args.out:
         page, trouble = written(lambda: write_health_page(examined, args.out))
         lines, facts = [*lines, page], facts | {"page": page}
-    return Outcome("\n".join(lines), facts, 0 if examined.health.healthy else 1, trouble)
+    given = ["--catalog", args.catalog] if args.catalog else []
+    stress = next_command("stress", args.subject, *given) if examined.kind == "model" else ""
+    return Outcome("\n".join(lines), facts, 0 if examined.health.healthy else 1, trouble, stress)
 
 # %% ../../nbs/cli/914_study_commands.ipynb #40bfe2b4
 def tests_command(args: argparse.Namespace) -> Outcome:
@@ -166,4 +173,5 @@ def stress_command(args: argparse.Namespace) -> Outcome:
     if args.out:
         page, trouble = written(lambda: write_stress_page(study, args.out, encoder_name(args.model)))
         lines, facts = [*lines, page], facts | {"page": page}
-    return Outcome("\n".join(lines), facts, trouble=trouble)
+    given = ["--catalog", args.catalog] if args.catalog else []
+    return Outcome("\n".join(lines), facts, trouble=trouble, next=next_command("demo", args.model, *given))

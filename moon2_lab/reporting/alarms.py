@@ -46,14 +46,18 @@ def _baseline_alarms(scores: pd.DataFrame) -> list[Alarm]:  # scores: of score_t
 
 
 def _label_alarms(metrics: dict) -> list[Alarm]:
-    "Labels that image + text names worse than the better of majority class and string match, by the paired test."
+    "Labels that image + text names worse than the better of majority class and string match: a note for each of the two."
     labels, alarms = label_table(metrics), []
     words = {
         "majority": "always naming the most frequent class", "string_match": "finding the class's name in the title",
     }
-    for row in labels[(labels.view == "mm") & (labels.verdict == "below")].itertuples():
-        baseline = f"{words[row.baseline]} ({getattr(row, row.baseline):.1%}, {row.p})"
-        alarms.append(Alarm("note", f"{printable(row.task, 60)}: accuracy {row.accuracy:.1%} is below {baseline}."))
+    below = labels[(labels.view == "mm") & (labels.verdict == "below")]
+    for baseline, rows in below.groupby("baseline", sort=False):
+        tasks = "; ".join(
+            f"{printable(row.task, 60)} {row.accuracy:.1%} against {getattr(row, baseline):.1%} ({row.p})"
+            for row in rows.itertuples()
+        )
+        alarms.append(Alarm("note", f"Naming labels is less accurate than {words[baseline]}: {tasks}."))
     return alarms
 
 

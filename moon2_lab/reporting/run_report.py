@@ -163,20 +163,22 @@ def _score_part(metrics: dict, scores: pd.DataFrame) -> dict:
     }
 
 # %% ../../nbs/reporting/780_run_report.ipynb #30f29d9f
-def _unseen_part(metrics: dict) -> list[dict]:
-    "Scores over the queries whose title training never saw."
-    rows = []
+def _unseen_part(metrics: dict) -> dict:
+    "Scores over the queries whose title training never saw, and whether those are all queries; empty without any."
+    rows, left_out = [], []
     for direction in REPORTED:
         unseen = section(metrics, "directions", direction, "unseen_title")
         if unseen.get("R@10") is not None:
             whole = section(metrics, "directions", direction).get("R@10")
+            every = number(section(metrics, "directions", direction).get("n_queries"))
+            left_out.append(every - number(unseen.get("n_queries")))
             change = 100 * (estimate(unseen["R@10"])[0] - estimate(whole)[0])
             rows.append({
                 "direction": direction, "queries": number(unseen.get("n_queries")),
                 "scores": [estimate(unseen.get(metric)) for metric in METRICS],
                 "change": f"{change:+.1f}".replace("-", "−") if math.isfinite(change) else "–",
             })
-    return rows
+    return {"rows": rows, "all": not any(left_out)} if rows else {}  # a number that is not known counts as some
 
 
 def _label_part(metrics: dict) -> list[tuple[str, dict, object]]:
@@ -221,7 +223,8 @@ def _recall_words(history: pd.DataFrame) -> str:
     scored = [name for name in map(str, history) if name.startswith("valid_R@")]
     times = int(history[scored].notna().any(axis=1).sum()) if scored else 0
     queries = columns_like(history, "valid", ("queries",)).get("queries", pd.Series(dtype=float)).max()
-    words = f"Scored {times:,} times during training" if times != 1 else "Scored once during training"
+    metrics = sorted({name.split("_")[1] for name in scored})
+    words = f"{', '.join(metrics) or 'Recall'}, scored {f'{times:,} times' if times != 1 else 'once'} during training"
     if not math.isfinite(queries):
         return f"{words}; over how many queries is not known."
     low, high = share_interval(np.arange(int(queries)) % 2, np.arange(int(queries)))

@@ -555,8 +555,8 @@ def test_page_in_a_browser(address, browser, picture):
     )
 
     page.get_by_label("Words", exact=True).fill("zebra sons bag")
-    page.get_by_label("Only").fill("colour == 'zebra'")
-    page.get_by_label("Only").press("Enter")
+    page.get_by_label("Filter").fill("colour == 'zebra'")
+    page.get_by_label("Filter").press("Enter")
     page.set_input_files("input[type=file]", str(picture))
     page.get_by_role("button", name="Search").click()
     page.wait_for_function(
@@ -606,8 +606,8 @@ def test_page_in_a_browser(address, browser, picture):
     )  # as high as what is in it
     keep_screenshot(page, "demo.png")
 
-    page.get_by_label("Only").fill("color == 'red'")
-    page.get_by_label("Only").press("Enter")
+    page.get_by_label("Filter").fill("color == 'red'")
+    page.get_by_label("Filter").press("Enter")
     page.get_by_role("button", name="Search").click()
     page.get_by_text("Nearest: colour").wait_for(timeout=20_000)
     assert page.title() == "Product search" and page.locator("img[src='x']").count() == 0
@@ -673,8 +673,8 @@ def test_a_copied_address_gives_the_same_hits(address, browser):
     page = opened(browser, address)
     page.get_by_label("Words", exact=True).fill("white & striped 100% top")
     page.get_by_label("title", exact=True).check()
-    page.get_by_label("Only").fill("category_l1 == 'Fashion' and not colour == 'red'")
-    page.get_by_label("Only").press("Enter")
+    page.get_by_label("Filter").fill("category_l1 == 'Fashion' and not colour == 'red'")
+    page.get_by_label("Filter").press("Enter")
     page.get_by_role("button", name="Search").click()
     until(page, lambda: "direction=t" in page.url and "Fashion" in page.url, "the address", 20)
     fresh = opened(browser, page.url)
@@ -714,15 +714,15 @@ def test_hits_follow_the_options(address, browser, demo, picture):
     follows("the first hits")
     page.get_by_label("title", exact=True).check()
     follows("the part that is compared", view="t")
-    page.get_by_label("Only").fill("colour == 'zebra'")
-    page.get_by_label("Only").press("Enter")
+    page.get_by_label("Filter").fill("colour == 'zebra'")
+    page.get_by_label("Filter").press("Enter")
     follows("the filter", view="t", expression="colour == 'zebra'")
-    page.get_by_label("Only").fill("colour == 'no such colour'")
-    page.get_by_label("Only").press("Enter")
+    page.get_by_label("Filter").fill("colour == 'no such colour'")
+    page.get_by_label("Filter").press("Enter")
     page.locator("#moon2-notice [role=alert]").get_by_text("No product fits the filter").wait_for(timeout=20_000)
     assert not captions(page) and not captions(page, 1)
-    page.get_by_label("Only").fill("category_l1 == 'Fashion'")
-    page.get_by_label("Only").press("Enter")
+    page.get_by_label("Filter").fill("category_l1 == 'Fashion'")
+    page.get_by_label("Filter").press("Enter")
     follows("the filter that is mended", view="t", expression="category_l1 == 'Fashion'")
     until(page, lambda: not page.locator("#moon2-notice [role=alert]").count(), "the message gone", 20)
     for _ in range(3):
@@ -823,7 +823,7 @@ def test_from_a_hit_to_the_next_search(address, browser, demo):
     keep_screenshot(page, "demo-like.png")
     assert not page.complaints
     narrow = opened(browser, f"{address}?q=black+bag", 420)
-    until(narrow, lambda: not narrow.get_by_label("Only").is_visible(), "options folded", 20)
+    until(narrow, lambda: not narrow.get_by_label("Filter").is_visible(), "options folded", 20)
     galleries = narrow.locator(".moon2-hits")
     left, right = (galleries.nth(place).bounding_box() for place in range(2))
     assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"] and left["y"] < 1100  # with a note above

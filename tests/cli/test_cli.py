@@ -585,3 +585,28 @@ def test_the_closing_line_is_the_next_step(moon2, drawn_catalogue, tmp_path):
     assert "next:" not in moon2("data", "check", drawn_catalogue, "--json")[2]
     (tmp_path / "none").mkdir()
     assert "next:" not in moon2("data", "check", tmp_path / "none")[2]
+
+
+def test_each_step_names_the_next(moon2, trained, drawn_catalogue, tmp_path):
+    "From vectors over a search to the heatmap of its first hit: each closing line parses and goes on."
+    from moon2_lab.cli import commands, lookup_commands, study_commands
+    from moon2_lab.cli.options import build_parser
+
+    vectors, store = tmp_path / "vectors.parquet", tmp_path / "vectors.db"
+    steps = [
+        (["embed", trained, "--out", vectors], "moon2 search"), (["index", vectors, "--uri", store], "moon2 search"),
+        (["search", trained, "--uri", store, "--text", "it's red"], "moon2 heatmap"),
+        (["heatmap", trained, "--query", "red", "--quick", "--out", tmp_path / "page.html"], "moon2 demo"),
+        (["map", trained, "--out", tmp_path / "map.html"], "moon2 doctor"),
+        (["data", "show", drawn_catalogue], "moon2 run"),
+    ]
+    parser, asked = build_parser(commands, lookup_commands, study_commands), {}
+    for words, then in steps:
+        code, out, err = moon2(*words)
+        line = err.strip().splitlines()[-1]
+        assert code == 0 and line.startswith(f"next: {then}") and "next:" not in out, (words, err)
+        asked[then] = parser.parse_args(shlex.split(line)[2:])
+    hits = json.loads(moon2("search", trained, "--uri", store, "--text", "it's red", "--json")[1])["hits"]
+    assert (asked["moon2 heatmap"].query, asked["moon2 heatmap"].item) == ("it's red", hits[0]["product_id"])
+    assert "next:" not in moon2("search", trained, "--uri", store, "--text", "red", "--json")[2]
+    assert "next:" not in moon2("search", trained, "--uri", store, "--text", "red", "--filter", "colour == 'none'")[2]

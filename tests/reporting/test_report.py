@@ -270,7 +270,9 @@ def test_confusion_and_score_histograms_count_every_query():
 def test_training_is_drawn_with_and_without_the_filter_and_as_difference_from_even(tmp_path):
     history = made_up_history(40)
     history["share_down_weighted"] = np.where(history.step < 11, 0.0, 0.4)
-    history = history.assign(**{"valid_R@10_t->mm": np.where(history.step % 5 == 0, 0.3, np.nan), "valid_queries": 70})
+    recalls = {"valid_R@10_t->mm": 0.3, "valid_R@10_dual->mm": 0.5}
+    history = history.assign(**{name: np.where(history.step % 5 == 0, r, np.nan) for name, r in recalls.items()})
+    history["valid_queries"] = 70
     page = write_report(tmp_path / "report.html", metrics={}, history=history).read_text(encoding="utf-8")
     figures = {re.search(r"<b>(.*?)</b>", one)[1]: one for one in re.findall(r"<figure>.*?</figure>", page, re.S)}
     chart = figures["Loss with and without the filter"]
@@ -288,7 +290,8 @@ def test_training_is_drawn_with_and_without_the_filter_and_as_difference_from_ev
     recall = figures["Recall on the validation split"]
     over = "over up to 70 queries in each direction: a recall of 0.50 has the 95 % interval"
     assert f"{over} {low:.2f} to {high:.2f}" in recall
-    assert recall.count("<circle") == 8
+    assert recall.count("<circle") == 16 and "R@10, scored 8 times" in recall
+    assert re.findall(r'class="end s\d">([^<]+)<', recall) == ["t-&gt;mm", "dual-&gt;mm"], "short, so that they fit"
 
 
 def test_how_to_reproduce_and_what_next(tmp_path):
