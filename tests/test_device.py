@@ -288,7 +288,7 @@ def test_a_step_waits_for_the_device_once(fake, case, kernel):
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
-        slow("qwen3_vl", {}), slow("gemma3", {}), ("qwen3_5", {}), ("qwen3_vl", {"experts": "lowrank"}),
+        slow("qwen3_vl", {}), slow("gemma3", {}), slow("qwen3_5", {}), ("qwen3_vl", {"experts": "lowrank"}),
         slow("qwen3_vl_moe", {"experts": "native"}),
     ],
     ids=lambda value: value if isinstance(value, str) else value.get("experts", "full"),
@@ -579,6 +579,7 @@ def test_a_device_without_float64_refuses_it(fake, monkeypatch):
         attention_recorder.row_mean(torch.tensor([0, 1], device=fake), 3)
 
 
+@pytest.mark.slow
 def test_the_demo_searches_and_explains_there(fake, monkeypatch, drawn_catalogue, model_folders):
     from moon2_lab.app.interface import prepare
 

@@ -5,11 +5,10 @@ import os
 import sys
 
 import pytest
-from choosing import few, slow
 from faults import FULL, leftovers, points
 from test_kill import command, finished, faults  # noqa: F401  (the fixture)
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no fork")
+pytestmark = [pytest.mark.skipif(os.name == "nt", reason="Windows has no fork"), pytest.mark.slow]
 NAMES = ["synth", "import", "augment", "embed", "eval", "index", "train"]
 
 
@@ -45,12 +44,11 @@ def check_full(name, faults, folder, most):  # noqa: F811
     assert not wrong, "\n".join(f"call {n}: {told}" for n, told in wrong.items())
 
 
-@pytest.mark.parametrize("name", few(["synth", "import", "embed", "train"], "import", "train"))
+@pytest.mark.parametrize("name", ["synth", "import", "embed", "train"])
 def test_full_at_a_few_calls(name, faults, tmp_path):  # noqa: F811
     check_full(name, faults, tmp_path, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_full_at_many_calls(name, faults, tmp_path):  # noqa: F811
     check_full(name, faults, tmp_path, 40)
@@ -66,11 +64,11 @@ def test_full_at_many_calls(name, faults, tmp_path):  # noqa: F811
                 "gradient", "--quick", "--out", "map.html",
             ],
         ),
-        slow(
+        (
             "compare",
             ["compare", "run", "run", "--catalog", "shop", "--out", "diff.html", "--explain", "0", "--split", "train"],
         ),
-        slow("eval", ["eval", "run", "--catalog", "shop", "--split", "train", "--out", "m.json"]),
+        ("eval", ["eval", "run", "--catalog", "shop", "--split", "train", "--out", "m.json"]),
     ],
 )
 def test_what_was_found_out_is_told_when_the_page_cannot_be_written(name, words, faults, tmp_path):  # noqa: F811

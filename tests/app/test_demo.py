@@ -777,6 +777,7 @@ def test_back_leads_to_what_was_there_before(address, browser, picture):
     page.close()
 
 
+@pytest.mark.slow
 def test_words_that_no_title_has_are_marked(address, browser):
     "The words are marked and it is said what it means, for a script of no title, too; each card says what it lacks."
     page = opened(browser, f"{address}?q=black+sofa+zebra&filter=colour+%3D%3D+%27zebra%27")

@@ -37,6 +37,7 @@ def titles(page):
 
 
 
+@pytest.mark.slow
 def test_a_phrase_and_a_picture_of_the_catalogue_are_searched_with(page, demo, tmp_path):
     "Phrases of a colour and a kind fill the box; a picture searches at once, alone, and can be opened by keyboard."
     phrases, products = demo.service.phrases(), demo.service.picture_examples

@@ -236,6 +236,7 @@ def test_a_failure_leaves_nothing(home, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- whether it starts
 
 
+@pytest.mark.slow
 def test_the_app_starts_where_nothing_else_is(space, tmp_path):
     """`python app.py` in a copy, with an empty home and no cache: it runs on the copied package and gives the exact
     answers."""

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from choosing import slow
 from PIL import Image
 
 pytest.importorskip("cv2")
@@ -299,8 +298,9 @@ def test_the_state_file_names_what_differs(drawn, tmp_path):
         augment_catalog(drawn, tmp_path / "out", Recipe(kinds=()), limit=6)
 
 
+@pytest.mark.slow
 @pytest.mark.data
-@pytest.mark.parametrize("name, rate", [slow("fashion-product-images", 200), ("magento-luma", 100)])
+@pytest.mark.parametrize("name, rate", [("fashion-product-images", 200), ("magento-luma", 100)])
 def test_real_products(data_root, tmp_path, name, rate, capsys):
     """Most products get something, and it goes fast enough: 200 products a minute for titles and pictures (a tenth of
     it is asked for here, tests share the machine)."""

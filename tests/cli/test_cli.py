@@ -68,6 +68,7 @@ def test_a_real_process_answers_at_once_and_loads_nothing_heavy():
     assert spent < 1_000_000, f"imports took {spent / 1e6:.1f} s"
 
 
+@pytest.mark.slow
 def test_exit_codes_and_streams_of_a_real_process(drawn_catalogue, tmp_path):
     "As a script sees it."
     def moon2(*words):

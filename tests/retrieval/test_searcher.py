@@ -274,6 +274,7 @@ def test_the_demo_takes_the_same_file_and_the_same_store(drawn_catalogue, tmp_pa
             prepare(tmp_path / "m1", None, drawn_catalogue, **source)
 
 
+@pytest.mark.slow
 def test_the_demo_keeps_to_the_split_that_is_shown(drawn_catalogue, tmp_path):
     "A file or store of all products, and a page of one split: the k best hits of that split, also with a filter."
     from moon2_lab.app.interface import prepare

@@ -37,6 +37,7 @@ def trained(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_made(sample, trained, tmp_path):
     study = study_on(sample, tmp_path / "study")
     run_study(study)

@@ -128,6 +128,7 @@ def test_the_hash_split_is_that_of_our_data():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_our_own_sets_come_back_as_they_were(data_root, tmp_path):
     "A set in our layout, read as any other table, gives the same catalogue: ids, texts, attributes, pixels, splits."
