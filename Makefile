@@ -2,7 +2,7 @@
 #
 #   make demo                          train, evaluate and report on drawn products          -> runs/demo/report.html
 #   make demo CATALOG=path/to/catalogue   the same on your products (at most 25 minutes of steps)
-#   make demo BACKBONE=tiny            the same in seconds with an untrained backbone
+#   make demo BACKBONE=tiny            the same in two minutes with an untrained backbone
 #   make test                          every test that is not slow;  make test-all: those too
 #   make lab                           JupyterLab on nbs/
 #   make app                           the retrieval demo in a browser, 127.0.0.1:7860

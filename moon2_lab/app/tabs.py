@@ -617,6 +617,7 @@ def heatmap_tab(service: SearchService) -> dict:
     for product in service.catalog.products[:_LISTED]:
         products.append((f"{printable(product.title or 'no title', 80)} · {product.product_id}", product.product_id))
     picture = {"type": "filepath", "sources": ["upload", "clipboard"], "height": 140, "buttons": []}
+    picture["placeholder"] = "Drop a picture, or click"
     first = next(iter(service.phrases()), "")
     with gr.Row():
         with gr.Column(scale=1, min_width=280):

@@ -46,7 +46,7 @@ def _baseline_alarms(scores: pd.DataFrame) -> list[Alarm]:  # scores: of score_t
 
 
 def _label_alarms(metrics: dict) -> list[Alarm]:
-    "Labels that image + text names worse than the better of majority class and string match: a note for each of the two."
+    "Labels that image + text names worse than majority class or string match: a note for each of the two."
     labels, alarms = label_table(metrics), []
     words = {
         "majority": "always naming the most frequent class", "string_match": "finding the class's name in the title",

@@ -139,7 +139,7 @@ def _named_ends(curves: dict[str, list[tuple[float, float]]], level: dict | None
     "Name, class and height of what is written where the curves end; nothing where more than 12 names would not fit."
     ends = [(level["name"], level["kind"], level["y"])] if level else []
     first = {name.partition(" ")[0] for name in curves} if all(" " in name for name in curves) else ()
-    shared = f"{next(iter(first))} " if len(first) == 1 and len(curves) > 1 else ""  # R@10 of every direction: said once
+    shared = f"{next(iter(first))} " if len(first) == 1 and len(curves) > 1 else ""  # R@10 of all: said once
     for place, (name, points) in enumerate(curves.items()):
         height = [y for _, y in points if math.isfinite(y)][-1]
         ends.append((name.removeprefix(shared), f"end s{place % 8}", height))

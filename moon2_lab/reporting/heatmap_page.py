@@ -35,6 +35,7 @@ def heat_page(
     maps: PairMaps,
     method: str | None = None,  # to begin with; the first that was made
     later: str = "",  # what to say in place of "not measured", where it is told elsewhere
+    alone: bool = False,  # not in a frame of another page: with a heading, and what the words and colours mean
 ) -> str:
     "The heatmap of a pair as a page of HTML. `UsageError` for a method that there is no map of."
     method = method or maps.first_method
@@ -42,7 +43,8 @@ def heat_page(
     if method not in shown:
         raise UsageError(f"no map of {method!r}", where="method", advice=", ".join(maps.methods) or "make a map first")
     title = f"Heatmap: {printable(maps.ids[0], 60)} and {printable(maps.ids[1], 60)}"
-    return render("map.html", title=title, widget="heatmap", noun="heatmap", state=_page_state(maps, method, later))
+    about = {"title": title, "alone": alone, "grids": [side.grid for side in (maps.query, maps.item) if all(side.grid)]}
+    return render("map.html", widget="heatmap", noun="heatmap", state=_page_state(maps, method, later), **about)
 
 
 def write_heat_page(
@@ -51,4 +53,4 @@ def write_heat_page(
     method: str | None = None,  # to begin with
 ) -> Path:
     "Write the page and return its path. `LabError` for a place that cannot be written to."
-    return write_page(heat_page(maps, method), path, "map.html")
+    return write_page(heat_page(maps, method, alone=True), path, "map.html")

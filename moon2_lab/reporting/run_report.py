@@ -337,7 +337,9 @@ def _match_part(example: MatchExample) -> dict:
          "sides": [side_html(side) for side in (maps.query, maps.item)], "strongest": strongest_pairs(maps)}
         for role, name, maps in example.pairs
     ]
-    return {"kind": example.kind, "direction": example.direction, "rank": example.rank, "pairs": pairs}
+    grids = [maps.item.grid for *_, maps in example.pairs if all(maps.item.grid)]
+    about = {"kind": example.kind, "direction": example.direction, "rank": example.rank}
+    return about | {"pairs": pairs, "grid": grids[0] if grids else None}
 
 # %% ../../nbs/reporting/780_run_report.ipynb #9efedbc5
 def _group_rows(table: pd.DataFrame) -> dict:  # of recall_by

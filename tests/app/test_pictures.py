@@ -47,7 +47,8 @@ def best(demo):
 def test_what_a_word_met(browser, pretrained, best, tmp_path):
     "Point at a word of the query: the words and patches of the product that it met."
     pair = Explainer(pretrained, Item(QUERY, None, "query"), best.item(), "data/pretrained", trials=0).maps(["cross"])
-    with watched_page(browser, write_heat_page(pair, tmp_path), "[data-side=item] .m2h-word >> nth=0") as page:
+    tall = {"viewport": {"width": 1200, "height": 1250}}  # down to the table that adds up
+    with watched_page(browser, write_heat_page(pair, tmp_path), "[data-side=item] .m2h-word >> nth=0", **tall) as page:
         page.locator("[data-side=query] .m2h-word", has_text="mug").hover()
         met = page.locator("[data-side=query] .m2h-told")
         until(page, lambda: met.inner_text().startswith("“mug”"), "the word that is pointed at")
