@@ -5719,6 +5719,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'moon2_lab.runtime.NumericChoices.require_same': ( 'runtime.html#numericchoices.require_same',
                                                                                       'moon2_lab/runtime.py'),
                                    'moon2_lab.runtime._git_state': ('runtime.html#_git_state', 'moon2_lab/runtime.py'),
+                                   'moon2_lab.runtime._installed': ('runtime.html#_installed', 'moon2_lab/runtime.py'),
                                    'moon2_lab.runtime.clock_of': ('runtime.html#clock_of', 'moon2_lab/runtime.py'),
                                    'moon2_lab.runtime.device_counts': ('runtime.html#device_counts', 'moon2_lab/runtime.py'),
                                    'moon2_lab.runtime.device_name': ('runtime.html#device_name', 'moon2_lab/runtime.py'),

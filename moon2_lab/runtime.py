@@ -17,6 +17,7 @@ from .errors import UsageError
 import contextlib
 from dataclasses import dataclass
 import dataclasses
+import functools
 from importlib import metadata
 import numpy as np
 import os
@@ -194,13 +195,16 @@ def _git_state(folder: str | Path = ".") -> dict:
         return {}
 
 
+@functools.cache
+def _installed(name: str) -> str | None:
+    "The installed version of a package, looked up once in a process; None where it is absent."
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+
+
 def versions(*names: str) -> dict[str, str]:
     "Installed versions of `names` (absent ones left out)."
-    found = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    return {name: version for name in names if (version := _installed(name))}
 
 
 def run_settings(
