@@ -4,7 +4,7 @@
 #   make demo CATALOG=path/to/catalogue   the same on your products (at most 25 minutes of steps)
 #   make demo BACKBONE=tiny            the same in two minutes with an untrained backbone
 #   make test                          every test that is not slow;  make test-all: those too
-#   make lab                           JupyterLab on nbs/
+#   make lab                           JupyterLab on nbs/, the first lesson open
 #   make app                           the retrieval demo in a browser, 127.0.0.1:7860
 #   make app VECTORS=file              the same on the vectors of moon2 embed;  URI=store: of moon2 index
 #   make bench                         head-to-heads, in an environment of their own
@@ -78,7 +78,8 @@ test-all: check
 	exit $$failed
 
 lab: $(READY)
-	$(BIN)/jupyter lab nbs --LabApp.app_settings_dir="$(CURDIR)/scripts/lab" $(ARGS)
+	$(BIN)/jupyter lab nbs --LabApp.app_settings_dir="$(CURDIR)/scripts/lab" \
+		--LabApp.default_url=/lab/tree/lessons/90_first_training_run.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 app: $(READY)
 	$(BIN)/python apps/retrieval_demo.py $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(VECTORS),--vectors "$(VECTORS)") $(if $(URI),--uri "$(URI)") $(ARGS)

@@ -621,9 +621,8 @@ def test_picture_for_the_readme(root, browser):
     """Two models of 10 and 80 steps side by side on the committed sample; the later one finds more table lamps.
     MOON2_SCREENSHOTS=nbs/images makes the README's picture."""
     sample = Catalog.load(root / "data" / "sample")
-    demo = build_demo(
-        train_tiny(sample, 10), train_tiny(sample, 80, seconds=300), catalog=sample, names=("10 steps", "80 steps")
-    )
+    models = [train_tiny(sample, steps, seconds=300) for steps in (10, 80)]
+    demo = build_demo(*models, catalog=sample, names=("10 steps", "80 steps"))
     address = serve(demo, port=free_port(), wait=False)
     page = opened(browser, f"{address}?q=black+table+lamp&k=8")
     until(page, lambda: len(captions(page, 1)) == 8, "8 hits", 20)

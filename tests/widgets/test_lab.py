@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from browsing import choose_on_map, jupyter_lab, keep_screenshot, open_notebook, run_cell, until
+from browsing import choose_on_map, jupyter_lab, keep_picture, keep_screenshot, open_notebook, run_cell, until
 
 pytestmark = pytest.mark.slow
 SETUP = """
@@ -183,7 +183,9 @@ def test_the_live_view_without_a_kernel(tmp_path, browser, drawn_catalogue):
         until(page, lambda: page.locator(".m2t-paths path[data-name=inter_t]").count() > 0, "the curve again")
         page.locator(".m2s-status", has_text="No kernel answers").wait_for(timeout=30_000)
         assert page.locator(".m2s select").is_disabled() and page.locator(".m2s tbody tr").count() > 10
-        keep_screenshot(page, "live_without_kernel.png")
+        page.add_style_tag(content=".Toastify { display: none }")  # JupyterLab asks whether it may tell of its news
+        page.locator(".m2t").first.evaluate("one => one.scrollIntoView({ block: 'start' })")
+        keep_picture(page, "seen_lab.png")
         page.close()
 
 
