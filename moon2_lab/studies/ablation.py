@@ -332,6 +332,7 @@ def _begin_study(study: Study) -> StudySteps:
             _require_same(noted, {"steps": steps.equal}, path)
         for run in study.runs():  # all are looked at before one is made
             _is_finished(study, run, steps)
+        study.catalog.split(study.split)  # one that is not there is told before anything is noted
         write_json(path, _note(study, noted, steps))
         return steps
 
