@@ -8,14 +8,13 @@
 import argparse
 import ast
 import html
-import io
 import json
 import re
 import sys
-import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moon2_lab.cli.lookup_commands import line_comments
 from rooms import ROOMS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,12 +48,6 @@ class Page:
     notebook: Path
     subtitle: str
     entries: list[Entry]
-
-
-def line_comments(source: str) -> dict[int, str]:
-    "Line number -> text of the comment at its end."
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
 
 
 def parameters_of(node: ast.FunctionDef, comments: dict[int, str]) -> list[tuple[str, str, str, str]]:

@@ -240,7 +240,8 @@ def find_entities(
     extractors: Iterable[Callable[[Product], Iterable[Entity]]] = (),  # add what the lexicon cannot know
     image_text: str | None = None,  # text read in the picture
 ) -> list[Entity]:
-    "The product's entities, each (name, value) once, the most certain source first."
+    """The product's entities, each (name, value) once, the most certain source first. What a text denies in English is
+    none (`is_denied`); a denial in another language is not understood, and its value is taken as said."""
     entities = [Entity(name, lexicon.spelling(value), "attribute") for name, value in _stated_values(product)]
     entities += [Entity(name, value, "category") for name, value in category_values(product)]
     certain = {folded(entity.value) for entity in entities}

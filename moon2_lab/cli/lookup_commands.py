@@ -21,14 +21,19 @@ from .asked_catalogue import asked_catalogue
 from ..errors import DataError, UsageError
 
 # %% ../../nbs/cli/912_lookup_commands.ipynb #5766c39c
+def line_comments(source: str) -> dict[int, str]:
+    "Line number -> text of the comment at its end."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+
+
 @functools.cache
 def field_comments(config: type) -> dict[str, str]:  # a dataclass
     "Name of each field -> the comment beside it in the source, of the bases, too."
     found = {}
     for base in reversed([one for one in config.__mro__ if dataclasses.is_dataclass(one)]):
         source = textwrap.dedent(inspect.getsource(base))
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+        comments = line_comments(source)
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
                 lines = [comments[line] for line in range(node.lineno, node.end_lineno + 1) if line in comments]

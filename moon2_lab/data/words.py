@@ -162,13 +162,14 @@ def is_denied(
     start: int,  # of a word or a value in the text
     end: int,  # behind its last character
 ) -> bool:
-    "Whether a text denies what stands at a place: without sleeves, no collar, not made of leather, leather-free."
+    """Whether a text denies what stands at a place: without sleeves, no collar, not made of leather, leather-free.
+    English only: what a text of another language denies counts as affirmed."""
     before = _DENIED_BEFORE.search(text, max(0, start - _REACH), start)
     return before is not None or _DENIED_BEHIND.match(text, end) is not None
 
 
 def is_negated(value: str, text: str) -> bool:
-    "Whether the text denies the value at one of the places where it names it, in singular or plural."
+    "Whether the text denies the value (in English) at one of the places where it names it, in singular or plural."
     wanted = [stem(piece) for piece in _PIECE.findall(value)]
     spans = [match.span() for match in _PIECE.finditer(text)]
     said = [stem(text[start:end]) for start, end in spans]

@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'REFUSED', 'Family', 'family_of']
 
 # %% ../../nbs/model/325_families.ipynb #0185a8c6
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import DataError
@@ -89,8 +89,9 @@ def frame_of(
     family: Family,
     tokenizer,  # of transformers
     where: str = "tokenizer",  # the folder or name, for the message
+    config=None,  # of the model, which may name the tokens around a picture by their ids
 ) -> Frame:
-    "The frame of a family in ids. `DataError` naming a token that the tokenizer does not have."
+    "The frame of a family in ids. `DataError` naming a token that the tokenizer lacks, or that the config denies."
     vocabulary = tokenizer.get_vocab()
     for token in (*family.start, *family.before, *family.after):
         if token not in vocabulary:
@@ -99,4 +100,21 @@ def frame_of(
                 advice="its files are of another model: take tokenizer and weights from one place",
             )
     ids = {part: tuple(vocabulary[token] for token in getattr(family, part)) for part in ("start", "before", "after")}
+    _require_named(family.before[:1], ids["before"], _NAMED_BEFORE, config, where)
+    _require_named(family.after[-1:], ids["after"][-1:], _NAMED_AFTER, config, where)
     return Frame(**ids)
+
+
+_NAMED_BEFORE = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
+_NAMED_AFTER = ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")
+
+
+def _require_named(tokens: Sequence[str], ids: Sequence[int], names: Sequence[str], config, where: str) -> None:
+    "`DataError` where a config gives another id to the token at the edge of a picture than the tokenizer does."
+    for name in names:
+        named = getattr(config, name, None)
+        if ids and named is not None and named != ids[0]:
+            raise DataError(
+                f"{name} of the config is {named}, but {tokens[0]!r} of the tokenizer is {ids[0]}", where=where,
+                advice="its files are of another model: take config and tokenizer from one place",
+            )

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from ..config import EncoderConfig
 from ..errors import DataError, LabError, UsageError
 from .backbone import Backbone, FileTokenizer, quiet_transformers
-from .families import Family, family_of, frame_of
+from .families import FAMILIES, Family, family_of, frame_of
 from .packing import Packing, mix_by_rows, register_packed_attention
 from .token_rows import Frame, PictureSize, Placing
 from .vision import NativeFit, VisionEncoder, square
@@ -166,8 +166,9 @@ class HFBackbone(Backbone):
         fit: NativeFit | None = None,  # of `native_fit`; None: pictures are padded to squares
     ):
         family = family_of(base.config.model_type, config.backbone)
-        frame = frame_of(family, tokenizer.inner, config.backbone)
+        frame = frame_of(family, tokenizer.inner, config.backbone, base.config)
         _require_words(tokenizer.inner, frame, base, config.backbone)
+        _require_picture_token(tokenizer.inner, frame, base.config, config.backbone)
         axes = 3 if hasattr(base, "get_rope_index") else 1
         part = next(name for name in _DECODERS if hasattr(base, name))
         decoder = getattr(base, part)
@@ -271,6 +272,19 @@ def _require_words(tokenizer, frame: Frame, base: nn.Module, where: str) -> None
         )
 
 
+def _require_picture_token(tokenizer, frame: Frame, hf_config, where: str) -> None:
+    "`DataError` for a tokenizer without the token that stands for a picture, or with another in its place."
+    number = image_token_id(hf_config)
+    free = set(tokenizer.get_added_vocab().values()) - {*frame.start, *frame.before, *frame.after}
+    word = next((word for word, place in tokenizer.get_vocab().items() if place == number), None)
+    if word is None or (hf_config.model_type in FAMILIES and number not in free):
+        what = "nothing" if word is None else repr(word)
+        raise DataError(
+            f"the tokenizer has no token for pictures: the config says {number}, which is {what} there", where=where,
+            advice="its files are of another model: take config and tokenizer from one place",
+        )
+
+
 def image_token_id(config) -> int:
     "The id that stands for a picture's tokens in text. `DataError` for a config that names none."
     for name in ("image_token_id", "image_token_index"):
@@ -291,18 +305,11 @@ def hf_backbone(
 ) -> HFBackbone:
     """A multimodal model of transformers as backbone. `DataError` naming what is wrong with it, `LabError` when it
     cannot be had. Changes `config` where it says 0: layers, tokens a picture, pixels."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     where = str(source or config.backbone)
+    hf_config, processor, tokenizer, fit = model_files(config, where)
     read = functools.partial(_read, where)
-    hf_config = read("config", lambda: AutoConfig.from_pretrained(where))
-    family = family_of(hf_config.model_type, where)
-    _require_pictures(hf_config, where)
-    config.image_size = config.image_size or family.image_size
-    _cut_layers(hf_config, config, where)
-    tokenizer = FileTokenizer(where)
-    processor = read("image processor", lambda: pil_processor(where))
-    fit = native_fit(hf_config, processor, config.image_size, family) if config.image_fit == "native" else None
     options = {"dtype": dtype, "attn_implementation": {"text_config": register_packed_attention()}}
     with quiet_transformers():
         if pretrained:
@@ -310,8 +317,27 @@ def hf_backbone(
         else:
             with torch.device(device):
                 base = read("config", lambda: AutoModel.from_config(hf_config, **options))
-    _require_contract(base, where)
+    require_contract(base, where)
     return HFBackbone(config, base, processor, tokenizer, pretrained, fit)
+
+
+def model_files(
+    config: EncoderConfig,  # changed where it says 0: layers, pixels
+    where: str,  # folder or hub id
+) -> tuple:
+    """What is read before the weights: config (cut to its layers), image processor, tokenizer, and how pictures keep
+    their aspect (None: as squares). Errors as of `hf_backbone`."""
+    from transformers import AutoConfig
+
+    hf_config = _read(where, "config", lambda: AutoConfig.from_pretrained(where))
+    family = family_of(hf_config.model_type, where)
+    _require_pictures(hf_config, where)
+    config.image_size = config.image_size or family.image_size
+    _cut_layers(hf_config, config, where)
+    tokenizer = FileTokenizer(where)
+    processor = _read(where, "image processor", lambda: pil_processor(where))
+    fit = native_fit(hf_config, processor, config.image_size, family) if config.image_fit == "native" else None
+    return hf_config, processor, tokenizer, fit
 
 
 def pil_processor(
@@ -392,7 +418,7 @@ def _require_pictures(hf_config, where: str) -> None:
 _MULTIMODAL = "choose a multimodal model of the image-text-to-text kind"
 
 
-def _require_contract(base: nn.Module, where: str) -> None:
+def require_contract(base: nn.Module, where: str) -> None:
     "`DataError` for a model that has no image features, or no decoder with layers."
     decoder = next((getattr(base, name) for name in _DECODERS if hasattr(base, name)), None)
     lacking = [] if hasattr(base, "get_image_features") else ["get_image_features: it reads no pictures"]

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import LabError, UsageError
 from ..files import read_json, write_json
-from ..folders import SUMS, model_folder, whole_folder, write_checksums
+from ..folders import SUMS, model_folder, settings_of_run, whole_folder, write_checksums
 from ..model.backbone import SMALL
 from ..model.encoder import Moon2Encoder
 from .model_card import is_hub_id, model_card
@@ -93,10 +93,9 @@ def publishable(
 def _of_run(folder: Path | None, fingerprint: str) -> tuple[dict | None, dict | None]:
     "metrics.json and run_settings.json of a run folder; scores only where they are of these weights."
     beside = [folder, folder.parent] if folder is not None and folder.name == "model" else [folder] if folder else []
-    read = lambda name: next((read_json(place / name) for place in beside if (place / name).is_file()), None)
-    metrics = read("metrics.json")
+    metrics = next((read_json(place / "metrics.json") for place in beside if (place / "metrics.json").is_file()), None)
     mine = section(metrics or {}, "protocol").get("model") == fingerprint
-    return (metrics if mine else None), read("run_settings.json")
+    return (metrics if mine else None), next(filter(None, map(settings_of_run, beside)), None)
 
 # %% ../../nbs/reporting/788_hub.ipynb #4f07ba57
 _ADVICE = {

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..files import read_json
 from ..folders import model_folder, model_name
 from ..model.encoder import Moon2Encoder
-from .adapters import RivalEncoder
+from .adapters import CheckedEncoder, RivalEncoder
 from .last_token import LastTokenEncoder, PROMPTS
 from .late_fusion import LateFusion, load_fusion
 from .pretrained import ClipEncoder, FrozenEncoder, MeanPooledText, SentenceEncoder
@@ -78,7 +78,8 @@ def load_rival(
         advice = f"one of {', '.join(f'{known}:' for known in ADAPTERS)}"
         raise UsageError("no rival's name, which is kind:name", where=str(name), advice=advice)
     where, _, options = str(name).partition(":")[2].partition("?")
-    return ADAPTERS[kind](where, device=device, **_options(ADAPTERS[kind], options, name))
+    made = ADAPTERS[kind](where, device=device, **_options(ADAPTERS[kind], options, name))
+    return made if isinstance(made, RivalEncoder) else CheckedEncoder(made)
 
 
 def _options(make: Callable, text: str, name: str) -> dict:

@@ -26,7 +26,7 @@ from ..evaluation.protocol import make_benchmark
 from ..evaluation.seed_statistics import seed_interval
 from ..evaluation.statistics import table_hits
 from ..files import locked, read_json, write_errors, write_json, write_parquet
-from ..folders import Hold, whole_folder
+from ..folders import Hold, settings_of_run, whole_folder
 from ..rivals.two_tower import beside, train_two_tower
 from ..runtime import run_settings
 from .variants import TOWERS, find_variant, is_augmented, same_as, variant_parts
@@ -168,10 +168,18 @@ def _is_finished(study: Study, run: StudyRun, steps: StudySteps) -> bool:
     folder = run.folder(study.out)
     if not (folder / "metrics.json").is_file():
         return False
-    settings = read_json(folder / "run_settings.json")
-    _require_same(settings["study"], _marks(study), folder)
-    require_same_settings(settings["study"]["config"], _settings_of(study, run, steps), str(folder))
+    about = _study_settings(folder)
+    _require_same(about, _marks(study), folder)
+    require_same_settings(about["config"], _settings_of(study, run, steps), str(folder))
     return True
+
+
+def _study_settings(folder: Path) -> dict:
+    "What a run says of its study. `DataError` for a run that was made by itself."
+    if about := settings_of_run(folder).get("study"):
+        return about
+    advice = "remove this folder and run the study again"
+    raise DataError("run_settings.json does not say that this is a run of a study", where=str(folder), advice=advice)
 
 
 def _make_run(
@@ -332,6 +340,7 @@ def _begin_study(study: Study) -> StudySteps:
             _require_same(noted, {"steps": steps.equal}, path)
         for run in study.runs():  # all are looked at before one is made
             _is_finished(study, run, steps)
+        study.catalog.split(study.split)  # one that is not there is told before anything is noted
         write_json(path, _note(study, noted, steps))
         return steps
 
@@ -379,7 +388,7 @@ def finished_runs(
             if not (metrics.parent / name).is_file():
                 advice = "remove this folder and run the study again"
                 raise DataError(f"no {name}", where=str(metrics.parent), advice=advice)
-        about = read_json(metrics.parent / "run_settings.json")["study"]
+        about = _study_settings(metrics.parent)
         found[StudyRun(about["budget"], about["variant"], int(about["seed"]))] = metrics.parent
     return found
 
@@ -401,7 +410,7 @@ def ablation_table(
     columns = ["budget", "variant", "seed", "direction", "metric", "value", "lo", "hi", "steps", "minutes"]
     rows = []
     for run, folder in finished_runs(out).items():
-        settings = read_json(folder / "run_settings.json")
+        settings = settings_of_run(folder)
         cost = settings["steps"], settings["seconds"]["steps"] / 60
         for direction, block in read_json(folder / "metrics.json")["directions"].items():
             for metric, entry in block.items():

@@ -20,17 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..config import EncoderConfig, TrainConfig
-from ..errors import LabError
-from ..model.backbone import FileTokenizer
+from ..data.images import ImageRef
 from ..model.encoder import Moon2Encoder
-from ..model.families import family_of
-from ..model.hf_backbone import HFBackbone, pil_processor
+from ..model.hf_backbone import HFBackbone, model_files, require_contract
 from ..model.lora import FFN_NAMES, add_lora
 from ..model.low_rank_experts import LowRankExperts
 from ..model.memory import cast_weights, checkpoint_gradients, freeze_base
 from ..model.moe import ExpertLayer, LayerRouting, gated
 from ..model.packing import Packing, register_packed_attention
+from ..model.token_rows import PictureSize
 from ..model.upcycling import add_experts
+from ..model.vision import NativeFit
 
 # %% ../../nbs/training/561_memory_plan.ipynb #d1b83943
 class _Alive(TorchDispatchMode):
@@ -258,30 +258,32 @@ class _PlacesForMasks(TorchFunctionMode):
 def encoder_without_weights(
     config: EncoderConfig,  # backbone: a model of transformers; changed where it says 0
 ) -> Moon2Encoder:
-    "An encoder with shapes and no numbers, frozen: it counts tokens of texts and pictures; no weights are read."
+    """An encoder with shapes and no numbers, frozen: it counts tokens of texts and pictures; no weights are read.
+    `DataError` for what cannot be a backbone."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
     from transformers.initialization import no_init_weights
 
-    where = config.backbone
-    try:
-        model, processor = AutoConfig.from_pretrained(where), pil_processor(where)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        advice = "give a folder, or a name that this machine can fetch from the hub (or has in its cache)"
-        raise LabError(f"cannot plan with {where!r} ({reason})", where=where, advice=advice) from error
-    family = family_of(model.model_type, where)
-    config.image_size = config.image_size or family.image_size
-    model, fake = _cut(model, config.num_layers), FakeTensorMode(allow_non_fake_inputs=True)
+    model, processor, tokenizer, fit = model_files(config, config.backbone)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     how = {"dtype": getattr(torch, config.weights_dtype)}
     how["attn_implementation"] = {"text_config": register_packed_attention()}
     with fake, no_init_weights():
         base = AutoModel.from_config(model, **how)
+    require_contract(base, config.backbone)
     # outside of the mode: what the image processor gives has numbers, so that grids can be read
     with _PlacesForMasks():
-        backbone = HFBackbone(config, base, processor, FileTokenizer(where), True)
+        backbone = HFBackbone(config, base, processor, tokenizer, True, fit)
     with fake:
         add_experts(backbone, config)
     encoder = Moon2Encoder(backbone, config).requires_grad_(False)
     backbone.missing_features = lambda refs: list(range(len(refs)))  # which are stored, the weights would say
+    if fit is not None:
+        backbone.picture_sizes = lambda refs: [_size_of(fit, ref) for ref in refs]
     return encoder
+
+
+def _size_of(fit: NativeFit, ref: ImageRef) -> PictureSize:
+    "On how many patches a picture will be laid at its own aspect."
+    rows, columns = fit.grid(*fit.pad(ref.load()).size)
+    return PictureSize(rows * columns, (rows, columns))

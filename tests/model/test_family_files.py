@@ -18,11 +18,11 @@ from moon2_lab.files import read_json, write_json
 from moon2_lab.model.certify import build_backbone
 from moon2_lab.model.encoder import Moon2Encoder
 from moon2_lab.model.families import FAMILIES, REFUSED, family_of
-from moon2_lab.model.hf_backbone import hf_backbone, pil_processor
+from moon2_lab.model.hf_backbone import hf_backbone, image_token_id, pil_processor
 from moon2_lab.tiny_models import TINY_FAMILIES, TINY_REFUSED, spoil_model, tiny_model
 from PIL import Image
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 BOTH = [Item("small red ball", REFS[0]), Item("green ring no 7", None), Item(None, REFS[1])]
@@ -268,6 +268,52 @@ def test_a_folder_that_lacks_something(name, fault, tmp_path):
     with pytest.raises(DataError) as caught:
         load(name, folder)
     assert {"processor": "image processor", "cut": "weights"}.get(fault, fault) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY_FAMILIES if name != "llava_onevision"])
+def test_a_tokenizer_without_the_token_of_pictures(name, tmp_path):
+    """Tokens behind it move up: the frame is then in its place, or not where the config says. (In llava_onevision the
+    token of videos takes it.) Also where a word of texts has its id."""
+    config = AutoConfig.from_pretrained(folder_of(name))
+    number = image_token_id(config)
+    token = AutoTokenizer.from_pretrained(folder_of(name)).convert_ids_to_tokens(number)
+    folder = copied(name, tmp_path)
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        write_json(path, _without(read_json(path), token))
+    with pytest.raises(DataError, match=f"the config says {number}, which is|_token_i.* of the config is"):
+        load(name, folder)
+    folder = copied(name, tmp_path / "word")
+    field = next(field for field in ("image_token_id", "image_token_index") if field in config.to_dict())
+    write_json(folder / "config.json", read_json(folder / "config.json") | {field: 4})
+    with pytest.raises(DataError, match="the config says 4, which is '"):
+        load(name, folder)
+
+
+def _without(content, token):
+    "JSON without a key, value or object that is the token, or has it as content."
+    if isinstance(content, dict):
+        kept = {key: value for key, value in content.items() if key != token and value != token}
+        return {key: _without(value, token) for key, value in kept.items() if not _names(value, token)}
+    return [_without(value, token) for value in content if not _names(value, token)] if isinstance(content, list) else (
+        content
+    )
+
+
+def _names(value, token):
+    return value == token or (isinstance(value, dict) and value.get("content") == token)
+
+
+@pytest.mark.parametrize("name, field", [
+    ("qwen3_vl", "vision_start_token_id"), ("gemma3", "boi_token_index"), ("gemma4", "eoi_token_id"),
+    ("glm4v", "image_end_token_id"),
+])
+def test_a_frame_that_the_config_denies(name, field, tmp_path):
+    "Packed rows and the stock forward pass would agree on it."
+    folder = copied(name, tmp_path)
+    before = read_json(folder / "config.json")
+    write_json(folder / "config.json", before | {field: before[field] - 1})
+    with pytest.raises(DataError, match=f"{field[:-5]}\\w+ of the config is {before[field] - 1}, but '"):
+        load(name, folder)
 
 
 def test_a_folder_without_tokenizer_of_a_kind_that_is_not_known(tmp_path, monkeypatch):

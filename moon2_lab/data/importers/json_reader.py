@@ -91,7 +91,7 @@ def is_json_lines(path: Path, form: TextForm) -> bool:
 # %% ../../../nbs/data/importers/202_json_reader.ipynb #22449c24
 _BITE = 2**20  # characters read at a time
 _WASTE = 2**29  # characters that may be read in vain
-_NEXT_ITEM = re.compile(r'\}\s*,\s*(?="(?:[^"\\]|\\.){0,1000}"\s*:|\{)')
+_NAME = r'"(?:[^"\\]|\\.){0,1000}"\s*:\s*'
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]"]', re.DOTALL)
 _BEHIND_ITEM = re.compile(r'\s*(?:,\s*(?="(?:[^"\\]|\\.){0,1000}"\s*:|\{)|(?=[\]}]))')
 
@@ -102,6 +102,7 @@ class _Window:
     def __init__(self, file: io.TextIOBase, name: str):
         self.file, self.name, self.text, self.at, self.ended = file, name, "", 0, False
         self.decoder, self.wasted = _Decoder(), 0
+        self.begins: set[str] = set()  # names of the first field of the items so far
 
     def more(self) -> bool:
         "Read on, as much again as there is; False at the end."
@@ -179,12 +180,16 @@ class _Window:
                 return behind and behind.end()
         return None
 
-    def resync(self) -> bool:
-        "Move behind the broken item, or where its end cannot be told to the next place that looks like an item."
+    def resync(self, keyed: bool = False) -> bool:
+        """Move behind the broken item, or where its end cannot be told to the next place that looks like an item: that
+        begins as those before did, so that objects in the broken one are not taken for items."""
         if place := self._behind_item():
             self.at = place
             return True
-        while not (match := _NEXT_ITEM.search(self.text, self.at)):
+        names = "|".join(re.escape(json.dumps(name, ensure_ascii=False)) for name in sorted(self.begins))
+        begin = r"\{\s*(?:" + names + ")" if names else "" if keyed else r"\{"
+        item = re.compile(r"\}\s*,\s*(?=" + (_NAME if keyed else "") + begin + ")")
+        while not (match := item.search(self.text, self.at)):
             self.at = max(self.at, len(self.text) - 4096)
             if not self.more():
                 return False
@@ -234,7 +239,7 @@ class _ItemReader:
             number += 1
             record = self.next_item(number, keyed)
             yield record
-            if record.reason and not window.resync():
+            if record.reason and not window.resync(keyed):
                 return
             if not record.reason and not window.skip(_COMMA):
                 break
@@ -253,9 +258,11 @@ class _ItemReader:
         value, reason, note = self.value()
         if reason:
             return self.record(number, None, f"{reason} (item {name[:60] if key else number})")
+        begin = set(list(value)[:1]) if isinstance(value, dict) else set()
         if isinstance(value, dict) and isinstance(value.get("node"), dict) and set(value) <= {"node", "cursor"}:
             value = value["node"]
         values = value if isinstance(value, dict) else {"_value": value}
+        self.window.begins |= begin if len(self.window.begins) < 20 else set()
         return self.record(number, {**values, "_key": name} if key else values, None, note)
 
     def value(self) -> tuple[Any, str | None, str | None]:
