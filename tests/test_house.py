@@ -401,7 +401,7 @@ TORCH_FREE = (  # useful without a model
 )
 HEAVY = (
     "torch", "transformers", "peft", "accelerate", "captum", "gradio", "plotly", "matplotlib", "sklearn", "ipywidgets",
-    "anywidget", "nbdev", "IPython", "cv2", "diffusers", "pymilvus", "milvus_lite", "faiss",
+    "anywidget", "nbdev", "IPython", "cv2", "diffusers", "pymilvus", "milvus_lite", "faiss", "sentence_transformers",
 )
 MAY_IMPORT = {  # heavy packages, and the modules that may import them when they are imported themselves
     "transformers": {"model.backbone"},
@@ -421,6 +421,7 @@ MAY_IMPORT = {  # heavy packages, and the modules that may import them when they
     "pymilvus": set(),
     "milvus_lite": set(),
     "faiss": set(),
+    "sentence_transformers": {"model.sentence_module"},
 }
 
 

@@ -492,3 +492,12 @@ def push_command(args: argparse.Namespace) -> Outcome:
         return Outcome(told, facts, next=next_command("push", args.run_folder, args.repo))
     address = push_to_hub(args.run_folder, args.repo, private=not args.public)
     return Outcome(f"{address}: published", {"folder": None, "address": address})
+
+def export_command(args: argparse.Namespace) -> Outcome:
+    "Write a model as a folder that needs nothing else: base included, LoRA merged, with card and scores."
+    from moon2_lab.folders import require_new
+    from moon2_lab.reporting.hub import export_model
+
+    require_new(args.out, "give another OUT")
+    folder = export_model(args.model, args.out, args.format)
+    return Outcome(f"{folder}: {args.format}", {"folder": str(folder), "format": args.format})

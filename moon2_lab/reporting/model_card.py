@@ -176,6 +176,7 @@ def model_card(
     settings: dict | None = None,  # run_settings.json of its run
     online: bool = False,  # ask the hub for the licence of the base
     on_hub: bool = True,
+    sentence: bool = False,  # the folder opens in sentence-transformers, too
 ) -> str:
     "The README.md of a model: base, data, what was trained, scores with intervals, limits, licence, how to load it."
     saved, metrics = read_json(Path(folder) / "config.json"), metrics or {}
@@ -184,6 +185,7 @@ def model_card(
     text = f"`{licence}`, as the card of the base says" if licence else "That of the base is not known here"
     values = {
         "base_id": base if is_hub_id(base) else "", "licence": licence, "repo": repo, "on_hub": on_hub,
+        "sentence": sentence,
         "title": repo.rpartition("/")[2],
         "licence_text": f"{text}. Look at it, and at that of the data, before you use or publish this model.",
         "width": saved["decoder"].get("hidden_size") or "D", "version": __version__,

@@ -23,7 +23,7 @@ SMALL = [
 COMMANDS = (
     ["data", "check"], ["data", "synth"], ["backbone", "check"],
     ["train"], ["eval"], ["embed"], ["index"], ["search"], ["compare"], ["doctor"], ["map"], ["demo"],
-    ["report"], ["push"], ["run"],
+    ["report"], ["push"], ["export"], ["run"],
 )
 
 

@@ -4,18 +4,22 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import yaml
 from moon2_lab.cli.main import main
-from moon2_lab.errors import LabError, UsageError
+from moon2_lab.data.images import ImageRef
+from moon2_lab.data.products import Item
+from moon2_lab.errors import DataError, LabError, UsageError
 from moon2_lab.files import write_json
 from moon2_lab.model.encoder import Moon2Encoder
-from moon2_lab.reporting.hub import publishable, push_to_hub
+from moon2_lab.reporting.hub import export_model, publishable, push_to_hub
 from moon2_lab.testing import made_up_metrics
 from moon2_lab.tiny_models import tiny_model
+from PIL import Image
 from small import tiny
 
 REPO = "somebody/shoe-search"
@@ -154,3 +158,20 @@ def test_a_whole_model_of_transformers_is_published_without_its_folder(tmp_path)
 def test_card_only_sends_nothing(hub, run, tmp_path):
     assert main(["push", str(run), REPO, "--card-only", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "README.md").is_file() and not [path for path, _ in hub.asked if "repos" in path]
+
+
+def test_an_exported_model_opens_in_sentence_transformers(tmp_path):
+    "Trained part beside a named base -> one folder; opened by sentence-transformers its vectors are the model's own."
+    st = pytest.importorskip("sentence_transformers")
+    folder = Path(__file__).resolve().parents[2] / "data" / "pretrained"
+    out = export_model(folder, tmp_path / "out", "sentence-transformers")
+    assert "base" not in json.loads((out / "config.json").read_text())
+    opened = st.SentenceTransformer(str(out), trust_remote_code=True, device="cpu")
+    picture = Image.new("RGB", (200, 120), "navy")
+    given = ["red dress", {"text": "navy bag", "image": picture}, picture, ""]
+    with pytest.raises(DataError, match="input ''"):
+        opened.encode(given)
+    seen = ImageRef.from_pil(picture)
+    items = [Item("red dress", None), Item("navy bag", seen), Item(None, seen)]
+    own = Moon2Encoder.from_pretrained(folder).encode(items)
+    assert np.abs(opened.encode(given[:3]) - own).max() < 1e-6
