@@ -257,6 +257,8 @@ def test_progress_and_cancel():
     explainer = Explainer(encoder, query, item, trials=4)
     explainer.compute("item", "shapley", lambda done, total: told.append((done, total)), lambda: False)
     assert told and all(0 <= done <= total for done, total in told) and told[-1][0] == told[-1][1]
+    shares = [done / total for done, total in told]
+    assert shares == sorted(shares) and len(set(shares)) > 4, "a bar that goes back says nothing"
     with pytest.raises(Cancelled):
         explainer.compute("query", "shapley", None, lambda: True)
     assert explainer.compute("query", "shapley")[0].words.shape == (2,), "after a cancel it can be asked again"
