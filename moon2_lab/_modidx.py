@@ -103,6 +103,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'moon2_lab.app.interface': { 'moon2_lab.app.interface._Page': ('app/interface.html#_page', 'moon2_lab/app/interface.py'),
                                          'moon2_lab.app.interface._Page.launch': ( 'app/interface.html#_page.launch',
                                                                                    'moon2_lab/app/interface.py'),
+                                         'moon2_lab.app.interface._Page.postprocess_data': ( 'app/interface.html#_page.postprocess_data',
+                                                                                             'moon2_lab/app/interface.py'),
                                          'moon2_lab.app.interface._Page.preprocess_data': ( 'app/interface.html#_page.preprocess_data',
                                                                                             'moon2_lab/app/interface.py'),
                                          'moon2_lab.app.interface._Page.queue': ( 'app/interface.html#_page.queue',

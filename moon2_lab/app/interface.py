@@ -174,12 +174,20 @@ class _Page(gr.Blocks):
 
     def launch(self, *given, **options):
         "As in Gradio, with files in a folder of this page's own: a page that is closed deletes all that it has shown."
-        folder = str(Path(get_upload_folder()) / secrets.token_hex(8))
+        self.folder = str(Path(get_upload_folder()) / secrets.token_hex(8))
         for block in self.blocks.values():
-            block.GRADIO_CACHE = folder
+            block.GRADIO_CACHE = self.folder
         answer = super().launch(*given, **options)
-        self.app.uploaded_file_dir = folder
+        self.app.uploaded_file_dir = self.folder
         return answer
+
+    async def postprocess_data(self, block_fn, predictions, state):
+        "As in Gradio, which makes a box anew for a session when it is updated or skipped: it keeps its folder."
+        shown = await super().postprocess_data(block_fn, predictions, state)
+        for box in block_fn.outputs if state is not None else ():
+            if not box.stateful and box._id in state:
+                state[box._id].GRADIO_CACHE = self.folder
+        return shown
 
     def queue(self, *given, **options):
         "As in Gradio, with lines that are bounded by client, the slow ones apart from searches."

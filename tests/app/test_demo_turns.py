@@ -133,6 +133,36 @@ def test_a_hit_that_is_opened_during_a_search_goes_with_it(page, demo, monkeypat
     assert not details.inner_text().strip() and mapped(page) == "" and not page.locator("#moon2-alike").is_visible()
 
 
+def test_pictures_come_after_a_search_that_was_overtaken(page, demo, monkeypatch):
+    "A search is called off by the next one; what is found after that has its pictures, from the folder of this page."
+    find, began, release, refused = demo.service.find, threading.Event(), threading.Event(), []
+
+    def late(query, *given, **named):
+        if query.text == "white lamp" and not began.is_set():
+            began.set()
+            release.wait(WAIT)
+        return find(query, *given, **named)
+
+    monkeypatch.setattr(demo.service, "find", late)
+    page.on("response", lambda reply: refused.append(reply.url) if reply.status >= 400 else None)
+    words, go = page.get_by_label("Words", exact=True), page.get_by_role("button", name="Search", exact=True)
+    words.fill("white lamp")
+    go.click()
+    assert began.wait(WAIT)
+    page.get_by_label("title", exact=True).check()  # asks again, beside the first
+    captions = page.locator(".moon2-hits .caption-label")
+    titles = [hit["title"] for hit in demo.service.search("white lamp", None, "t", 12)["hits"]]
+    until(page, lambda: [one.split("\n")[-1] for one in captions.all_inner_texts()] == titles, "second hits", WAIT)
+    release.set()
+    words.fill("red mug")
+    go.click()
+    titles = [hit["title"] for hit in demo.service.search("red mug", None, "t", 12)["hits"]]
+    until(page, lambda: [one.split("\n")[-1] for one in captions.all_inner_texts()] == titles, "third hits", WAIT)
+    drawn = "[...document.querySelectorAll('.moon2-hits button img')].every((one) => one.complete && one.naturalWidth)"
+    until(page, lambda: page.evaluate(drawn), "the pictures", WAIT)
+    assert not refused
+
+
 def test_an_edit_takes_the_place_of_a_measurement(page, demo, address, held):
     "The fold below a pair: its map is of the edited pair, and what was measured of the plain one is not told of it."
     first = found(demo)[0]
