@@ -97,6 +97,18 @@ def run_cell(page, number):
     raise AssertionError(f"cell {number} does not run")
 
 
+def texts_in_frame(page, frame: str, inside: str) -> list[str]:
+    "Texts of what `inside` selects in a frame; none while the frame is being replaced."
+    from playwright.sync_api import Error
+
+    try:
+        return page.frame_locator(frame).locator(inside).all_inner_texts()
+    except Error as error:
+        if "detached" not in str(error):
+            raise
+        return []
+
+
 def until(page, holds, what, seconds=60, tell=lambda: ""):
     "Poll until `holds()`; `tell()` says how things stand when it never does."
     for _ in range(seconds * 10):

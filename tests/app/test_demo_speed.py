@@ -3,7 +3,7 @@ import statistics
 import time
 
 import pytest
-from browsing import until
+from browsing import texts_in_frame, until
 
 pytest.importorskip("gradio")
 
@@ -19,10 +19,9 @@ def test_from_a_click_to_the_cross_map(browser, address, demo):
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
     page.goto(f"{address}?q=red+mug")
     page.locator(".moon2-hits button img").first.wait_for(timeout=120_000)
-    heading = page.frame_locator("#moon2-heat iframe").locator(".m2h-side[data-side=item] h3")
 
-    def named() -> str:  # a frame may be replaced while it is asked
-        return next(iter(heading.all_inner_texts()), "")
+    def named() -> str:
+        return next(iter(texts_in_frame(page, "#moon2-heat iframe", ".m2h-side[data-side=item] h3")), "")
 
     seen, took = "", []
     for place in range(11):

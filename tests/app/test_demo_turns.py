@@ -4,7 +4,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from browsing import until
+from browsing import texts_in_frame, until
 
 pytest.importorskip("gradio")
 
@@ -63,8 +63,8 @@ def click(page, place: int):
 
 def mapped(page) -> str:
     "The product whose map is shown."
-    heading = page.frame_locator("#moon2-heat iframe").locator(".m2h-side[data-side=item] h3")
-    return " ".join(heading.all_inner_texts()).removeprefix("Item").strip()
+    heading = texts_in_frame(page, "#moon2-heat iframe", ".m2h-side[data-side=item] h3")
+    return " ".join(heading).removeprefix("Item").strip()
 
 
 def test_the_last_click_is_shown(page, demo, held):
