@@ -12,10 +12,12 @@ import html
 import io
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from PIL import Image
@@ -159,6 +161,7 @@ class Turn:
     "What a page asks for now: who holds an earlier number has been overtaken."
     number: int = 0
     below: "Turn | None" = None  # of what stands below, and goes with it
+    current: Any = None  # the first value of what was shown last
 
     def begin(self) -> Callable[[], bool]:
         "Overtake what was asked for before, here and below; whether that has happened to this, too, the answer tells."
@@ -186,13 +189,18 @@ def while_wanted(
     function: Callable,  # takes first what tells whether it has been overtaken
     begins: bool = False,  # overtakes what was asked for before; False: goes on with it
     below: bool = False,  # with what stands below the hits or the pair
+    of_current: bool = False,  # its first value is what was shown above; overtaken once that is another
 ) -> Callable:
     "The function of an event that takes the page's `Turn` first, and changes nothing on a page once it is overtaken."
 
     @functools.wraps(function)
-    def wrapped(turn, *given):
-        turn = turn.below if below else turn
-        overtaken = turn.begin() if begins else turn.watch()
+    def wrapped(above, *given):
+        turn = above.below if below else above
+        later = turn.begin() if begins else turn.watch()
+
+        def overtaken() -> bool:  # what is above may be found already, and not yet be on the page
+            return later() or bool(of_current and given[0] and given[0] is not above.current)
+
         try:
             answer = function(overtaken, *given)
         except Exception:
@@ -200,7 +208,8 @@ def while_wanted(
                 raise
         if overtaken():
             return gr.skip()
-        if begins:
+        if begins and not below:
+            turn.current = answer[0] if isinstance(answer, tuple) else answer
             turn.settle()  # what was opened below while this was under way
         return answer
 
@@ -420,6 +429,7 @@ def _opened_hit(service: SearchService, search: Mapping, letter: str, place: int
 
 
 _MEASURING = "Measuring how far this map can be trusted ..."
+_DRAWN = 1.0  # seconds for the browser, often on this machine, to draw a map before its measurement takes the processor
 
 
 def explained_pair(
@@ -452,8 +462,12 @@ def measured_pair(
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Markup | str:
     "How far a map that was shown at once can be trusted; empty for one that was measured before."
-    measured = lambda: service.model(letter).explain(query, item, [method], cancelled=cancelled)
-    return trust_html(measured(), method) if METHODS[method].at_once else ""
+    if not METHODS[method].at_once:
+        return ""
+    drawn = time.monotonic() + _DRAWN
+    while time.monotonic() < drawn and not cancelled():
+        time.sleep(0.02)
+    return trust_html(service.model(letter).explain(query, item, [method], cancelled=cancelled), method)
 
 
 def _report_to(progress: Callable) -> Callable[[float, str], None]:
@@ -518,7 +532,7 @@ def connect_search(
     for event, js in ((more, "searched"), (like, "searched"), (example, "searched"), (chip, "changed")):
         js = f"({names}) => moon2.{js}({{q, direction, k, filter, model}}, image)"
         event.success(**search).success(None, inputs, js=js, **_PRIVATE)
-    opens = lambda function, begins=True: with_messages(while_wanted(function, begins, below=True))
+    opens = lambda function, begins=True: with_messages(while_wanted(function, begins, True, of_current=True))
     asked = [turn, boxes["search"], boxes["clicked"], boxes["method"]]
     explanation = {"fn": opens(explain), "inputs": asked, "show_progress_on": boxes["heat"]} | _PRIVATE | EXPLAINS
     explanation |= {"outputs": [boxes[name] for name in ("heat", "trust", "method")]} | OVERTAKING
