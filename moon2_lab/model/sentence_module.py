@@ -7,6 +7,7 @@ __all__ = ['item_of', 'SentenceModule', 'write_sentence_files']
 
 # %% ../../nbs/model/365_sentence_module.ipynb #0e472a6c
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,12 @@ def item_of(
 ) -> Item:
     """An input of sentence-transformers as an item. `DataError` for what is neither text nor picture: it says what was
     given, not at which place, since sentence-transformers has sorted the inputs by length."""
-    text = given.get("text") if isinstance(given, Mapping) else given if isinstance(given, str) else None
+    parts = given if isinstance(given, Mapping) else {"text" if isinstance(given, str) else "image": given}
+    text, pictures = parts.get("text"), parts.get("image", ())
     where = "a picture" if text is None else f"input {printable(str(text), 40)!r}"
-    if isinstance(given, str):
-        return Item(given, None, where)
-    if not isinstance(given, Mapping):
-        return Item(None, _picture(given, where), where)
-    if not given or given.keys() - {"text", "image"}:
-        what = f"keys {printable(', '.join(map(str, given)), 60)!r}"
+    if not parts or parts.keys() - {"text", "image"}:
+        what = f"keys {printable(', '.join(map(str, parts)), 60)!r}"
         raise DataError(what, where=where, advice="give 'text', 'image', or both")
-    pictures = given.get("image", ())
     pictures = pictures if isinstance(pictures, (list, tuple)) else (pictures,)
     first, *others = [_picture(one, where) for one in pictures] or [None]
     return Item(text, first, where, expanded=tuple(others))
@@ -84,8 +81,7 @@ class SentenceModule(InputModule):
         "The inputs as items. `DataError` naming the input that cannot be read."
         items = [item_of(given) for given in inputs]
         if prompt:
-            items = [Item((prompt + item.text) if item.text else item.text, item.image, item.item_id, None,
-                          item.expanded) for item in items]
+            items = [replace(item, text=prompt + item.text) if item.text else item for item in items]
         return {"items": items}
 
     def forward(self, features: dict[str, Any], **ignored) -> dict[str, Any]:

@@ -67,14 +67,20 @@ def mapped(page) -> str:
     return " ".join(heading).removeprefix("Item").strip()
 
 
-def test_the_last_click_is_shown(page, demo, held):
-    "The second hit's map comes while the first one's is still being made, and stays when that is done."
+def second_while_first_is_held(page, demo, held, measured: bool) -> tuple[str, str]:
+    "Opens the second hit while the first one's map, or its measurement, is under way; both ids, once the map is there."
     first, second, *_ = found(demo)
-    held.hold = (first, False)
+    held.hold = (first, measured)
     click(page, 1)
-    until(page, lambda: (first, False) in held.asked, "the first explanation", WAIT)
+    until(page, lambda: held.hold in held.asked, "the explanation of the first hit", WAIT)
     click(page, 2)
     until(page, lambda: mapped(page) == second, "the map of the second hit", WAIT)
+    return first, second
+
+
+def test_the_last_click_is_shown(page, demo, held):
+    "The second hit's map comes while the first one's is still being made, and stays when that is done."
+    _, second = second_while_first_is_held(page, demo, held, measured=False)
     assert "Hit 2 of" in page.locator("#moon2-details").inner_text()
     held.release.set()
     until(page, lambda: "Faithfulness" in page.locator("#moon2-trust").inner_text(), "its measurement", WAIT)
@@ -83,12 +89,7 @@ def test_the_last_click_is_shown(page, demo, held):
 
 def test_a_measurement_is_given_up_by_the_next_click(page, demo, held):
     "The map of the second hit does not wait for the measurement of the first, which ends at once."
-    first, second, *_ = found(demo)
-    held.hold = (first, True)
-    click(page, 1)
-    until(page, lambda: (first, True) in held.asked, "the measurement of the first hit", WAIT)
-    click(page, 2)
-    until(page, lambda: mapped(page) == second, "the map of the second hit", WAIT)
+    first, second = second_while_first_is_held(page, demo, held, measured=True)
     assert set(held.given_up) == {first} and not held.release.is_set()
     until(page, lambda: "Faithfulness" in page.locator("#moon2-trust").inner_text(), "its measurement", WAIT)
     assert held.asked[-1] == (second, True)
