@@ -161,7 +161,7 @@ class Turn:
     "What a page asks for now: who holds an earlier number has been overtaken."
     number: int = 0
     below: "Turn | None" = None  # of what stands below, and goes with it
-    current: Any = None  # the first value of what was shown last
+    current: Any = None  # the last value of what was shown last
 
     def begin(self) -> Callable[[], bool]:
         "Overtake what was asked for before, here and below; whether that has happened to this, too, the answer tells."
@@ -189,7 +189,7 @@ def while_wanted(
     function: Callable,  # takes first what tells whether it has been overtaken
     begins: bool = False,  # overtakes what was asked for before; False: goes on with it
     below: bool = False,  # with what stands below the hits or the pair
-    of_current: bool = False,  # its first value is what was shown above; overtaken once that is another
+    of_current: bool = False,  # its first value is the last of what was shown above; overtaken once that is another
 ) -> Callable:
     "The function of an event that takes the page's `Turn` first, and changes nothing on a page once it is overtaken."
 
@@ -202,14 +202,14 @@ def while_wanted(
             return later() or bool(of_current and given[0] and given[0] is not above.current)
 
         try:
-            answer = function(overtaken, *given)
+            answer = gr.skip() if overtaken() else function(overtaken, *given)
         except Exception:
             if not overtaken():
                 raise
         if overtaken():
             return gr.skip()
         if begins and not below:
-            turn.current = answer[0] if isinstance(answer, tuple) else answer
+            turn.current = answer[-1] if isinstance(answer, tuple) else answer
             turn.settle()  # what was opened below while this was under way
         return answer
 
@@ -481,7 +481,8 @@ def connect_search(
     "What happens on a search, and on a click on a hit."
 
     def find(overtaken, *given):
-        return look_up_or_say(service, *given)
+        search, *shown = look_up_or_say(service, *given)
+        return *shown, search  # Gradio keeps one after the other: a hit of before is never taken for one of this search
 
     def show(overtaken, search, letter, event: gr.SelectData):
         return _opened_hit(service, search, letter, event.index)
@@ -510,9 +511,9 @@ def connect_search(
         return measured_pair(service, *clicked_pair(search, clicked), method, clicked["letter"], overtaken)
 
     inputs = [boxes[name] for name in ("text", "image", "direction", "k", "filter", "shown")]
-    outputs = [boxes[name] for name in ("search", "notice", "agreement", "judging")]
+    outputs = [boxes[name] for name in ("notice", "agreement", "judging")]
     outputs += [*boxes["columns"].values(), *boxes["galleries"].values()]
-    outputs += [boxes[name] for name in ("details", "heat", "trust", "clicked", "method", "opened", "alike")]
+    outputs += [boxes[name] for name in ("details", "heat", "trust", "clicked", "method", "opened", "alike", "search")]
     turn = boxes["turn"]
     search = {"fn": while_wanted(find, begins=True), "inputs": [turn, *inputs], "outputs": outputs} | QUIET
     search |= {"trigger_mode": "always_last"}  # a slider that is dragged asks once it is answered, and at the end
@@ -733,7 +734,7 @@ def connect_heatmap(
 # %% ../../nbs/app/865_tabs.ipynb #d05fe045
 _OWN, _NONE = "as it is", "no picture"  # whose picture; anything else names a product
 _OFFERED = 8  # hits whose pictures are offered
-EDITED = ("edit_pair", "edit_query", "edit_query_picture", "edit_item", "edit_item_picture", "edit_shown")
+EDITED = ("edit_query", "edit_query_picture", "edit_item", "edit_item_picture", "edit_shown", "edit_pair")
 
 
 def edit_boxes() -> dict:
@@ -763,7 +764,7 @@ def edit_start(service: SearchService, asked: tuple, letter: str) -> tuple:  # t
             name = printable(hit.product.title or hit.product.product_id, 60)
             pictures.append((f"of hit {place}: {name}", hit.product.product_id))
     boxes = lambda one: (one.text or "", gr.Dropdown(pictures, value=_OWN))
-    return {"asked": asked, "letter": letter}, *boxes(query), *boxes(item), ""
+    return *boxes(query), *boxes(item), "", {"asked": asked, "letter": letter}
 
 
 def _first_hits(service: SearchService, query: Item, view: str, letter: str) -> list[ProductHit]:
@@ -817,7 +818,7 @@ def connect_edit(service: SearchService, boxes: Mapping) -> None:
 
     texts = [boxes[f"edit_{name}"] for name in ("query", "query_picture", "item", "item_picture")]
     inputs, settled = [boxes["turn"], boxes["edit_pair"], *texts], "(...given) => moon2.settled('edit', given)"
-    edits = lambda function, begins: with_messages(while_wanted(function, begins, below=True))
+    edits = lambda function, begins: with_messages(while_wanted(function, begins, True, of_current=True))
     tell = {"fn": edits(numbers, True), "inputs": inputs, "outputs": boxes["edit_shown"]} | QUIET
     draw = {"fn": edits(heat, False), "inputs": inputs, "outputs": [boxes["heat"], boxes["trust"]]} | QUIET | EXPLAINS
     draw |= OVERTAKING

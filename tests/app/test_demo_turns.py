@@ -9,6 +9,7 @@ from browsing import texts_in_frame, until
 pytest.importorskip("gradio")
 
 from moon2_lab.app.interface import build_demo
+from moon2_lab.app.tabs import HitGallery
 from moon2_lab.data.catalog import Catalog
 from moon2_lab.model.encoder import Moon2Encoder, perturb_experts
 
@@ -132,6 +133,33 @@ def test_a_hit_that_is_opened_during_a_search_goes_with_it(page, demo, monkeypat
     until(page, lambda: not details.inner_text().strip(), "the new hits", WAIT)
     page.wait_for_timeout(1500)
     assert not details.inner_text().strip() and mapped(page) == "" and not page.locator("#moon2-alike").is_visible()
+
+
+def test_another_method_during_an_answer_is_not_of_two_searches(page, demo, held, monkeypatch):
+    "The new hits are found, and are on their way to the page: a map that is asked for now is of none of them."
+    first, write, began, release = found(demo)[0], HitGallery.postprocess, threading.Event(), threading.Event()
+    click(page, 1)
+    until(page, lambda: "Faithfulness" in page.locator("#moon2-trust").inner_text(), "the first hit", WAIT)
+
+    def late(gallery, value):
+        began.set()
+        release.wait(WAIT)
+        return write(gallery, value)
+
+    monkeypatch.setattr(HitGallery, "postprocess", late)
+    page.get_by_label("Words", exact=True).fill("white lamp")
+    page.get_by_role("button", name="Search", exact=True).click()
+    assert began.wait(WAIT)
+    asked, held.hold = len(held.asked), (first, True)
+    page.get_by_label("Explained by").click()
+    page.get_by_role("option", name="occlusion").click()
+    page.wait_for_timeout(1500)  # long enough to be asked
+    release.set()
+    until(page, lambda: not page.locator("#moon2-details").inner_text().strip(), "the new hits", WAIT)
+    held.release.set()
+    page.wait_for_timeout(1500)
+    assert mapped(page) == "" and not page.locator("#moon2-trust").inner_text().strip()
+    assert len(held.asked) == asked
 
 
 def test_pictures_come_after_a_search_that_was_overtaken(page, demo, monkeypatch):
