@@ -33,7 +33,6 @@ from ..errors import LabError, UsageError
 from ..evaluation.evaluate import run_benchmark
 from ..evaluation.item_sets import query_encoder
 from ..evaluation.protocol import make_benchmark
-from ..explain.attention import evaluating
 from ..explain.attribution import Cancelled, raise_if_cancelled
 from ..explain.explainer import ExplainerCache
 from ..explain.heatmap_data import Attribution, PairMaps, trust_facts
@@ -190,13 +189,6 @@ class SearchModel:
             if len(shown) >= k or len(hits) < depth or depth == MAX_K:
                 return shown[:k]
             depth = min(4 * depth, MAX_K)
-
-    def experts(self, items: Sequence[Item]) -> np.ndarray:
-        "(N, Z) gate weights of each item, mean over its tokens and MoE layers; Z = 0 for an encoder without experts."
-        if not self.encoder.moe_blocks:
-            return np.zeros((len(items), 0))
-        with self.lock, torch.no_grad(), evaluating(self.encoder):
-            return self.encoder.forward_items(list(items), ("mm",)).routing["mm"].float().cpu().numpy()
 
     @property
     def label(self) -> str:

@@ -309,6 +309,7 @@ def search_tab(service: SearchService) -> dict:
             boxes["method"] = _method_box(service, visible=False)
             boxes["heat"] = gr.HTML(elem_id="moon2-heat", elem_classes="moon2")
             boxes["trust"] = gr.HTML(elem_id="moon2-trust", elem_classes="moon2")
+            boxes["experts"] = gr.HTML(elem_id="moon2-experts", elem_classes="moon2")
     boxes["opened"] = gr.Textbox(visible="hidden")  # letter and id of the hit that was clicked, for the address
     boxes["columns"], boxes["galleries"] = (
         {letter: panel[place] for letter, panel in panels.items()} for place in (0, 1)
@@ -336,9 +337,9 @@ def look_up(
     return search, *told, *columns, *pictures, *_nothing_open()
 
 
-def _nothing_open() -> tuple:  # details, heat, trust, clicked, method, opened, alike
+def _nothing_open() -> tuple:  # details, heat, trust, experts, clicked, method, opened, alike
     "What stands below the hits before one is clicked."
-    return "", "", "", {}, gr.Dropdown(visible=False), "", gr.Row(visible=False)
+    return "", "", "", "", {}, gr.Dropdown(visible=False), "", gr.Row(visible=False)
 
 
 def narrowed(service: SearchService, chip: int, expression: str | None) -> str:
@@ -402,15 +403,13 @@ def query_again(service: SearchService, search: Mapping) -> Item:
 
 # %% ../../nbs/app/865_tabs.ipynb #41f5feca
 def _hit_html(service: SearchService, search: Mapping, letter: str, place: int) -> Markup:
-    "A hit that was clicked: what is known about it, what it has in common with the query, which experts read it."
+    "A hit that was clicked: what is known about it, what it has in common with the query; no model is asked."
     (product, score), query = _clicked_hit(search, letter, place), query_again(service, search)
-    shares = service.model(letter).experts([query, product.item(search["direction"])])
     ranks = shared_ranks(search["hits"]).get(product.product_id, {})
     both = "".join(f"; hit {rank} of {title_of(service, other)}" for other, rank in ranks.items() if other != letter)
     where = f"Hit {place + 1} of {title_of(service, letter)}, score {score:.3f}{both}"
-    experts = experts_html(dict(zip(("query", "hit"), shares)))
     lacks = has_and_lacks(product, service.attribute_words.asked(query.text))[1]
-    return product_html(product, where, matches(service.catalog, query, product), experts, lacks)
+    return product_html(product, where, matches(service.catalog, query, product), lacks=lacks)
 
 
 def _place_of(search: Mapping, letter: str | None, product_id: str | None) -> int | None:
@@ -425,7 +424,13 @@ def _opened_hit(service: SearchService, search: Mapping, letter: str, place: int
     product = _clicked_hit(search, letter, place).product
     clicked = {"letter": letter, "product": product}
     opened = f"{letter} {product.product_id}"
-    return _hit_html(service, search, letter, place), asking, "", clicked, opened, gr.Row(visible=True)
+    return _hit_html(service, search, letter, place), asking, "", "", clicked, opened, gr.Row(visible=True)
+
+
+def _experts_of(pair: PairMaps, hit: str) -> Markup:
+    "Which experts read the query and the `hit`, as the pass told that read them; empty for a model without experts."
+    shares = {"query": pair.query.shares, hit: pair.item.shares}
+    return experts_html({name: values for name, values in shares.items() if values is not None})
 
 
 _MEASURING = "Measuring how far this map can be trusted ..."
@@ -493,7 +498,7 @@ def connect_search(
     def reopen(overtaken, search, asks):
         letter, place = asks.get("of"), _place_of(search, asks.get("of"), asks.get("hit"))
         if place is None:
-            return tuple(gr.skip() for _ in range(6))
+            return tuple(gr.skip() for _ in outputs)
         return _opened_hit(service, search, letter, place)
 
     def clicked_pair(search, clicked):
@@ -501,9 +506,10 @@ def connect_search(
 
     def explain(overtaken, search, clicked, method, progress=_PROGRESS):
         if not clicked:
-            return "", "", gr.Dropdown(visible=False)
+            return "", "", "", gr.Dropdown(visible=False)
         asked, tell = (*clicked_pair(search, clicked), method, clicked["letter"]), _report_to(progress)
-        return *explained_pair(service, *asked, tell, cancelled=overtaken)[1:], gr.Dropdown(visible=True)
+        pair, *shown = explained_pair(service, *asked, tell, cancelled=overtaken)
+        return *shown, _experts_of(pair, "hit"), gr.Dropdown(visible=True)
 
     def measure(overtaken, search, clicked, method):
         if not clicked:
@@ -513,7 +519,8 @@ def connect_search(
     inputs = [boxes[name] for name in ("text", "image", "direction", "k", "filter", "shown")]
     outputs = [boxes[name] for name in ("notice", "agreement", "judging")]
     outputs += [*boxes["columns"].values(), *boxes["galleries"].values()]
-    outputs += [boxes[name] for name in ("details", "heat", "trust", "clicked", "method", "opened", "alike", "search")]
+    below = ("details", "heat", "trust", "experts", "clicked", "method", "opened", "alike", "search")
+    outputs += [boxes[name] for name in below]
     turn = boxes["turn"]
     search = {"fn": while_wanted(find, begins=True), "inputs": [turn, *inputs], "outputs": outputs} | QUIET
     search |= {"trigger_mode": "always_last"}  # a slider that is dragged asks once it is answered, and at the end
@@ -536,10 +543,10 @@ def connect_search(
     opens = lambda function, begins=True: with_messages(while_wanted(function, begins, True, of_current=True))
     asked = [turn, boxes["search"], boxes["clicked"], boxes["method"]]
     explanation = {"fn": opens(explain), "inputs": asked, "show_progress_on": boxes["heat"]} | _PRIVATE | EXPLAINS
-    explanation |= {"outputs": [boxes[name] for name in ("heat", "trust", "method")]} | OVERTAKING
+    explanation |= {"outputs": [boxes[name] for name in ("heat", "trust", "experts", "method")]} | OVERTAKING
     measurement = {"fn": opens(measure, begins=False), "inputs": asked, "outputs": [boxes["trust"]]} | QUIET | EXPLAINS
     measurement |= OVERTAKING
-    outputs = [boxes[name] for name in ("details", "heat", "trust", "clicked", "opened", "alike")]
+    outputs = [boxes[name] for name in ("details", "heat", "trust", "experts", "clicked", "opened", "alike")]
     for letter, gallery in boxes["galleries"].items():
         given = [turn, boxes["search"], gr.State(letter)]
         opened = gallery.select(opens(show), given, outputs, **QUIET | OVERTAKING)
@@ -688,7 +695,7 @@ def _pair_html(
     "What is known about the pair, its heatmap, and what stands below it. Errors as in `_asked_pair`."
     query, item, product = _asked_pair(service, *asked)
     pair, heat, below = explained_pair(service, query, item, method, letter, tell, "Why this score?", cancelled)
-    experts = experts_html(dict(zip(("query", "product"), service.model(letter).experts([query, item]))))
+    experts = _experts_of(pair, "product")
     where = f"Score {pair.score:.3f} by {title_of(service, letter)}"
     plain = product.item(asked[-1]) if product else None
     if plain is None or item.text != plain.text or item.image != plain.image:

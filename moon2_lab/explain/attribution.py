@@ -55,8 +55,9 @@ class AttributionInputs:
 
     @property
     def rows_at_once(self) -> int:
-        "Rows in one forward pass: more take longer on a CPU, as their states leave its caches; else memory bounds it."
-        return 16 if self.inputs[0].device.type == "cpu" else 32
+        """Rows in one forward pass. On a CPU more take longer, as their states leave its caches, and whoever cancels
+        waits for a pass to end; elsewhere memory is the bound."""
+        return 4 if self.inputs[0].device.type == "cpu" else 32
 
     @property
     def rise(self) -> float:

@@ -35,6 +35,11 @@ class TokenRouting:
         "(layers, cells + W, Z) by patch and word, as `moon2_lab.explain.heatmap_data.SideMaps` wants it."
         return self.side.merge(self.weights.transpose(0, 2, 1), mean=True).transpose(0, 2, 1)
 
+    @property
+    def shares(self) -> np.ndarray:
+        "(Z,) mean over tokens and layers: the routing that an encoder tells of an item, sum 1."
+        return self.weights.mean((0, 1))
+
 
 def _require_experts(encoder: Moon2Encoder) -> None:
     if not encoder.moe_blocks:

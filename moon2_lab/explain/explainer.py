@@ -60,7 +60,7 @@ def _read_side(
         shown |= {"word_links": attention.word_links, "even": attention.even}
     if encoder.moe_blocks:
         routing = routing_of_pass(encoder, recorded, place)
-        shown |= {"experts": routing.experts, "expert_layers": routing.layers}
+        shown |= {"experts": routing.experts, "expert_layers": routing.layers, "shares": routing.shares}
     shown |= {"unread": side.unread, "first": side.first}
     return SideMaps(_SIDES[place], side.text, side.words, side.picture(_PIXELS), side.grid, **shown)
 

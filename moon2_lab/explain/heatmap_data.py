@@ -54,6 +54,7 @@ class SideMaps:
     experts: np.ndarray | None = None  # (layers, rows * columns + W, Z) routing weights; NaN-free, rows sum to 1
     layer_names: list[str] = field(default_factory=list)  # of the attention layers that links and pooled hold
     expert_layers: list[int] = field(default_factory=list)  # of the MoE layers that experts holds
+    shares: np.ndarray | None = None  # (Z,) routing weights, mean over tokens and MoE layers
     unread: int = 0  # words behind the last token that the model reads
     word_links: np.ndarray | None = None  # (layers, heads, W, W) attention from each word to each word
     even: dict[str, np.ndarray] = field(default_factory=dict)  # pooled, links, word_links, heads apart: of tokens that

@@ -108,7 +108,7 @@ def frozen_copy(encoder: Moon2Encoder) -> Moon2Encoder:
     "A copy that shares weights (merged, where there is LoRA) and vision encoder, but no hooks and no gradients."
     encoder = encoder.merged()
     backbone = encoder.backbone
-    memo = {id(shared): shared for shared in (backbone.tokenizer, backbone.vision, backbone._features)}
+    memo = {id(shared): shared for shared in (backbone.tokenizer, backbone.vision)}
     for weight in encoder.parameters():
         memo[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
     return copy.deepcopy(encoder, memo).eval()

@@ -225,7 +225,6 @@ class Backbone(nn.Module):
         self.vision, self.decoder = vision, decoder
         self.width = decoder.config.hidden_size
         self.connector = self._make_connector()
-        self._features: FeatureCache | None = None
 
     def _make_connector(self) -> nn.Module:
         "Features of the vision encoder -> word space, to be trained: two layers."
@@ -261,10 +260,10 @@ class Backbone(nn.Module):
 
     @property
     def features(self) -> FeatureCache:
-        "The feature cache of these weights and this preprocessing."
-        if self._features is None:
-            self._features = FeatureCache(cache_dir("features", self.vision.identity), self.vision.channels)
-        return self._features
+        "The feature cache of these weights and this preprocessing; opened once for all copies that share `vision`."
+        if self.vision.stored is None:
+            self.vision.stored = FeatureCache(cache_dir("features", self.vision.identity), self.vision.channels)
+        return self.vision.stored
 
     def cache_features(self, refs: Sequence[ImageRef], batch_size: int = 32) -> int:
         """Encode the images that the cache does not have yet, on the device of the weights; returns how many.

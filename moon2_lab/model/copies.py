@@ -19,9 +19,9 @@ def copy_with(
     encoder: nn.Module,  # with `backbone`
     own,  # name, parameter -> whether the copy gets memory of its own
 ) -> nn.Module:
-    "A copy of an encoder that shares all weights but its `own` ones, and vision encoder, tokenizer and feature cache."
+    "A copy of an encoder that shares all weights but its `own` ones, and vision encoder and tokenizer."
     backbone = encoder.backbone
-    return shared_copy(encoder, own, whole=(backbone.tokenizer, backbone.vision, backbone._features))
+    return shared_copy(encoder, own, whole=(backbone.tokenizer, backbone.vision))
 
 
 def merged_copy(encoder: nn.Module) -> nn.Module:

@@ -45,6 +45,7 @@ class VisionEncoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("_place", torch.empty(0), persistent=False)  # where the module was moved
+        self.stored = None  # a `FeatureCache` of its features, once one is opened: of all who share this module
 
     @property
     def device(self) -> torch.device:

@@ -692,7 +692,7 @@ def mini(tmp_path_factory):
             new = encoder.backbone._keys(refs)
             features = np.random.default_rng(0).standard_normal((len(new) * size.tokens, store.channels)) * 0.5
             store.add(new, features.astype(np.float16), [size] * len(new))
-            encoder.backbone._features = store
+            encoder.backbone.vision.stored = store
             encoder.backbone.decoder.embed_tokens.requires_grad_(False)
             return encoder
 
@@ -724,7 +724,7 @@ def test_mini_saved_and_cut(mini, tmp_path):
     encoder = mini(ITEMS, num_layers=1)
     encoder.save_pretrained(tmp_path)
     loaded = Moon2Encoder.from_pretrained(tmp_path)
-    loaded.backbone._features = encoder.backbone.features
+    loaded.backbone.vision.stored = encoder.backbone.features
     assert np.array_equal(loaded.encode(ITEMS), encoder.encode(ITEMS))
     text = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text[: len(text) // 2])
