@@ -160,6 +160,7 @@ def test_card_only_sends_nothing(hub, run, tmp_path):
     assert (tmp_path / "out" / "README.md").is_file() and not [path for path, _ in hub.asked if "repos" in path]
 
 
+@pytest.mark.slow
 def test_an_exported_model_opens_in_sentence_transformers(tmp_path):
     "Trained part beside a named base -> one folder; opened by sentence-transformers its vectors are the model's own."
     st = pytest.importorskip("sentence_transformers")
