@@ -135,6 +135,9 @@
   });
   let drawn = 0;
   new MutationObserver(() => { cancelAnimationFrame(drawn); drawn = requestAnimationFrame(showJudged); }).observe(document.body, { childList: true, subtree: true });
+  const warm = document.createElement("iframe"); // stays, so that the browser keeps the process of closed-off frames: a heatmap need not wait for a new one
+  warm.sandbox = "allow-scripts"; warm.srcdoc = "<!doctype html><title>empty</title>"; warm.title = "empty"; warm.hidden = true;
+  document.body.append(warm);
   addEventListener("message", (event) => {
     const frame = [...document.querySelectorAll("iframe.heat")].find((one) => one.contentWindow === event.source);
     if (frame && event.data?.moon2Asked?.do === "search") searchLike(String(event.data.moon2Asked.item));
