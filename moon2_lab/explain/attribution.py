@@ -27,6 +27,9 @@ from .side_tokens import SideTokens
 from ..model.encoder import Moon2Encoder
 
 # %% ../../nbs/explain/625_attribution.ipynb #5ad8e10b
+_CACHED = 600_000  # bytes of input vectors in a pass: measured, passes of more take longer
+
+
 @dataclass
 class AttributionInputs:
     "One side of a pair, ready to be explained: the score as a function, its inputs, baselines and features."
@@ -55,9 +58,10 @@ class AttributionInputs:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows in one forward pass. On a CPU more take longer, as their states leave its caches, and whoever cancels
-        waits for a pass to end; elsewhere memory is the bound."""
-        return 4 if self.inputs[0].device.type == "cpu" else 32
+        "Rows in one forward pass: on a CPU as many as its caches hold the states of, elsewhere as fit the memory."
+        if self.inputs[0].device.type != "cpu":
+            return 32
+        return min(64, max(1, _CACHED // sum(part.nbytes for part in self.inputs)))
 
     @property
     def rise(self) -> float:
