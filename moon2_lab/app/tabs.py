@@ -201,8 +201,10 @@ def while_wanted(
         def overtaken() -> bool:  # what is above may be found already, and not yet be on the page
             return later() or bool(of_current and given[0] and given[0] is not above.current)
 
+        if overtaken():
+            return gr.skip()
         try:
-            answer = gr.skip() if overtaken() else function(overtaken, *given)
+            answer = function(overtaken, *given)
         except Exception:
             if not overtaken():
                 raise
@@ -498,7 +500,7 @@ def connect_search(
     def reopen(overtaken, search, asks):
         letter, place = asks.get("of"), _place_of(search, asks.get("of"), asks.get("hit"))
         if place is None:
-            return tuple(gr.skip() for _ in outputs)
+            return gr.skip()
         return _opened_hit(service, search, letter, place)
 
     def clicked_pair(search, clicked):
